@@ -1,0 +1,89 @@
+"""What a user can get wrong, found before anything costly starts and said in one line.
+
+Each script runs its `main` through `run_main`, which turns a `UserError` into that line on stderr
+and exit code 2. A fault of ours keeps its stack trace.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+MODEL_PARTS = ("model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler")
+
+
+class UserError(ValueError):
+    """Something that the user caused and can mend; the message says how."""
+
+
+def run_main(main, args):
+    """Call `main(args)`; a `UserError` becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_at_least(args, minimum, *names):
+    """Each of the named arguments that is given must be at least `minimum`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise UserError(f"--{name} is {value}: it must be at least {minimum}")
+
+
+def check_model_dir(model_dir):
+    """`model_dir` must be a diffusers pipeline directory; the message names what is missing."""
+    folder = Path(model_dir)
+    if not folder.is_dir():
+        raise UserError(f"--model_dir {folder}: no such directory; fetch a model with cache_model.py first")
+    for part in MODEL_PARTS:
+        if not (folder / part).exists():
+            raise UserError(
+                f"--model_dir {folder} is no diffusers pipeline directory: {part} is missing"
+                " (cache_model.py prints the directory to give)"
+            )
+
+
+def check_output_dir(output_dir):
+    """`output_dir` must be creatable and writable; nothing is left behind that was not there."""
+    folder = Path(output_dir).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file: name a directory")
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror or error}") from None
+
+
+def check_prompt(tokenizer, prompt):
+    """`prompt` must fit the tokenizer; the message quotes what would be cut off."""
+    ids = tokenizer(prompt).input_ids
+    longest = tokenizer.model_max_length
+    if len(ids) > longest:
+        lost = tokenizer.decode(ids[longest - 1 : -1]).strip()
+        raise UserError(
+            f"prompt too long: {prompt!r} has {len(ids)} tokens, the model takes {longest}; {lost!r} would be cut"
+        )
+
+
+def check_gpus(num_workers, num_gpus, num_cpus):
+    """There must be a GPU for each worker where the cluster has any, else a CPU core for each."""
+    have, what = (num_gpus, "GPU") if num_gpus else (num_cpus, "CPU core")
+    if num_workers > have:
+        plural = "s" if have != 1 else ""
+        raise UserError(
+            f"--num_workers {num_workers}: the cluster has {have} {what}{plural}, and each worker needs one;"
+            f" give --num_workers {have} or less"
+        )
+
+
+def cores():
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,0 +1,34 @@
+"""The prior-preserving loss of DreamBooth as pure functions: tensors in, a scalar out.
+
+Letters: 2B images in a batch, B of the instance first and then B of the class; C latent channels;
+h, w height and width of a latent; T timesteps of the noise schedule.
+"""
+
+
+def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
+    """What the U-Net should predict for `latents` that `noise` was added to.
+
+    "epsilon": the noise itself (Ho et al. 2020, arXiv 2006.11239, eq. 14).
+    "v_prediction": sqrt(a) noise - sqrt(1 - a) latents, where a is the timestep's cumulated alpha
+    (Salimans and Ho 2022, arXiv 2202.00512, appendix D).
+
+    Shapes: latents and noise (2B, C, h, w), timesteps (2B,) integers below T, alphas_cumprod (T,)
+    in float32. Returns (2B, C, h, w). Any other prediction type is a ValueError.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        a = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return a.sqrt() * noise - (1 - a).sqrt() * latents
+    raise ValueError(f"prediction type {prediction_type!r}: epsilon and v_prediction are known")
+
+
+def prior_preserving_loss(prediction, target, prior_loss_weight):
+    """Mean squared error of the instance half plus `prior_loss_weight` times that of the class half
+    (Ruiz et al. 2022, arXiv 2208.12242, eq. 2), in float32.
+
+    Shapes: prediction and target (2B, C, h, w), instance half first. Returns a scalar.
+    """
+    instance_error, class_error = (prediction.float() - target.float()).square().chunk(2)
+    return instance_error.mean() + prior_loss_weight * class_error.mean()
+

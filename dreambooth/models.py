@@ -1,0 +1,142 @@
+"""A diffusers pipeline directory into the models of a training run, and back.
+
+What is frozen and what is trained, and in which precision, is decided here:
+
+                     full                 LoRA
+    VAE              frozen               frozen
+    text encoder     trained              frozen + trained LoRA matrices
+    U-Net            trained              frozen + trained LoRA matrices
+
+All weights are float32, and so is the optimizer's state; the forward pass runs under bfloat16
+autocast. A bfloat16 weight would hardly learn: at a learning rate of 5e-6 most of its updates are
+smaller than half its last digit and round to nothing.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from transformers import AutoTokenizer, CLIPTextModel
+
+from dreambooth.checks import UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and U-Net as one module, so that DDP sees one forward pass and one set of gradients."""
+
+    def __init__(self, text_encoder, unet):
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def forward(self, noisy_latents, timesteps, prompt_ids):
+        """Shapes: noisy_latents (2B, C, h, w), timesteps (2B,), prompt_ids (2B, L). Returns (2B, C, h, w)."""
+        return self.unet(noisy_latents, timesteps, self.text_encoder(prompt_ids)[0]).sample
+
+
+def load_tokenizer(model_dir):
+    return AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
+
+
+def model_resolution(model_dir):
+    """The size of the model's pictures and the pixels along a side of one latent, both from its configuration."""
+    unet, vae = (json.loads((Path(model_dir) / part / "config.json").read_text()) for part in ("unet", "vae"))
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    return unet["sample_size"] * scale, scale
+
+
+def load_models(model_dir, device):
+    """The frozen VAE, the denoiser (U-Net and text encoder, to be trained) and the noise schedule.
+
+    All in float32 on `device`. safetensors are read; a pickle only with weights-only loading, which
+    is what torch does for diffusers and transformers.
+    """
+
+    def load(cls, part):
+        # diffusers calls the argument torch_dtype, transformers dtype.
+        dtype = {"dtype": torch.float32} if cls is CLIPTextModel else {"torch_dtype": torch.float32}
+        return cls.from_pretrained(model_dir, subfolder=part, **dtype)
+
+    vae = load(AutoencoderKL, "vae").to(device).eval().requires_grad_(False)
+    denoiser = Denoiser(load(CLIPTextModel, "text_encoder"), load(UNet2DConditionModel, "unet"))
+    scheduler = DDPMScheduler.from_pretrained(model_dir, subfolder="scheduler")
+    return vae, denoiser.to(device).train().requires_grad_(True), scheduler
+
+
+def add_lora(denoiser, rank):
+    """Freeze the denoiser and add trained LoRA matrices of `rank` to its attention projections
+    (Hu et al. 2021, arXiv 2106.09685)."""
+    denoiser.requires_grad_(False)
+    for part, targets in LORA_TARGETS.items():
+        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+        getattr(denoiser, part).add_adapter(config)
+
+
+def save_pipeline(denoiser, model_dir, output_dir):
+    """Write a whole pipeline directory: the trained modules, all else as in `model_dir`."""
+
+    def write(folder):
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            model_dir,
+            text_encoder=denoiser.text_encoder,
+            unet=denoiser.unet,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder)
+
+    replace_dir(output_dir, write)
+
+
+def save_lora(denoiser, output_dir):
+    """Write the LoRA matrices as diffusers' `load_lora_weights` reads them."""
+
+    def write(folder):
+        layers = {
+            part: convert_state_dict_to_diffusers(get_peft_model_state_dict(getattr(denoiser, part)))
+            for part in LORA_TARGETS
+        }
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=layers["text_encoder"]
+        )
+
+    replace_dir(output_dir, write)
+
+
+def check_replaceable(output_dir):
+    """A training run replaces its output directory: only an empty one, or an earlier result."""
+    folder = Path(output_dir)
+    marks = ("model_index.json", LORA_FILE)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
+        raise UserError(f"--output_dir {folder} holds other files, which would be lost: name a new or empty directory")
+
+
+def replace_dir(output_dir, write):
+    """Let `write(folder)` fill a temporary directory, then put it in place of `output_dir`.
+
+    A crash at any moment leaves the last directory whole: under its own name, or, between the two
+    renames, under that name with ".old" at the end.
+    """
+    output_dir = Path(output_dir).absolute()
+    new, old = (output_dir.with_name(f".{output_dir.name}.{word}") for word in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    write(new)
+    if output_dir.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(output_dir, old)
+    os.rename(new, output_dir)
+    shutil.rmtree(old, ignore_errors=True)

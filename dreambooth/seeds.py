@@ -1,0 +1,9 @@
+"""Where random numbers come from: each from what it belongs to, never from what was drawn before."""
+
+import numpy as np
+
+
+def seed_for(*numbers):
+    """A 63 bit seed for, say, (run's seed, step, rank): equal numbers give equal seeds, and any
+    other numbers an unrelated one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
