@@ -128,7 +128,7 @@ def train_fn(config):
 
     # [2] This worker's shard of the data set: one batch a step, the next ones decoded meanwhile.
     shard = ray.train.get_dataset_shard(f"train_{rank}")
-    batches = shard.iter_torch_batches(batch_size=args.train_batch_size, collate_fn=dataset.collate, prefetch_batches=2)
+    batches = shard.iter_torch_batches(batch_size=args.train_batch_size, collate_fn=dataset.Collate(), prefetch_batches=2)
 
     generator, start = torch.Generator(device), time.monotonic()
     for step, batch in enumerate(batches):

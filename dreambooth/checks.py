@@ -49,17 +49,17 @@ def check_model_dir(model_dir):
             )
 
 
-def check_output_dir(output_dir):
+def check_output_dir(output_dir, name="--output_dir"):
     """`output_dir` must be creatable and writable; nothing is left behind that was not there."""
     folder = Path(output_dir).absolute()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: name a directory")
+        raise UserError(f"{name} {folder} is a file: name a directory")
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{name} {folder} cannot be written: {error.strerror or error}") from None
 
 
 def check_prompt(tokenizer, prompt):

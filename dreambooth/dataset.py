@@ -20,6 +20,7 @@ import numpy as np
 import ray.data
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from ray.data.collate_fn import NumpyBatchCollateFn
 from torchvision import transforms
 
 from dreambooth.checks import UserError
@@ -138,8 +139,15 @@ def build_dataset(pairs, resolution, instance_prompt_ids, class_prompt_ids, seed
 
 
 def collate(batch):
-    """Stack B rows of numpy arrays into images (2B, 3, R, R) and prompt_ids (2B, L), instance half first."""
+    """Stack B rows, a dict of numpy columns, into images (2B, 3, R, R) and prompt_ids (2B, L), instance half first."""
     return {
         "images": torch.from_numpy(np.concatenate([batch["instance_image"], batch["class_image"]])),
         "prompt_ids": torch.from_numpy(np.concatenate([batch["instance_prompt_ids"], batch["class_prompt_ids"]])),
     }
+
+
+class Collate(NumpyBatchCollateFn):
+    """`collate`, in the form in which Ray Data takes it."""
+
+    def __call__(self, batch):
+        return collate(batch)

@@ -17,7 +17,9 @@ import os
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
@@ -64,15 +66,42 @@ def load_models(model_dir, device):
     is what torch does for diffusers and transformers.
     """
 
+    quiet()
+
     def load(cls, part):
-        # diffusers calls the argument torch_dtype, transformers dtype.
-        dtype = {"dtype": torch.float32} if cls is CLIPTextModel else {"torch_dtype": torch.float32}
-        return cls.from_pretrained(model_dir, subfolder=part, **dtype)
+        return cls.from_pretrained(model_dir, subfolder=part, dtype=torch.float32)
 
     vae = load(AutoencoderKL, "vae").to(device).eval().requires_grad_(False)
     denoiser = Denoiser(load(CLIPTextModel, "text_encoder"), load(UNet2DConditionModel, "unet"))
     scheduler = DDPMScheduler.from_pretrained(model_dir, subfolder="scheduler")
     return vae, denoiser.to(device).train().requires_grad_(True), scheduler
+
+
+def load_pipeline(model_dir, lora_weights_dir, lora_scale, device):
+    """The pipeline to sample from: float16 on a GPU, float32 on a CPU, with a LoRA if one is given.
+
+    Without the safety checker, whose black pictures would be trained on as class images.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model_dir,
+        dtype=torch.float16 if device == "cuda" else torch.float32,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    if lora_weights_dir:
+        pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
+        pipeline.set_adapters("subject", lora_scale)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def quiet():
+    """No progress bars and hints from the libraries while models load and save."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def add_lora(denoiser, rank):
@@ -114,6 +143,17 @@ def save_lora(denoiser, output_dir):
         )
 
     replace_dir(output_dir, write)
+
+
+def explain(error):
+    """What a user can mend in a failed training, as a UserError; any other `error` is raised again."""
+    for cause in error.worker_failures.values() if hasattr(error, "worker_failures") else []:
+        text = f"{type(cause).__name__} {cause}"
+        if "UserError" in text:
+            return UserError(text.rpartition("UserError: ")[2].splitlines()[0])
+        if "OutOfMemoryError" in text:
+            return UserError("out of GPU memory: give a smaller --train_batch_size or --resolution, or --use_lora")
+    raise error
 
 
 def check_replaceable(output_dir):

@@ -1,0 +1,255 @@
+"""Make pictures with a Stable Diffusion model: class images with the original one, and the subject
+in new places with the tuned one.
+
+    python generate.py --model_dir $TUNED_MODEL_DIR --output_dir $IMAGES_NEW_DIR \\
+        --prompts "photo of unqtkn car in the snow" "photo of unqtkn car at night" --num_samples_per_prompt 4
+
+Picture i of a prompt follows from the model, the prompt, the seed, i and the sampler's settings
+alone: with or without Ray, on one worker or eight, alone or in a batch, it is the same picture. A
+second run of the same command makes only what is missing.
+"""
+
+import argparse
+import math
+import zlib
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+from dreambooth import checks, models, pictures
+from dreambooth.seeds import seed_for
+
+# On a CPU each forward pass takes so many pictures, the last ones filled up: the arithmetic of a
+# picture, to the last bit, may depend on the size of the batch that it is in, never on the others.
+CPU_BATCH = 8
+REDRAWS = 10  # a picture without content is drawn again so many times with other noise
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_dir", required=True, help="diffusers pipeline directory")
+    group.add_argument("--lora_weights_dir", help=f"directory with {models.LORA_FILE}, to apply on top")
+    group.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default: %(default)s)")
+
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--output_dir", required=True, help="where the pictures go")
+    group.add_argument("--prompts", nargs="+", default=[], help="one or more prompts, each an argument of its own")
+    group.add_argument("--prompts_file", help="a text file with a prompt a line")
+    group.add_argument("--num_samples_per_prompt", type=int, default=1, help="pictures a prompt (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of the noise that pictures start from (default: %(default)s)")
+    group.add_argument("--overwrite", action="store_true", help="replace pictures of other prompts, seeds or models there")
+
+    group = parser.add_argument_group("sampler")
+    group.add_argument(
+        "--scheduler", choices=["dpm", "model"], default="dpm",
+        help="dpm: DPM-Solver++ with Karras steps; model: the model's own (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps (default: %(default)s)")
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="weight of the prompt (default: %(default)s)")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--use_ray_data", action="store_true", help="batch inference on all GPUs of the cluster")
+    group.add_argument("--num_workers", type=int, help="with --use_ray_data (default: one a GPU; one without GPUs)")
+    group.add_argument(
+        "--batch_size", type=int, default=8,
+        help=f"pictures at a time on a GPU, on a CPU always {CPU_BATCH} (default: %(default)s)",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def check_args(args):
+    """Find what the user got wrong before anything costly starts; complete the prompts."""
+    checks.check_at_least(args, 1, "num_samples_per_prompt", "num_inference_steps", "num_workers", "batch_size")
+    checks.check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
+    checks.check_model_dir(args.model_dir)
+    checks.check_output_dir(args.output_dir)
+    if args.prompts_file:
+        if not Path(args.prompts_file).is_file():
+            raise checks.UserError(f"--prompts_file {args.prompts_file}: no such file")
+        lines = Path(args.prompts_file).read_text().splitlines()
+        args.prompts = args.prompts + [line.strip() for line in lines if line.strip()]
+    if not args.prompts:
+        raise checks.UserError("no prompt: give --prompts or --prompts_file")
+    if len(set(args.prompts)) < len(args.prompts):
+        raise checks.UserError("a prompt is given twice: use --num_samples_per_prompt for more pictures of it")
+    tokenizer = models.load_tokenizer(args.model_dir)
+    for prompt in args.prompts:
+        checks.check_prompt(tokenizer, prompt)
+    if args.lora_weights_dir and not list(Path(args.lora_weights_dir).glob("*.safetensors")):
+        raise checks.UserError(f"--lora_weights_dir {args.lora_weights_dir}: no {models.LORA_FILE} there")
+
+
+def plan(args):
+    """The record of each picture to be made: all that it follows from, and its file's name."""
+    settings = {
+        "model": pictures.fingerprint(args.model_dir),
+        "lora": pictures.fingerprint(args.lora_weights_dir) if args.lora_weights_dir else "",
+        "lora_scale": args.lora_scale,
+        "scheduler": args.scheduler,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+    }
+    return [
+        {"file": f"{p:03d}-{i:04d}-seed{args.seed}.png", "prompt": prompt, "seed": args.seed, "index": i, **settings}
+        for p, prompt in enumerate(args.prompts)
+        for i in range(args.num_samples_per_prompt)
+    ]
+
+
+def find_missing(planned, folder, overwrite):
+    """The records of the pictures that are not in `folder` yet, whole and made as planned.
+
+    Pictures made otherwise are removed with `overwrite`, else a UserError; files that
+    generate.py has not made are left alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    wanted, done, strange = {record["file"]: record for record in planned}, [], []
+    for file in sorted(folder.glob("*-seed*.png")):
+        record = pictures.read_record(file)
+        if record is None:
+            file.unlink()  # damaged: made again
+        elif {key: record[key] for key in record if key != "digest"} == wanted.get(file.name):
+            done.append(record)
+        else:
+            strange.append(file)
+    if strange and not overwrite:
+        raise checks.UserError(
+            f"--output_dir {folder} holds {len(strange)} pictures of another prompt, seed, model or setting"
+            f" (such as {strange[0].name}): name another directory, or replace them with --overwrite"
+        )
+    for file in strange:
+        file.unlink()
+    pictures.write_records(folder, done)
+    found = {record["file"] for record in done}
+    return [record for record in planned if record["file"] not in found]
+
+
+class Painter:
+    """Loads the pipeline once and paints records, in batches; also the callable of Ray Data's actors."""
+
+    def __init__(self, args, num_workers=1):
+        models.quiet()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":  # Ray gives an actor one thread; it takes its share of the cores.
+            torch.set_num_threads(max(1, checks.cores() // num_workers))
+        self.args, self.folder, self.prompt_embeds = args, Path(args.output_dir), {}
+        self.pipeline = models.load_pipeline(args.model_dir, args.lora_weights_dir, args.lora_scale, self.device)
+        if args.scheduler == "dpm":
+            self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+                self.pipeline.scheduler.config, use_karras_sigmas=True
+            )
+
+    def embed(self, prompt):
+        """Prompt and empty prompt through the text encoder, once a prompt: two (1, L, D) tensors."""
+        if prompt not in self.prompt_embeds:
+            self.prompt_embeds[prompt] = self.pipeline.encode_prompt(prompt, self.device, 1, True)
+        return self.prompt_embeds[prompt]
+
+    @torch.inference_mode()
+    def draw(self, records, attempt):
+        """One picture, (3, H, W) in [0, 1], for each record."""
+        size = CPU_BATCH if self.device == "cpu" else len(records)
+        filled = (records + [records[-1]] * size)[:size]
+        seeds = [seed_for(r["seed"], r["index"], zlib.crc32(r["prompt"].encode()), attempt) for r in filled]
+        prompt_embeds, negative_embeds = zip(*(self.embed(r["prompt"]) for r in filled), strict=True)
+        try:
+            images = self.pipeline(
+                prompt_embeds=torch.cat(prompt_embeds),
+                negative_prompt_embeds=torch.cat(negative_embeds),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                num_inference_steps=self.args.num_inference_steps,
+                guidance_scale=self.args.guidance_scale,
+                output_type="pt",
+            ).images
+        except torch.OutOfMemoryError:
+            if len(records) == 1:
+                raise checks.UserError("out of GPU memory with one picture at a time: use a larger GPU") from None
+            half = len(records) // 2
+            print(f"out of GPU memory with {len(records)} pictures at a time, goes on with {half}", flush=True)
+            torch.cuda.empty_cache()
+            return self.draw(records[:half], attempt) + self.draw(records[half:], attempt)
+        return list(images[: len(records)].float().cpu())
+
+    def paint(self, records):
+        """Draw and save the pictures of `records`; returns the records with each picture's digest.
+
+        A picture without content (black, one colour, not a number) is never saved: it is drawn again.
+        """
+        finished, left = [], list(records)
+        for attempt in range(REDRAWS):
+            step = CPU_BATCH if self.device == "cpu" else len(left)
+            batches = [left[i : i + step] for i in range(0, len(left), step)]
+            drawn = [(r, picture) for batch in batches for r, picture in zip(batch, self.draw(batch, attempt), strict=True)]
+            left = [r for r, picture in drawn if not has_content(picture)]
+            for record, picture in drawn:
+                if has_content(picture):
+                    image = to_pil_image(picture)
+                    finished.append({**record, "digest": pictures.pixel_digest(image)})
+                    pictures.save_picture(image, finished[-1], self.folder / record["file"])
+            if not left:
+                return finished
+        raise checks.UserError(f"the model draws nothing for {left[0]['prompt']!r}: {REDRAWS} empty pictures in a row")
+
+    def __call__(self, batch):
+        """Ray Data's way to call `paint`: a column of records in, a column of finished records out."""
+        return {"record": self.paint(list(batch["record"]))}
+
+
+def has_content(picture):
+    """Whether a (3, H, W) picture shows anything: finite, and not of one colour."""
+    return bool(torch.isfinite(picture).all()) and picture.std(dim=(1, 2)).max().item() > 0.01
+
+
+def paint_with_ray(args, missing):
+    """Paint on an actor pool, an actor a GPU (one where there is none); yields finished records."""
+    import ray.data  # here, so that painting without Ray does not wait for its start
+
+    from dreambooth.cluster import start_ray
+
+    num_gpus, num_cpus = start_ray()
+    batch_size = args.batch_size if num_gpus else CPU_BATCH
+    num_batches = math.ceil(len(missing) / batch_size)
+    checks.check_gpus(args.num_workers or 1, num_gpus, num_cpus)
+    num_workers = min(args.num_workers or max(1, num_gpus), num_batches)
+    painted = ray.data.from_items([{"record": r} for r in missing], override_num_blocks=num_batches).map_batches(
+        Painter,
+        fn_constructor_args=(args, num_workers),
+        batch_size=batch_size,
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        num_gpus=1 if num_gpus else 0,
+        num_cpus=0 if num_gpus else num_cpus / (2 * num_workers),  # the other half is for Ray Data's tasks
+    )
+    for row in painted.iter_rows():
+        yield row["record"]
+
+
+def paint_here(args, missing):
+    """Paint in this process; yields finished records."""
+    painter = Painter(args)
+    for start in range(0, len(missing), args.batch_size):
+        yield from painter.paint(missing[start : start + args.batch_size])
+
+
+def main(args):
+    check_args(args)
+    folder, planned = Path(args.output_dir), plan(args)
+    missing = find_missing(planned, folder, args.overwrite)
+    print(f"{len(planned)} pictures of {len(args.prompts)} prompt(s) in {folder}: {len(missing)} to make")
+    if missing:
+        paint = paint_with_ray if args.use_ray_data else paint_here
+        for record in tqdm(paint(args, missing), total=len(missing), unit="picture"):
+            pictures.append_record(folder, record)
+    rows = {prompt: [folder / r["file"] for r in planned if r["prompt"] == prompt] for prompt in args.prompts}
+    pictures.contact_sheet(rows, folder / pictures.CONTACT_SHEET)
+    print(f"look at {folder / pictures.CONTACT_SHEET}")
+
+
+if __name__ == "__main__":
+    checks.run_main(main, parse_args())
