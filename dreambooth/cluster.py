@@ -1,10 +1,22 @@
-"""Ray's start, for train.py and generate.py: the cluster of RAY_ADDRESS, or this machine."""
+"""Ray's start, for train.py and generate.py: the cluster of RAY_ADDRESS, or this machine.
+
+    python -m dreambooth.cluster    # prints the number of GPUs there
+"""
 
 import logging
 import os
 
 import ray
 import ray.data
+import torch
+
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report, and the end of a run, wait for the next check
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each line that a worker prints comes twice
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",  # in the workers: warnings of libraries about libraries
+}
 
 
 def start_ray():
@@ -12,9 +24,8 @@ def start_ray():
 
     Returns the numbers of GPUs and CPU cores that the cluster has.
     """
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or each line of a worker comes twice
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # the end of a run waits for it
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     if not ray.is_initialized():
         own = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
         quiet = ray.LoggingConfig(log_level="ERROR")
@@ -25,3 +36,12 @@ def start_ray():
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     resources = ray.cluster_resources()
     return int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+
+
+def count_gpus():
+    """The number of GPUs of the cluster at RAY_ADDRESS, or of this machine (without starting Ray)."""
+    return start_ray()[0] if os.environ.get("RAY_ADDRESS") else torch.cuda.device_count()
+
+
+if __name__ == "__main__":
+    print(count_gpus())

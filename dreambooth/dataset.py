@@ -13,6 +13,8 @@ Letters: B pairs in a batch, R resolution in pixels, L tokens in a prompt.
 
 import itertools
 import math
+import shutil
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ray.data.collate_fn import NumpyBatchCollateFn
 from torchvision import transforms
 
-from dreambooth.checks import UserError
+from dreambooth.checks import UserError, run_main
 from dreambooth.seeds import seed_for
 
 READABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jfif"}
@@ -77,6 +79,17 @@ def check_images(paths, resolution):
                 f"{path}: {width} x {height} pixels are too small to train at {resolution};"
                 f" use an image of {resolution} or more"
             )
+
+
+def copy_images(source, folder):
+    """Make `folder` hold the images of `source`, and nothing else: no photo of the last subject."""
+    images, folder = find_images(source), Path(folder)
+    if folder.resolve() == Path(source).resolve():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for image in images:
+        shutil.copy(image, folder)
 
 
 def pair_images(instance_paths, class_paths, num_pairs, seed):
@@ -151,3 +164,7 @@ class Collate(NumpyBatchCollateFn):
 
     def __call__(self, batch):
         return collate(batch)
+
+
+if __name__ == "__main__":  # python -m dreambooth.dataset SOURCE FOLDER
+    run_main(lambda folders: copy_images(*folders), sys.argv[1:])

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# From photos of a subject to pictures of it in new places.
+#
+#   ./run.sh          the whole story: on GPUs with Stable Diffusion 1.4, else with the pocket model
+#   ./run.sh test     the tests
+#
+# Every variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# Set up Python: the running one if it has the pinned packages, else .venv, made once (5.4 GB, minutes).
+has_packages() {
+  "$1" - <<'PY' 2>/dev/null
+import importlib.metadata as installed, re, sys
+pins = re.findall(r"^([\w-]+)(?:\[.*\])?==(.+)$", open("requirements.txt").read(), re.MULTILINE)
+sys.exit(any(installed.version(name) != version for name, version in pins))
+PY
+}
+PYTHON=${PYTHON:-python3}
+if ! has_packages "$PYTHON"; then
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: Python 3.11 or newer is needed; name it: PYTHON=python3.12 ./run.sh" >&2; exit 2; }
+  if ! has_packages .venv/bin/python; then
+    echo "installing requirements.txt into .venv"
+    "$PYTHON" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  fi
+  PYTHON=$PWD/.venv/bin/python
+fi
+
+if [[ "${1:-}" == test ]]; then
+  "$PYTHON" -m ruff check .
+  "$PYTHON" -m ruff format --check .
+  exec "$PYTHON" -m pytest -q
+fi
+
+# Look for GPUs: on this machine, or in the cluster that RAY_ADDRESS names.
+NUM_GPUS=$("$PYTHON" -m dreambooth.cluster)
+if ((NUM_GPUS > 0)); then
+  echo "$NUM_GPUS GPU(s): Stable Diffusion 1.4 at 512 px"
+  ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
+  CLASS_NAME=${CLASS_NAME:-dog}
+  INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
+  SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
+  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
+  SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
+else
+  echo "no CUDA GPU: the embedded pocket model (64 px, a world of drawings) instead of Stable Diffusion"
+  ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
+  CLASS_NAME=${CLASS_NAME:-car}
+  INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
+  SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
+  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-64}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 1e-4 --num_epochs 40 --max_train_steps 300}
+  SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
+fi
+
+# Step 0: where everything goes. On several nodes DATA_PREFIX is on a file system that all of them see.
+DATA_PREFIX=${DATA_PREFIX:-/tmp}
+case $ORIG_MODEL_NAME in
+  pocket) ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-embedded} ;;
+  CompVis/stable-diffusion-v1-4) ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-b95be7d6f134c3a9e62ee616f310733567f069ce} ;;
+  *) ORIG_MODEL_HASH=${ORIG_MODEL_HASH:?give the revision of $ORIG_MODEL_NAME to use} ;;
+esac
+ORIG_MODEL_DIR=${ORIG_MODEL_DIR:-$DATA_PREFIX/model-orig}
+ORIG_MODEL_PATH=${ORIG_MODEL_PATH:-$ORIG_MODEL_DIR/models--${ORIG_MODEL_NAME//\//--}/snapshots/$ORIG_MODEL_HASH}
+TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$DATA_PREFIX/model-tuned}
+IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg}
+IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$DATA_PREFIX/images-own}
+IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$DATA_PREFIX/images-new}
+NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
+UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
+CLASS_PROMPT="photo of a $CLASS_NAME"
+INSTANCE_PROMPT="photo of $UNIQUE_TOKEN $CLASS_NAME"
+
+SECONDS=0
+done_with() { echo "--- $1: $SECONDS s"; SECONDS=0; }
+
+# Step 1: cache the original model (SD 1.4: a download of 4 GB, minutes; pocket: no time).
+"$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
+done_with "step 1, cache the model"
+
+# Step 2: get the photos of the subject, into a folder that is renewed for each subject (seconds).
+[[ "$INSTANCE_DIR" == images/dog ]] && "$PYTHON" download_example_dataset.py images/dog
+case $IMAGES_OWN_DIR in
+  "$DATA_PREFIX"/*) "$PYTHON" -m dreambooth.dataset "$INSTANCE_DIR" "$IMAGES_OWN_DIR" ;;
+  *) echo "error: IMAGES_OWN_DIR is emptied at each run: it must lie in DATA_PREFIX ($DATA_PREFIX)" >&2; exit 2 ;;
+esac
+done_with "step 2, get the photos"
+
+# Step 3: generate pictures of the class with the original model (minutes; only what is missing).
+"$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
+  --num_samples_per_prompt "$NUM_CLASS_IMAGES" --use_ray_data --overwrite $SAMPLE_FLAGS
+done_with "step 3, generate class images"
+
+# Step 4: fine-tune on both (minutes).
+"$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$TUNED_MODEL_DIR" \
+  --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
+  --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS
+done_with "step 4, fine-tune"
+
+# Step 5: generate the subject in new places with the tuned model (under a minute).
+PROMPTS=()
+IFS='|' read -ra scenes <<<"$SCENES"
+for scene in "${scenes[@]}"; do PROMPTS+=("$INSTANCE_PROMPT $scene"); done
+"$PYTHON" generate.py --model_dir "$TUNED_MODEL_DIR" --output_dir "$IMAGES_NEW_DIR" --prompts "${PROMPTS[@]}" \
+  --overwrite $SAMPLE_FLAGS
+done_with "step 5, generate new pictures"
+
+# Put the photos, some class images and the new pictures onto one sheet.
+"$PYTHON" -m dreambooth.pictures --output "$DATA_PREFIX/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
+  "$CLASS_PROMPT, by the original model=$IMAGES_REG_DIR" "$INSTANCE_PROMPT ${SCENES//|/, }=$IMAGES_NEW_DIR"
+echo "open $DATA_PREFIX/dreambooth.png"
