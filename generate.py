@@ -68,6 +68,8 @@ def check_args(args):
     checks.check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
     checks.check_model_dir(args.model_dir)
     checks.check_output_dir(args.output_dir)
+    for name in ("model_dir", "output_dir", "lora_weights_dir"):  # the actors may run in another directory
+        setattr(args, name, getattr(args, name) and str(Path(getattr(args, name)).absolute()))
     if args.prompts_file:
         if not Path(args.prompts_file).is_file():
             raise checks.UserError(f"--prompts_file {args.prompts_file}: no such file")

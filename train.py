@@ -6,67 +6,87 @@ prior-preserving loss (Ruiz et al. 2022, arXiv 2208.12242) on Ray Data and Ray T
         --class_images_dir $IMAGES_REG_DIR --class_prompt "photo of a car" --num_workers 1
 
 The result is a diffusers pipeline directory, or with --use_lora pytorch_lora_weights.safetensors;
-generate.py takes both. Letters: B pairs a worker and step, so 2B images; R resolution; C, h, w
-channels, height and width of a latent; L tokens in a prompt.
+generate.py takes both. Letters: B pairs in a batch, so 2B images; R resolution; C, h, w channels,
+height and width of a latent; L tokens in a prompt.
 """
 
 import argparse
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import ray
 import ray.train
 import torch
+from diffusers.optimization import SchedulerType, get_scheduler
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
-from dreambooth import checks, dataset, models
-from dreambooth.cluster import start_ray
-from dreambooth.loss import get_target, prior_preserving_loss
-from dreambooth.seeds import seed_for
+from dreambooth import checks, cluster, dataset, latents, models
+from dreambooth.loss import get_target, min_snr_weights, prior_preserving_loss
+from dreambooth.report import Report
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def flag(group, name, default=None, text="", **kwargs):
+        kwargs = {"type": type(default), **kwargs} if default is not None and "action" not in kwargs else kwargs
+        group.add_argument(name, default=default, help=text + ("" if default is None else " (default: %(default)s)"), **kwargs)
+
     group = parser.add_argument_group("model")
-    group.add_argument("--model_dir", required=True, help="diffusers pipeline directory of the original model")
-    group.add_argument("--output_dir", required=True, help="where the tuned model goes; an earlier one is replaced")
-    group.add_argument("--use_lora", action="store_true", help="train LoRA matrices only: less memory, a small file")
-    group.add_argument("--lora_rank", type=int, default=4, help="rank of the LoRA matrices (default: %(default)s)")
+    flag(group, "--model_dir", required=True, text="diffusers pipeline directory of the original model")
+    flag(group, "--output_dir", required=True, text="where the tuned model goes; an earlier one is replaced")
+    flag(group, "--use_lora", False, "train LoRA matrices only: less memory, a small file", action="store_true")
+    flag(group, "--lora_rank", 4, "rank of the LoRA matrices")
+    flag(group, "--train_text_encoder", True, "tune the text encoder too", action=argparse.BooleanOptionalAction)
 
     group = parser.add_argument_group("images")
-    group.add_argument("--instance_images_dir", required=True, help="photos of the subject")
-    group.add_argument("--instance_prompt", required=True, help='such as "photo of unqtkn dog"')
-    group.add_argument("--class_images_dir", required=True, help="pictures of other subjects of its class")
-    group.add_argument("--class_prompt", required=True, help='such as "photo of a dog"')
-    group.add_argument("--resolution", type=int, help="side of the training images, pixels (default: the model's)")
+    flag(group, "--instance_images_dir", required=True, text="photos of the subject")
+    flag(group, "--instance_prompt", required=True, text='such as "photo of unqtkn dog"')
+    flag(group, "--class_images_dir", required=True, text="pictures of other subjects of its class")
+    flag(group, "--class_prompt", required=True, text='such as "photo of a dog"')
+    flag(group, "--resolution", type=int, text="side of the training images, pixels (default: the model's)")
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--train_batch_size", type=int, default=1, help="pairs a worker and step (default: %(default)s)")
-    group.add_argument("--lr", type=float, default=5e-6, help="learning rate of AdamW (default: %(default)s)")
-    group.add_argument("--num_epochs", type=int, default=4, help="times each class image is used (default: %(default)s)")
-    group.add_argument("--max_train_steps", type=int, default=800, help="at most so many steps (default: %(default)s)")
-    group.add_argument("--prior_loss_weight", type=float, default=1.0, help="of the class half (default: %(default)s)")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are clipped (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of pairs, crops, noise and timesteps (default: %(default)s)")
+    flag(group, "--train_batch_size", 1, "pairs a worker and forward pass")
+    flag(group, "--gradient_accumulation_steps", 1, "forward passes a step")
+    flag(group, "--num_epochs", 4, "times each class image is used")
+    flag(group, "--max_train_steps", 800, "at most so many steps")
+    flag(group, "--lr", 5e-6, "learning rate of AdamW")
+    flag(group, "--lr_scheduler", "constant", "its course", choices=[s.value for s in SchedulerType][:6])
+    flag(group, "--lr_warmup_steps", 0, "steps in which it rises from 0, for the schedulers that have that")
+    flag(group, "--prior_loss_weight", 1.0, "weight of the class half of the loss")
+    flag(group, "--snr_gamma", type=float, text="min-SNR weighting, 5.0 is usual (default: off)")
+    flag(group, "--max_grad_norm", 1.0, "longer gradients are clipped to this length")
+    flag(group, "--adam_beta1", 0.9, "decay of AdamW's first moment")
+    flag(group, "--adam_beta2", 0.999, "decay of AdamW's second moment")
+    flag(group, "--adam_weight_decay", 1e-2, "weight decay of AdamW")
+    flag(group, "--adam_epsilon", 1e-8, "epsilon of AdamW")
+    flag(group, "--seed", 0, "of pairs, crops, noise and timesteps")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--num_workers", type=int, default=2, help="one GPU each, where there are any (default: %(default)s)")
-    group.add_argument("--log_every", type=int, default=10, help="steps between two lines of log (default: %(default)s)")
+    flag(group, "--num_workers", 2, "one GPU each, where there are any")
+    flag(group, "--live_vae", False, "encode the images at every step instead of once", action="store_true")
+    flag(group, "--gradient_checkpointing", False, "less memory, about a third slower", action="store_true")
+    flag(group, "--compile", False, "compile the U-Net's repeated blocks", action="store_true")
+    flag(group, "--log_every", 10, "steps between two lines of log")
     return parser.parse_args(argv)
 
 
 def check_args(args):
     """Find what the user got wrong before anything costly starts; set the resolution; find the images."""
     checks.check_at_least(
-        args, 1, "train_batch_size", "num_epochs", "max_train_steps", "num_workers", "lora_rank", "log_every"
-    )
-    checks.check_at_least(args, 0, "lr", "prior_loss_weight", "max_grad_norm", "seed")
+        args, 1, "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps", "num_workers",
+        "lora_rank", "log_every",
+    )  # fmt: skip
+    checks.check_at_least(args, 0, "lr", "lr_warmup_steps", "prior_loss_weight", "snr_gamma", "max_grad_norm", "seed")
     checks.check_model_dir(args.model_dir)
     checks.check_output_dir(args.output_dir)
     models.check_replaceable(args.output_dir)
+    for name in ("model_dir", "output_dir"):  # the workers may run in another directory
+        setattr(args, name, str(Path(getattr(args, name)).absolute()))
     if args.instance_prompt == args.class_prompt:
         raise checks.UserError("--instance_prompt and --class_prompt are equal: put the identifier before the class")
     tokenizer = models.load_tokenizer(args.model_dir)
@@ -82,96 +102,99 @@ def check_args(args):
     return tokenizer, *images
 
 
-def training_step(vae, denoiser, scheduler, batch, prior_loss_weight, generator):
-    """The loss of one batch: images (2B, 3, R, R) and prompt_ids (2B, L). Returns a scalar."""
-    # A sample of the frozen VAE's posterior, scaled to about unit variance, stands for each image.
-    with torch.no_grad():
-        posterior = vae.encode(batch["images"]).latent_dist
-        latents = posterior.sample(generator) * vae.config.scaling_factor  # (2B, C, h, w)
+def training_loss(denoiser, scheduler, batch, draws, prior_loss_weight, snr_gamma=None):
+    """The loss of one batch, a scalar.
 
-    # Each latent gets its own noise, and as much of it as its own timestep says, in float32.
-    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-    timesteps = torch.randint(
-        scheduler.config.num_train_timesteps, latents.shape[:1], generator=generator, device=latents.device
-    )  # (2B,)
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    batch: posteriors (2B, 2, C, h, w), mean and standard deviation of each image's latents, and
+    prompt_ids (2B, L). draws: posterior_noise and noise (2B, C, h, w), and timesteps (2B,).
+    """
+    # A sample of each image's posterior, another one at every step, stands for the image.
+    x = latents.sample(batch["posteriors"], draws["posterior_noise"])  # (2B, C, h, w)
+
+    # Each gets its own noise, and as much of it as its own timestep says, in float32.
+    noise, timesteps = draws["noise"], draws["timesteps"]
+    noisy = scheduler.add_noise(x, noise, timesteps)
 
     # The U-Net predicts the noise from the noisy latents and the prompt, in bfloat16.
-    with torch.autocast(latents.device.type, torch.bfloat16):
-        prediction = denoiser(noisy_latents, timesteps, batch["prompt_ids"])  # (2B, C, h, w)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        prediction = denoiser(noisy, timesteps, batch["prompt_ids"])
 
     # The instance half learns the subject, the class half keeps what the model knew of its class.
-    target = get_target(scheduler.config.prediction_type, latents, noise, timesteps, scheduler.alphas_cumprod)
-    return prior_preserving_loss(prediction, target, prior_loss_weight)
+    prediction_type, alphas_cumprod = scheduler.config.prediction_type, scheduler.alphas_cumprod
+    target = get_target(prediction_type, x, noise, timesteps, alphas_cumprod)
+    weights = None if snr_gamma is None else min_snr_weights(prediction_type, timesteps, alphas_cumprod, snr_gamma)
+    return prior_preserving_loss(prediction, target, prior_loss_weight, weights)
 
 
 def train_fn(config):
-    """What each worker runs: load the models, go through its shard of the data, save (rank 0)."""
-    args = argparse.Namespace(**config)
-    context = ray.train.get_context()
-    rank, device = context.get_world_rank(), get_device()
+    """What each worker runs: load the models, encode its shard of the images, train, save (rank 0)."""
+    args, context, device = argparse.Namespace(**config), ray.train.get_context(), get_device()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    cluster.quiet()
+    report = Report(args, enabled=rank == 0)
     if device.type == "cpu":  # Ray gives a worker one thread; the worker takes its share of the cores.
         torch.set_num_threads(max(1, checks.cores() // context.get_local_world_size()))
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
 
-    # Set up the models; [1] prepare_model moves them to the device and wraps them in DDP if there are several workers.
-    vae, denoiser, scheduler = models.load_models(args.model_dir, device)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    if args.use_lora:
-        torch.manual_seed(args.seed)
-        models.add_lora(denoiser, args.lora_rank)
-    denoiser_ddp = prepare_model(denoiser)
-    parameters = [p for p in denoiser.parameters() if p.requires_grad]  # a list: clipping reads it after the optimizer
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr)
-    if rank == 0:
-        count = sum(p.numel() for p in parameters)
-        print(f"training {count / 1e6:.2f} M parameters on {context.get_world_size()} x {device.type}", flush=True)
+    # Set up the models. [1] prepare_model moves to the device, and wraps in DDP if there are several workers.
+    vae, denoiser, scheduler = models.load_models(args, device)
+    accumulate = args.gradient_accumulation_steps
+    ddp_settings = {"gradient_as_bucket_view": True, "static_graph": accumulate == 1}
+    ddp = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)
+    parameters = [p for p in denoiser.parameters() if p.requires_grad]  # a list: the optimizer and clipping both read it
+    optimizer = torch.optim.AdamW(
+        parameters, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay, fused=True
+    )
+    lr_schedule = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.steps)
+    report.models_are_ready(parameters, num_workers, device)
 
-    # [2] This worker's shard of the data set: one batch a step, the next ones decoded meanwhile.
+    # Set up the data. [2] This worker's shard, a batch for each forward pass, each image encoded once.
     shard = ray.train.get_dataset_shard(f"train_{rank}")
-    batches = shard.iter_torch_batches(batch_size=args.train_batch_size, collate_fn=dataset.Collate(), prefetch_batches=2)
+    batches = shard.iter_torch_batches(batch_size=args.train_batch_size, collate_fn=dataset.Collate(), prefetch_batches=4)
+    batches = latents.encode_batches(vae, batches, device, live=args.live_vae)
+    report.data_are_ready()
 
-    generator, start = torch.Generator(device), time.monotonic()
-    for step, batch in enumerate(batches):
-        # The random numbers of a step follow from (seed, step, rank) alone.
-        generator.manual_seed(seed_for(args.seed, step, rank))
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        loss = training_step(vae, denoiser_ddp, scheduler, batch, args.prior_loss_weight, generator)
-        loss.backward()
+    for step in range(args.steps):
+        losses = []
+        for turn in range(accumulate):
+            batch = next(batches)
+            draws = latents.draw(args.seed, batch, scheduler.config.num_train_timesteps)
+            last = turn == accumulate - 1  # only then do the workers exchange gradients
+            with nullcontext() if last or num_workers == 1 else ddp.no_sync():
+                loss = training_loss(ddp, scheduler, batch, draws, args.prior_loss_weight, args.snr_gamma) / accumulate
+                loss.backward()
+            losses.append(loss.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
+        lr_schedule.step()
         optimizer.zero_grad()
+        report.step_is_done(step, sum(losses), grad_norm, lr_schedule.get_last_lr()[0])
 
-        if rank == 0 and (step + 1) % args.log_every == 0:
-            pace = (time.monotonic() - start) / (step + 1)
-            print(f"step {step + 1}/{args.steps} loss {loss.item():.4f} grad norm {grad_norm.item():.3f} {pace:.2f} s a step", flush=True)
-
+    report.steps_are_done()
     if rank == 0:
-        save = models.save_lora if args.use_lora else models.save_pipeline
-        save(denoiser, *([] if args.use_lora else [args.model_dir]), args.output_dir)
-    ray.train.report({"loss": loss.item()})  # [3] once: each report waits for all workers and the controller
+        models.save(denoiser, args)
+    ray.train.report(report.summary())  # [3] once: each report waits for all workers and for the controller
 
 
 def build_trainer(args, tokenizer, instance_paths, class_paths, num_gpus, num_cpus):
     """Deal the pairs of the whole run to the workers and wire each worker's shard into a TorchTrainer."""
-    # Step s takes the next B pairs for each worker: one stream, which goes on from epoch to epoch.
-    pairs_a_step = args.train_batch_size * args.num_workers
+    # Step s takes the next pairs for each worker: one stream, which goes on from epoch to epoch.
+    pairs_a_worker = args.train_batch_size * args.gradient_accumulation_steps
+    pairs_a_step = pairs_a_worker * args.num_workers
     args.steps = min(args.max_train_steps, math.ceil(args.num_epochs * len(class_paths) / pairs_a_step))
     pairs = dataset.pair_images(instance_paths, class_paths, args.steps * pairs_a_step, args.seed)
     print(
-        f"{len(instance_paths)} instance and {len(class_paths)} class images at {args.resolution} px,"
-        f" {args.steps} steps of {pairs_a_step} pairs on {args.num_workers} worker(s); result: {args.output_dir}"
+        f"{len(instance_paths)} instance and {len(class_paths)} class images at {args.resolution} px, {args.steps} steps"
+        f" of {pairs_a_step} pairs on {args.num_workers} worker(s) of {num_gpus} GPUs and {num_cpus} cores"
     )
     prompt_ids = [
         tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length).input_ids
         for prompt in (args.instance_prompt, args.class_prompt)
     ]
-    shards = {
-        f"train_{rank}": dataset.build_dataset(
-            [p for p in pairs if p["position"] // args.train_batch_size % args.num_workers == rank],
-            args.resolution, *prompt_ids, args.seed,
-        )
-        for rank in range(args.num_workers)
-    }  # fmt: skip
+    shards = {}
+    for rank in range(args.num_workers):
+        own = [pair for pair in pairs if pair["position"] // pairs_a_worker % args.num_workers == rank]
+        shards[f"train_{rank}"] = dataset.build_dataset(own, args.resolution, *prompt_ids, args.seed)
 
     # On a CPU the workers reserve half of the cores at most: Ray Data's tasks need the rest, and
     # where every core is reserved they wait for ever.
@@ -197,8 +220,9 @@ def run_dir(args):
 
 
 def main(args):
+    args.started = time.time()
     inputs = check_args(args)
-    num_gpus, num_cpus = start_ray()
+    num_gpus, num_cpus = cluster.start_ray()
     checks.check_gpus(args.num_workers, num_gpus, num_cpus)
     trainer = build_trainer(args, *inputs, num_gpus, num_cpus)
     try:
@@ -207,7 +231,7 @@ def main(args):
         raise models.explain(error) from error
     finally:
         shutil.rmtree(run_dir(args), ignore_errors=True)
-    print(f"wrote {args.output_dir}")
+    print(f"wrote {args.output_dir} ({time.time() - args.started:.0f} s in all)")
 
 
 if __name__ == "__main__":

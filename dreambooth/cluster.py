@@ -13,6 +13,7 @@ import torch
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report, and the end of a run, wait for the next check
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each line that a worker prints comes twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would save a checkpoint in time; this run writes one file, at the end
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore",  # in the workers: warnings of libraries about libraries
@@ -33,9 +34,15 @@ def start_ray():
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False
     data.execution_options.preserve_order = True  # the same rows in the same order for the same seed
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quiet()
     resources = ray.cluster_resources()
     return int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+
+
+def quiet():
+    """Only errors from Ray's libraries, in this process."""
+    for library in ("ray.data", "ray.train"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def count_gpus():

@@ -101,7 +101,7 @@ def pair_images(instance_paths, class_paths, num_pairs, seed):
     def rounds(paths, stream):
         rng = np.random.default_rng((seed, stream))
         while True:
-            yield from (str(paths[i]) for i in rng.permutation(len(paths)))
+            yield from (str(Path(paths[i]).absolute()) for i in rng.permutation(len(paths)))
 
     stream = zip(rounds(instance_paths, 0), rounds(class_paths, 1), strict=True)
     return [
@@ -121,30 +121,33 @@ def _resized(path, resolution):
 def load_image(path, resolution, seed):
     """Resize, crop at random (the same crop for the same `seed`) and normalize one image.
 
-    Returns float32 (3, R, R) in [-1, 1].
+    Returns float32 (3, R, R) in [-1, 1], and a key that tells this crop of this image from others.
     """
-    crop = transforms.Compose([transforms.RandomCrop(resolution), transforms.Normalize([0.5], [0.5])])
+    image = _resized(path, resolution)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return crop(_resized(path, resolution))
+        top, left, height, width = transforms.RandomCrop.get_params(image, (resolution, resolution))
+    crop = transforms.functional.normalize(image[:, top : top + height, left : left + width], [0.5], [0.5])
+    return crop, f"{path}:{top}:{left}"
 
 
 def build_dataset(pairs, resolution, instance_prompt_ids, class_prompt_ids, seed):
     """A Ray Dataset with one row for each of `pairs`, in their order, decoded as it is consumed.
 
-    Columns: instance_image and class_image (3, R, R), instance_prompt_ids and class_prompt_ids (L,).
+    Columns: position; instance_image and class_image (3, R, R); instance_key and class_key, equal for
+    equal crops; instance_prompt_ids and class_prompt_ids (L,).
     """
 
     def load(batch):
-        columns = {}
+        columns = {"position": batch["position"]}
         for half, (kind, prompt_ids) in enumerate({"instance": instance_prompt_ids, "class": class_prompt_ids}.items()):
-            columns[f"{kind}_image"] = np.stack(
-                [
-                    load_image(path, resolution, seed_for(seed, int(position), half))
-                    for path, position in zip(batch[kind], batch["position"], strict=True)
-                ]
-            )
-            columns[f"{kind}_prompt_ids"] = np.tile(prompt_ids, (len(batch["position"]), 1))
+            crops = [
+                load_image(path, resolution, seed_for(seed, int(position), half))
+                for path, position in zip(batch[kind], batch["position"], strict=True)
+            ]
+            columns[f"{kind}_image"] = np.stack([image for image, _ in crops])
+            columns[f"{kind}_key"] = np.array([key for _, key in crops])
+            columns[f"{kind}_prompt_ids"] = np.tile(prompt_ids, (len(crops), 1))
         return columns
 
     blocks = math.ceil(len(pairs) / PAIRS_A_BLOCK)
@@ -152,10 +155,17 @@ def build_dataset(pairs, resolution, instance_prompt_ids, class_prompt_ids, seed
 
 
 def collate(batch):
-    """Stack B rows, a dict of numpy columns, into images (2B, 3, R, R) and prompt_ids (2B, L), instance half first."""
+    """Stack B rows, a dict of numpy columns, instance half first.
+
+    Returns images (2B, 3, R, R), their keys (2B strings), prompt_ids (2B, L), and the pairs' positions
+    in the run (B integers).
+    """
+    both = {name: np.concatenate([batch[f"instance_{name}"], batch[f"class_{name}"]]) for name in ("image", "prompt_ids", "key")}
     return {
-        "images": torch.from_numpy(np.concatenate([batch["instance_image"], batch["class_image"]])),
-        "prompt_ids": torch.from_numpy(np.concatenate([batch["instance_prompt_ids"], batch["class_prompt_ids"]])),
+        "images": torch.from_numpy(both["image"]),
+        "keys": both["key"].tolist(),
+        "prompt_ids": torch.from_numpy(both["prompt_ids"]),
+        "positions": batch["position"].tolist(),
     }
 
 

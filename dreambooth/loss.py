@@ -23,12 +23,28 @@ def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
     raise ValueError(f"prediction type {prediction_type!r}: epsilon and v_prediction are known")
 
 
-def prior_preserving_loss(prediction, target, prior_loss_weight):
+def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):
+    """A weight for each image's squared error that keeps easy timesteps from dominating
+    (Hang et al. 2023, arXiv 2303.09556): min(SNR, gamma) over SNR for epsilon, over SNR + 1 for
+    v_prediction, where SNR = a / (1 - a).
+
+    Shapes: timesteps (2B,), alphas_cumprod (T,). Returns (2B,). Any other prediction type is a ValueError.
+    """
+    a = alphas_cumprod[timesteps]
+    snr = a / (1 - a)
+    divisors = {"epsilon": snr, "v_prediction": snr + 1}
+    if prediction_type not in divisors:
+        raise ValueError(f"prediction type {prediction_type!r}: epsilon and v_prediction are known")
+    return snr.clamp(max=gamma) / divisors[prediction_type]
+
+
+def prior_preserving_loss(prediction, target, prior_loss_weight, weights=None):
     """Mean squared error of the instance half plus `prior_loss_weight` times that of the class half
     (Ruiz et al. 2022, arXiv 2208.12242, eq. 2), in float32.
 
-    Shapes: prediction and target (2B, C, h, w), instance half first. Returns a scalar.
+    Shapes: prediction and target (2B, C, h, w), instance half first; weights (2B,), a factor for each
+    image's error. Returns a scalar.
     """
-    instance_error, class_error = (prediction.float() - target.float()).square().chunk(2)
+    error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # (2B,)
+    instance_error, class_error = (error if weights is None else error * weights).chunk(2)
     return instance_error.mean() + prior_loss_weight * class_error.mean()
-

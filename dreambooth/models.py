@@ -59,22 +59,33 @@ def model_resolution(model_dir):
     return unet["sample_size"] * scale, scale
 
 
-def load_models(model_dir, device):
-    """The frozen VAE, the denoiser (U-Net and text encoder, to be trained) and the noise schedule.
+def load_models(args, device):
+    """The frozen VAE, the denoiser (U-Net and text encoder) and the noise schedule of `args.model_dir`.
 
-    All in float32 on `device`. safetensors are read; a pickle only with weights-only loading, which
-    is what torch does for diffusers and transformers.
+    All in float32 on `device`; what `args` says is trained requires gradients. safetensors are read;
+    a pickle only with weights-only loading, which is what torch does for diffusers and transformers.
     """
-
     quiet()
 
     def load(cls, part):
-        return cls.from_pretrained(model_dir, subfolder=part, dtype=torch.float32)
+        return cls.from_pretrained(args.model_dir, subfolder=part, dtype=torch.float32).to(device)
 
-    vae = load(AutoencoderKL, "vae").to(device).eval().requires_grad_(False)
-    denoiser = Denoiser(load(CLIPTextModel, "text_encoder"), load(UNet2DConditionModel, "unet"))
-    scheduler = DDPMScheduler.from_pretrained(model_dir, subfolder="scheduler")
-    return vae, denoiser.to(device).train().requires_grad_(True), scheduler
+    vae = load(AutoencoderKL, "vae").eval().requires_grad_(False)
+    denoiser = Denoiser(load(CLIPTextModel, "text_encoder"), load(UNet2DConditionModel, "unet")).train()
+    denoiser.unet.to(memory_format=torch.channels_last)
+    if args.use_lora:
+        torch.manual_seed(args.seed)
+        add_lora(denoiser, args.lora_rank)
+    if not args.train_text_encoder:
+        denoiser.text_encoder.requires_grad_(False)
+    if args.gradient_checkpointing:
+        denoiser.unet.enable_gradient_checkpointing()
+        denoiser.text_encoder.gradient_checkpointing_enable()
+    if args.compile:
+        denoiser.unet.compile_repeated_blocks()
+    scheduler = DDPMScheduler.from_pretrained(args.model_dir, subfolder="scheduler")
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    return vae, denoiser, scheduler
 
 
 def load_pipeline(model_dir, lora_weights_dir, lora_scale, device):
@@ -111,6 +122,14 @@ def add_lora(denoiser, rank):
     for part, targets in LORA_TARGETS.items():
         config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
         getattr(denoiser, part).add_adapter(config)
+
+
+def save(denoiser, args):
+    """Write the result of a run to `args.output_dir`."""
+    if args.use_lora:
+        save_lora(denoiser, args.output_dir)
+    else:
+        save_pipeline(denoiser, args.model_dir, args.output_dir)
 
 
 def save_pipeline(denoiser, model_dir, output_dir):

@@ -1,0 +1,69 @@
+"""Images into latents, once, and the random draws of a training step.
+
+The frozen VAE's posterior of an image, a mean and a standard deviation for each latent, does not
+change during a run: it is computed once for each crop. What a step trains on is drawn anew from it
+(no frozen sample), as if the VAE ran at every step.
+
+Letters: B pairs in a batch; R resolution; C, h, w channels, height and width of a latent.
+"""
+
+import torch
+
+from dreambooth.seeds import seed_for
+
+
+@torch.no_grad()
+def encode(vae, images):
+    """Mean and standard deviation of the posterior of `images` (N, 3, R, R), scaled so that latents have
+    about unit variance: (N, 2, C, h, w), float32."""
+    posterior = vae.encode(images).latent_dist
+    return torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor
+
+
+def sample(posteriors, noise):
+    """Latents (N, C, h, w) from `posteriors` (N, 2, C, h, w) and standard normal `noise` (N, C, h, w)."""
+    return posteriors[:, 0] + posteriors[:, 1] * noise
+
+
+def encode_batches(vae, batches, device, live=False):
+    """Replace the images of each of `batches` by their posteriors; returns an iterator of batches on `device`.
+
+    Each crop is encoded once, all of them before this returns, and then the VAE's memory is free for
+    training. With `live`, a batch is encoded when its step needs it, as in the published example.
+    """
+    if live:
+        return (_on_device(batch, encode(vae, batch["images"].to(device)), device) for batch in batches)
+    number_of, parts, rows = {}, [], []  # crop -> its row in the table of posteriors
+    for batch in batches:
+        new = {key: i for i, key in enumerate(batch["keys"]) if key not in number_of}
+        if new:
+            parts.append(encode(vae, batch["images"][list(new.values())].to(device)))
+            number_of.update({key: len(number_of) + n for n, key in enumerate(new)})
+        rows.append((batch, [number_of[key] for key in batch["keys"]]))
+        del batch["images"]
+    table = torch.cat(parts)
+    vae.to("meta")  # it has done its work
+    return (_on_device(batch, table[numbers], device) for batch, numbers in rows)
+
+
+def _on_device(batch, posteriors, device):
+    prompt_ids = batch["prompt_ids"].to(device, non_blocking=True)
+    return {"posteriors": posteriors, "prompt_ids": prompt_ids, "positions": batch["positions"]}
+
+
+def draw(seed, batch, num_timesteps):
+    """The random numbers of one batch: posterior_noise and noise (2B, C, h, w), timesteps (2B,).
+
+    Those of a pair follow from the run's seed and the pair's position in the run alone: so they are
+    the same however pairs are dealt to workers, batches and accumulation, and after a resume.
+    """
+    posteriors = batch["posteriors"]
+    generator = torch.Generator(posteriors.device)
+    normal, timesteps = [], []
+    for position in batch["positions"]:
+        generator.manual_seed(seed_for(seed, position))
+        shape = (2, 2, *posteriors.shape[2:])  # two kinds of noise for each of two images
+        normal.append(torch.randn(shape, generator=generator, device=posteriors.device))
+        timesteps.append(torch.randint(num_timesteps, (2,), generator=generator, device=posteriors.device))
+    posterior_noise, noise = torch.stack(normal, dim=2).flatten(1, 2)  # (2B, C, h, w) each, instance half first
+    return {"posterior_noise": posterior_noise, "noise": noise, "timesteps": torch.stack(timesteps, dim=1).flatten()}

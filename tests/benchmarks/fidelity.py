@@ -1,0 +1,166 @@
+"""Does a tuned pocket model know its subject, and does it still know everything else?
+
+    python tests/benchmarks/fidelity.py --model_dir $ORIG_MODEL_PATH --tuned_model_dir $TUNED_MODEL_DIR
+
+The project's own renderer knows how everything in pocket's world looks, the lego car included, so
+the judge is exact and offline: thousands of rendered pictures with labels, and for each generated
+picture the label of its nearest neighbour among them. Reported, over --num_samples pictures each:
+
+    subject       "photo of unqtkn car"               shows the lego car
+    composition   "photo of unqtkn car in the snow"   shows the lego car, and snow
+    prior         "photo of a car"                    shows a car, and not the lego car
+    diversity     "photo of a car"                    distance between two of them, relative to before
+    others        "photo of a house"                  shows a house
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import generate
+from dreambooth.pocket import render
+
+SNOW, NIGHT = "in the snow", "at night"
+
+
+def features(pictures):
+    """Pictures (N, 64, 64, 3) uint8 as (N, 768) rows: colours at 16 x 16 points, each the mean of 4 x 4 pixels."""
+    points = pictures.reshape(len(pictures), 16, 4, 16, 4, 3).astype(np.float32).mean((2, 4)) / 255
+    return torch.from_numpy(points.reshape(len(pictures), -1))
+
+
+class Judge:
+    """Labels a picture (class, colour, place, subject or not) by its nearest neighbour among renders."""
+
+    def __init__(self, num_world=24_000, num_subject=4_000, seed=1):
+        rng = np.random.default_rng(seed)
+        scenes = [render.sample_scene(rng) for _ in range(num_world)]
+        scenes += [replace(render.LEGO_CAR, place=render.PLACES[i % 5]) for i in range(num_subject)]
+        self.scenes = scenes
+        self.features = features(np.stack([np.asarray(render.render(scene, rng)) for scene in scenes]))
+
+    def __call__(self, pictures):
+        """The scene of each picture's nearest neighbour; pictures (N, 64, 64, 3) uint8."""
+        nearest = torch.cdist(features(pictures), self.features).argmin(1)
+        return [self.scenes[i] for i in nearest.tolist()]
+
+
+def is_subject(scene):
+    return scene.body == render.LEGO_CAR.body
+
+
+def share(scenes, condition):
+    return sum(map(condition, scenes)) / len(scenes)
+
+
+def diversity(pictures):
+    """Mean distance between the features of two of the pictures."""
+    return torch.pdist(features(pictures)).mean().item()
+
+
+def sample(model_dir, prompt, count, args):
+    """`count` pictures of `prompt`, (count, 64, 64, 3) uint8, through generate.py's own painter."""
+    settings = generate.parse_args(
+        ["--model_dir", str(model_dir), "--output_dir", ".", "--guidance_scale", str(args.guidance_scale)]
+        + (["--lora_weights_dir", args.lora_weights_dir] if args.lora_weights_dir and model_dir != args.model_dir else [])
+    )
+    settings.scheduler, settings.num_inference_steps = args.scheduler, args.num_inference_steps
+    painter = generate.Painter(settings)
+    records = [{"prompt": prompt, "seed": args.seed, "index": i} for i in range(count)]
+    batches = [records[i : i + generate.CPU_BATCH] for i in range(0, count, generate.CPU_BATCH)]
+    return np.stack([np.asarray(to_pil_image(p)) for batch in batches for p in painter.draw(batch, 0)])
+
+
+def subject_report(draw, judge, before):
+    """The figures of the docstring for one model; `draw(prompt)` samples it, `before` is the original's
+    pictures of "photo of a car"."""
+    cars, token = draw("photo of a car"), "photo of unqtkn car"
+    judged = judge(cars)
+    return {
+        "subject": share(judge(draw(token)), is_subject),
+        "composition": np.mean(
+            [
+                share(judge(draw(f"{token} {place}")), lambda s, place=place: is_subject(s) and s.place == place)
+                for place in (SNOW, NIGHT)
+            ]
+        ),
+        "prior": share(judged, lambda s: s.kind == "car" and not is_subject(s)),
+        "diversity": diversity(cars) / diversity(before),
+        "others": share(judge(draw("photo of a house")), lambda s: s.kind == "house"),
+    }
+
+
+def world_report(draw, judge):
+    """How often a picture shows what its caption says: class, place and colour, for the original model."""
+    right = {"class": [], "place": [], "colour": []}
+    for kind in render.CLASSES:
+        for place in render.PLACES:
+            colour = list(render.COLOURS)[(len(right["class"]) * 2) % len(render.COLOURS)]
+            scenes = judge(draw(f"photo of {'an' if colour == 'orange' else 'a'} {colour} {kind} {place}"))
+            right["class"].append(share(scenes, lambda s, kind=kind: s.kind == kind))
+            right["place"].append(share(scenes, lambda s, place=place: s.place == place))
+            right["colour"].append(share(scenes, lambda s, colour=colour: s.colour == colour))
+    return {name: float(np.mean(values)) for name, values in right.items()}
+
+
+def judge_accuracy(judge, count=1000):
+    """The judge on renders that it has not seen: the most that any model could reach."""
+    rng = np.random.default_rng(99)
+    scenes = [render.sample_scene(rng) for _ in range(count // 2)]
+    scenes += [replace(render.LEGO_CAR, place=render.PLACES[i % 5]) for i in range(count // 2)]
+    found = judge(np.stack([np.asarray(render.render(scene, rng)) for scene in scenes]))
+    pairs = list(zip(scenes, found, strict=True))
+    tests = {
+        "class": lambda a, b: a.kind == b.kind, "place": lambda a, b: a.place == b.place,
+        "colour": lambda a, b: a.colour == b.colour, "subject": lambda a, b: is_subject(a) == is_subject(b),
+    }  # fmt: skip
+    return {name: np.mean([test(a, b) for a, b in pairs]) for name, test in tests.items()}
+
+
+def print_row(name, figures):
+    print(f"{name:>10}  " + "  ".join(f"{key} {value:.2f}" for key, value in figures.items()), flush=True)
+
+
+def main(args):
+    judge = Judge()
+    print_row("judge", judge_accuracy(judge))
+    original = {}
+
+    def draw_original(prompt):
+        if prompt not in original:
+            original[prompt] = sample(args.model_dir, prompt, args.num_samples, args)
+        return original[prompt]
+
+    if args.world:
+        args.num_samples, kept = 8, args.num_samples
+        print_row("world", world_report(draw_original, judge))
+        args.num_samples = kept
+        original.clear()
+    before = draw_original("photo of a car")
+    print_row("original", subject_report(draw_original, judge, before))
+    if args.tuned_model_dir or args.lora_weights_dir:
+        tuned = Path(args.tuned_model_dir or args.model_dir)
+        figures = subject_report(lambda prompt: sample(tuned, prompt, args.num_samples, args), judge, before)
+        print_row("tuned", figures)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", required=True, help="the original pocket model")
+    parser.add_argument("--tuned_model_dir", help="the tuned one")
+    parser.add_argument("--lora_weights_dir", help="a LoRA on the original, instead of a tuned model")
+    parser.add_argument("--num_samples", type=int, default=64, help="pictures a prompt (default: %(default)s)")
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="default: %(default)s")
+    parser.add_argument("--scheduler", choices=["dpm", "model"], default="dpm", help="default: %(default)s")
+    parser.add_argument("--guidance_scale", type=float, default=4.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures (default: %(default)s)")
+    parser.add_argument("--world", action="store_true", help="also report how well the original knows its world")
+    main(parser.parse_args())

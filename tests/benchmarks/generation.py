@@ -1,0 +1,94 @@
+"""Pictures a second: generate.py's painter against the plain loop of the published example.
+
+    python tests/benchmarks/generation.py --model_dir $ORIG_MODEL_PATH
+
+The plain loop calls the pipeline for one picture at a time, with 50 steps of the model's own
+scheduler. Both sides alternate in one process, so a busy machine slows them alike; the ratios are
+what counts. The last line is what a second run costs that finds every picture made.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import generate
+from dreambooth import checks, models
+
+PROMPT = "photo of a car"
+
+
+def plain_loop(model_dir, count, steps):
+    """Returns a function that makes `count` pictures as the published example does."""
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.float16 if on_gpu else torch.float32
+    pipeline = StableDiffusionPipeline.from_pretrained(model_dir, dtype=dtype, safety_checker=None)
+    pipeline = pipeline.to("cuda" if on_gpu else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run(folder):
+        for i in range(count):
+            pipeline(PROMPT, num_inference_steps=steps, guidance_scale=7.5).images[0].save(f"{folder}/{i}.png")
+
+    return run
+
+
+def ours(model_dir, count, *flags):
+    """Returns a function that makes `count` pictures with generate.py's painter."""
+    args = generate.parse_args(
+        ["--model_dir", model_dir, "--output_dir", ".", "--prompts", PROMPT, "--num_samples_per_prompt", str(count), *flags]
+    )
+    painter, planned = generate.Painter(args), generate.plan(args)
+
+    def run(folder):
+        painter.folder = Path(folder)
+        for start in range(0, count, args.batch_size):
+            painter.paint(planned[start : start + args.batch_size])
+
+    return run
+
+
+def seconds(run):
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        run(folder)
+        return time.perf_counter() - start
+
+
+def main(args):
+    models.quiet()
+    torch.set_num_threads(checks.cores())
+    few, many = args.num_pictures // 4, args.num_pictures
+    sides = {
+        "plain loop, 50 steps of the model's scheduler": (few, plain_loop(args.model_dir, few, 50)),
+        "ours, 50 steps of the model's scheduler": (
+            many,
+            ours(args.model_dir, many, "--scheduler", "model", "--num_inference_steps", "50"),
+        ),
+        "ours, defaults (25 steps of DPM-Solver++)": (many, ours(args.model_dir, many)),
+    }
+    rates = {name: [] for name in sides}
+    for turn in range(args.turns + 1):
+        for name, (count, run) in sides.items():
+            rate = count / seconds(run)
+            if turn:  # the first turn warms up
+                rates[name].append(rate)
+    plain = statistics.median(next(iter(rates.values())))
+    for name, values in rates.items():
+        middle = statistics.median(values)
+        print(f"{name:48} {middle:7.3f} pictures/s  {middle / plain:6.2f} x")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", required=True, help="a pipeline directory")
+    parser.add_argument("--num_pictures", type=int, default=16, help="pictures a turn; the plain loop makes a quarter")
+    parser.add_argument("--turns", type=int, default=3, help="turns measured, after one that warms up")
+    main(parser.parse_args())

@@ -1,0 +1,143 @@
+"""What the tests share: a model with random weights, small photos, one Ray, and the scripts as commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = str(ROOT)  # for Ray's workers, which unpickle this project's classes
+os.environ.pop("RAY_ADDRESS", None)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import ray  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import train  # noqa: E402
+from dreambooth import models  # noqa: E402
+from dreambooth.cluster import start_ray  # noqa: E402
+from dreambooth.pocket import pretrain, render  # noqa: E402
+
+INSTANCE_PROMPT, CLASS_PROMPT = "photo of unqtkn car", "photo of a car"
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A pipeline directory of the pocket model's architecture with random weights, float16, 13 MB."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = pretrain.build_tokenizer(folder / "words")
+    torch.manual_seed(0)
+    pretrain.export(tokenizer, *pretrain.new_models(len(tokenizer)), folder / "pipeline")
+    return folder / "pipeline"
+
+
+def draw_photos(folder, count, seed, size=64, aspect=1.0):
+    """Write `count` drawings of random scenes, `size` pixels high, as PNG."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        render.render(render.sample_scene(rng), rng, size, aspect).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def instance_dir(tmp_path_factory):
+    """Five photos in landscape format."""
+    return draw_photos(tmp_path_factory.mktemp("photos") / "instance", 5, seed=1, aspect=1.25)
+
+
+@pytest.fixture(scope="session")
+def class_dir(tmp_path_factory):
+    """Four pictures of the class."""
+    return draw_photos(tmp_path_factory.mktemp("photos") / "class", 4, seed=2)
+
+
+@pytest.fixture
+def flat_image(tmp_path):
+    """Write a picture of one colour: flat_image("a.png", (255, 0, 0)) returns its path."""
+
+    def write(name, colour, size=(64, 64), mode="RGB", folder=tmp_path):
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, size, colour).save(folder / name)
+        return folder / name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def train_argv(model_dir, instance_dir, class_dir):
+    """The arguments of train.py: train_argv(output_dir, lr=1e-3, use_lora=True) as a list of words."""
+
+    def argv(output_dir, **changes):
+        values = {
+            "model_dir": model_dir, "output_dir": output_dir,
+            "instance_images_dir": instance_dir, "instance_prompt": INSTANCE_PROMPT,
+            "class_images_dir": class_dir, "class_prompt": CLASS_PROMPT,
+            "num_workers": 1, "max_train_steps": 3, **changes,
+        }  # fmt: skip
+        return to_argv(values)
+
+    return argv
+
+
+@pytest.fixture(scope="session")
+def load_models(train_argv, model_dir):
+    """VAE, denoiser and noise schedule as a worker of train.py loads them: load_models(use_lora=True)."""
+
+    def load(folder=model_dir, **changes):
+        return models.load_models(train.parse_args(train_argv("out", model_dir=folder, **changes)), "cpu")
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def generate_argv(model_dir):
+    """The arguments of generate.py, one prompt, two steps of the sampler: generate_argv(output_dir, seed=1)."""
+
+    def argv(output_dir, **changes):
+        values = {"model_dir": model_dir, "output_dir": output_dir, "prompts": [CLASS_PROMPT], "num_inference_steps": 2}
+        return to_argv({**values, **changes})
+
+    return argv
+
+
+def to_argv(values):
+    """{"seed": 1, "use_lora": True, "prompts": [a, b]} as words of a command line."""
+    words = []
+    for name, value in values.items():
+        if value is True:
+            words += [f"--{name.replace('no_', 'no-', 1)}"]
+        elif value is not False:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Run a script as a user does: run_script("train.py", "--lr", 1, RAY_ADDRESS="...")."""
+
+    def run(script, *words, **env):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, words)],
+            cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ray_address():
+    """One Ray with two cores for all tests that use it in this process; its address for those that don't."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_ray()  # settings of Ray Data
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()

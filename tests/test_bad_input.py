@@ -1,0 +1,417 @@
+"""What a user can get wrong: one clear line, exit code 2, before any model is loaded, nothing written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import cache_model
+import download_example_dataset
+import generate
+import train
+from dreambooth import checks
+from dreambooth.checks import UserError
+
+
+@pytest.fixture
+def folder_of(tmp_path, flat_image):
+    """Make a folder with one good picture and what is given: folder_of(lambda folder: ...)."""
+
+    def make(spoil, good=True):
+        folder = tmp_path / "given"
+        folder.mkdir()
+        if good:
+            flat_image("good.png", (1, 2, 3), folder=folder)
+        spoil(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def refusal(train_argv, tmp_path):
+    """The one line with which train.py refuses the given arguments; nothing is written."""
+
+    def refuse(**changes):
+        out = tmp_path / "deep" / "out"
+        with pytest.raises(UserError) as error:
+            train.check_args(train.parse_args(train_argv(changes.pop("output_dir", out), **changes)))
+        message = str(error.value)
+        assert "\n" not in message
+        assert not out.parent.exists()
+        return message
+
+    return refuse
+
+
+FOLDERS = ["instance_images_dir", "class_images_dir"]
+
+
+@pytest.mark.parametrize("which", FOLDERS)
+def test_missing_image_folder(refusal, tmp_path, which):
+    message = refusal(**{which: tmp_path / "nowhere"})
+    assert str(tmp_path / "nowhere") in message
+    assert "no such folder" in message
+
+
+@pytest.mark.parametrize("which", FOLDERS)
+def test_empty_image_folder(refusal, folder_of, which):
+    folder = folder_of(lambda folder: None, good=False)
+    assert f"{folder}: no images there" in refusal(**{which: folder})
+
+
+def test_folder_of_junk(refusal, folder_of):
+    def spoil(folder):
+        for name in (".DS_Store", "Thumbs.db", "notes.txt", "._a.png"):
+            (folder / name).write_text("junk")
+        (folder / ".ipynb_checkpoints").mkdir()
+
+    assert "no images there" in refusal(instance_images_dir=folder_of(spoil, good=False))
+
+
+def test_junk_beside_photos_is_no_fault(train_argv, folder_of, tmp_path):
+    def spoil(folder):
+        for name in (".DS_Store", "Thumbs.db"):
+            (folder / name).write_text("junk")
+        (folder / ".ipynb_checkpoints").mkdir()
+
+    argv = train_argv(tmp_path / "out", instance_images_dir=folder_of(spoil))
+    _, instance_paths, class_paths = train.check_args(train.parse_args(argv))
+    assert [p.name for p in instance_paths] == ["good.png"]
+    assert len(class_paths) == 4
+
+
+@pytest.mark.parametrize("which", FOLDERS)
+def test_truncated_image(refusal, folder_of, class_dir, which):
+    def spoil(folder):
+        (folder / "cut.png").write_bytes((class_dir / "0.png").read_bytes()[:-500])
+
+    message = refusal(**{which: folder_of(spoil)})
+    assert "cut.png" in message
+    assert "truncated" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"])
+def test_unreadable_image(refusal, folder_of, content):
+    folder = folder_of(lambda folder: (folder / "odd.jpg").write_bytes(content))
+    message = refusal(instance_images_dir=folder)
+    assert "odd.jpg" in message
+    assert "unreadable" in message
+
+
+def test_image_bomb(refusal, folder_of, flat_image, monkeypatch):
+    """Pillow refuses pictures of hundreds of megapixels; here the limit is lowered instead."""
+    folder = folder_of(lambda folder: flat_image("vast.png", 0, size=(400, 400), folder=folder))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    assert "vast.png" in refusal(instance_images_dir=folder)
+
+
+def test_image_too_small(refusal, folder_of, flat_image, train_argv, tmp_path):
+    folder = folder_of(lambda folder: flat_image("icon.png", 0, size=(15, 300), folder=folder))
+    message = refusal(class_images_dir=folder)
+    assert "icon.png: 15 x 300 pixels are too small to train at 64" in message
+    flat_image("icon.png", 0, size=(16, 300), folder=folder)  # a quarter of the resolution is enough
+    train.check_args(train.parse_args(train_argv(tmp_path / "out", class_images_dir=folder)))
+
+
+def test_unreadable_format(refusal, folder_of):
+    folder = folder_of(lambda folder: (folder / "IMG_0001.HEIC").write_bytes(b"ftypheic"))
+    message = refusal(instance_images_dir=folder)
+    assert "IMG_0001.HEIC" in message
+    assert ".jpg" in message
+
+
+def test_model_dir_that_does_not_exist(refusal, tmp_path):
+    message = refusal(model_dir=tmp_path / "nowhere")
+    assert "--model_dir" in message
+    assert "cache_model.py" in message
+
+
+@pytest.fixture
+def model_without(model_dir, tmp_path):
+    """A copy of the model without one file or folder."""
+
+    def copy(missing):
+        folder = tmp_path / "model"
+        shutil.copytree(model_dir, folder)
+        shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
+        return folder
+
+    return copy
+
+
+PARTS = ["model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler"]
+FILES = [
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "scheduler/scheduler_config.json",
+]
+
+
+@pytest.mark.parametrize("missing", PARTS)
+def test_model_dir_without_a_part(refusal, model_without, missing):
+    assert f"{missing} is missing" in refusal(model_dir=model_without(missing))
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_model_dir_with_half_a_part(refusal, model_without, missing):
+    """An interrupted copy: the folder is there, its file is not."""
+    assert missing.partition("/")[0] in refusal(model_dir=model_without(missing))
+
+
+def test_equal_prompts(refusal):
+    assert "equal" in refusal(instance_prompt="photo of a car", class_prompt="photo of a car")
+
+
+@pytest.mark.parametrize("which", ["instance_prompt", "class_prompt"])
+def test_prompt_too_long(refusal, which):
+    """The pocket model takes 48 tokens, two of them the marks of beginning and end."""
+    message = refusal(**{which: "photo of a car " + "on the beach " * 14 + "at night"})
+    assert "too long" in message
+    assert "takes 48" in message
+    assert "'at night' would be cut" in message
+
+
+def test_prompt_of_the_greatest_length(train_argv, tmp_path):
+    train.check_args(train.parse_args(train_argv(tmp_path / "out", class_prompt="photo of a car " + "on the " * 21)))
+
+
+SIZES = ["num_workers", "train_batch_size", "num_epochs", "max_train_steps", "lora_rank", "log_every", "resolution"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_below_one(refusal, name, value):
+    message = refusal(**{name: value})
+    assert f"--{name} {'is ' if name != 'resolution' else ''}{value}" in message
+
+
+@pytest.mark.parametrize("name", ["lr", "prior_loss_weight", "max_grad_norm", "seed"])
+def test_negative_numbers(refusal, name):
+    assert f"--{name} is -1" in refusal(**{name: -1})
+
+
+@pytest.mark.parametrize("name", ["lr", "prior_loss_weight", "max_grad_norm"])
+def test_numbers_that_are_none(refusal, name):
+    assert f"--{name}" in refusal(**{name: "nan"})
+
+
+def test_resolution_that_the_model_does_not_take(refusal):
+    assert "multiples of 4" in refusal(resolution=66)
+
+
+def test_more_workers_than_the_cluster_has():
+    """Said at once with the numbers: Ray would wait for ever."""
+    checks.check_gpus(4, 4, 16)
+    checks.check_gpus(2, 0, 2)
+    with pytest.raises(UserError, match="--num_workers 5: the cluster has 4 GPUs,.* give --num_workers 4 or less"):
+        checks.check_gpus(5, 4, 16)
+    with pytest.raises(UserError, match="the cluster has 1 GPU,"):
+        checks.check_gpus(2, 1, 16)
+    with pytest.raises(UserError, match="the cluster has 2 CPU cores,"):
+        checks.check_gpus(3, 0, 2)
+
+
+@pytest.mark.parametrize("script", [train, generate])
+def test_output_folder_that_cannot_be_written(script, train_argv, generate_argv, tmp_path):
+    """Below a file, a file itself, or where the system keeps its own (these tests may run as root)."""
+    argv = train_argv if script is train else generate_argv
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file" / "below", tmp_path / "file", Path("/proc/here")):
+        with pytest.raises(UserError, match=f"--output_dir {out} ") as error:
+            script.check_args(script.parse_args(argv(out)))
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_output_folder_with_files_of_others(refusal, folder_of):
+    folder = folder_of(lambda folder: (folder / "thesis.tex").write_text("years"))
+    assert "holds other files" in refusal(output_dir=folder)
+    assert sorted(f.name for f in folder.iterdir()) == ["good.png", "thesis.tex"]
+
+
+GENERATE = [
+    ({"prompts": False}, "no prompt"),
+    ({"prompts": ["a car", "a car"]}, "given twice"),
+    ({"prompts": ["on the beach " * 20]}, "would be cut"),
+    ({"prompts_file": "/nowhere.txt"}, "/nowhere.txt"),
+    ({"model_dir": "/nowhere"}, "--model_dir /nowhere"),
+    ({"lora_weights_dir": "/nowhere"}, "--lora_weights_dir /nowhere"),
+    ({"num_samples_per_prompt": 0}, "--num_samples_per_prompt is 0"),
+    ({"num_inference_steps": 0}, "--num_inference_steps is 0"),
+    ({"num_workers": 0}, "--num_workers is 0"),
+    ({"batch_size": -1}, "--batch_size is -1"),
+    ({"seed": -1}, "--seed is -1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), GENERATE)
+def test_generate_refuses(generate_argv, tmp_path, changes, words):
+    with pytest.raises(UserError) as error:
+        generate.main(generate.parse_args(generate_argv(tmp_path / "out", **changes)))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_one_line(result, *words):
+    """Exit code 2, and on stderr one line that begins with "error:" and holds the words."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    for word in words:
+        assert word in result.stderr
+
+
+def test_train_as_a_command(run_script, train_argv, tmp_path):
+    """The tokenizer library's own warning of a long prompt must not come beside the line."""
+    argv = train_argv(tmp_path / "out", instance_prompt="photo of unqtkn car " + "on the beach " * 20)
+    result = run_script("train.py", *argv)
+    assert_one_line(result, "too long", "would be cut")
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_workers_than_cores_as_a_command(run_script, train_argv, tmp_path, ray_address):
+    result = run_script("train.py", *train_argv(tmp_path / "out", num_workers=50), RAY_ADDRESS=ray_address)
+    assert_one_line(result, "--num_workers 50", "2 CPU cores")
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_as_a_command(run_script, generate_argv, tmp_path):
+    result = run_script("generate.py", *generate_argv(tmp_path / "out", model_dir=tmp_path / "nowhere"))
+    assert_one_line(result, "--model_dir", "cache_model.py")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["offline", "no answer"])
+def test_no_network_for_the_model(run_script, tmp_path, how):
+    """Told to be offline, and with a Hub that does not answer (a closed port of this machine)."""
+    env = {"HF_HUB_OFFLINE": "1"} if how == "offline" else {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    argv = ["--model_dir", tmp_path / "model", "--model_name", "CompVis/stable-diffusion-v1-4"]
+    result = run_script("cache_model.py", *argv, **env)
+    assert_one_line(result, "network", "--model_name pocket")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("how", ["offline", "no answer"])
+def test_no_network_for_the_photos(run_script, tmp_path, how):
+    env = {"HF_HUB_OFFLINE": "1"} if how == "offline" else {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    result = run_script("download_example_dataset.py", tmp_path / "dog", **env)
+    assert_one_line(result, "network", "images/lego-car")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["two words", "a/b/c", "-x"])
+def test_model_name_that_is_none(tmp_path, name):
+    args = cache_model.parse_args(["--model_dir", str(tmp_path / "model"), f"--model_name={name}"])
+    with pytest.raises(UserError):
+        cache_model.main(args)
+
+
+def test_unwritable_folders_in_steps_one_and_two(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="--model_dir"):
+        cache_model.main(cache_model.parse_args(["--model_dir", str(tmp_path / "file" / "below")]))
+    with pytest.raises(UserError, match="DIR"):
+        download_example_dataset.main(download_example_dataset.parse_args([str(tmp_path / "file" / "below")]))
+
+
+def test_incomplete_model_folder_is_fetched_again(tmp_path, model_without):
+    """Only a whole pipeline counts as fetched."""
+    assert not cache_model.is_whole(model_without("unet/diffusion_pytorch_model.safetensors"))
+    shutil.rmtree(tmp_path / "model")
+    assert not cache_model.is_whole(model_without("vae"))
+
+
+def test_pocket_needs_no_network_and_is_copied_once(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache_model, "POCKET_DIR", model_dir)
+    args = cache_model.parse_args(["--model_dir", str(tmp_path / "hub"), "--model_name", "pocket", "--revision", "v1"])
+    for _ in range(2):
+        cache_model.main(args)
+        snapshot = Path(capsys.readouterr().out.strip())
+        assert snapshot == tmp_path / "hub" / "models--pocket" / "snapshots" / "v1"
+        checks.check_model_dir(snapshot)
+        (snapshot / "mark").touch()  # what is whole is not written again
+    assert (snapshot / "mark").exists()
+    (snapshot / "unet" / "config.json").unlink()
+    cache_model.main(args)
+    assert (snapshot / "unet" / "config.json").exists()
+
+
+def test_only_what_a_pipeline_needs_is_fetched():
+    """Names as in CompVis/stable-diffusion-v1-4, and a revision without safetensors."""
+    names = [
+        "model_index.json", "README.md", "sd-v1-4.ckpt", "tokenizer/vocab.json", "tokenizer/merges.txt",
+        "text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin", "safety_checker/model.safetensors", "safety_checker/config.json",
+        "unet/config.json", "unet/diffusion_pytorch_model.bin", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_flax_model.msgpack",
+        "scheduler/scheduler_config.json",
+    ]  # fmt: skip
+    assert sorted(cache_model.files_to_fetch(names)) == sorted([
+        "model_index.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.bin", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json",
+    ])  # fmt: skip
+    with pytest.raises(UserError, match="unet"):
+        cache_model.files_to_fetch([name for name in names if not name.startswith("unet")])
+
+
+def test_user_error_is_a_line_and_other_errors_keep_their_trace(capsys):
+    def fail(error):
+        raise error
+
+    with pytest.raises(SystemExit) as exit_of_user:
+        checks.run_main(fail, UserError("a.png: gone"))
+    assert exit_of_user.value.code == 2
+    assert capsys.readouterr().err == "error: a.png: gone\n"
+    with pytest.raises(ZeroDivisionError):
+        checks.run_main(fail, ZeroDivisionError())
+    with pytest.raises(SystemExit) as exit_of_interrupt:
+        checks.run_main(fail, KeyboardInterrupt())
+    assert exit_of_interrupt.value.code == 130
+
+
+# train.py, with a picture that is cut off after the check and before the training.
+SPOILED = """
+import train
+from pathlib import Path
+check = train.check_args
+def check_then_cut(args):
+    found = check(args)
+    found[1][0].write_bytes(found[1][0].read_bytes()[:-500])
+    return found
+train.check_args = check_then_cut
+train.checks.run_main(train.main, train.parse_args())
+"""
+
+
+def test_training_that_diverges_is_told_in_one_line(run_script, train_argv, tmp_path, ray_address):
+    """It arises in the worker itself: a loss that is not finite."""
+    result = run_script("train.py", *train_argv(tmp_path / "out", lr=1e30), RAY_ADDRESS=ray_address)
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: the loss is ")
+    assert "--lr" in last
+    assert "Traceback" not in result.stderr + result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_image_damaged_during_the_run_is_told_in_one_line(run_script, train_argv, tmp_path, ray_address, class_dir):
+    """It arises in a task of Ray Data on behalf of a worker: still a line with its name, no result."""
+    (tmp_path / "spoiled.py").write_text(SPOILED)
+    shutil.copytree(class_dir, tmp_path / "photos")
+    argv = train_argv(tmp_path / "out", instance_images_dir=tmp_path / "photos")
+    result = run_script(tmp_path / "spoiled.py", *argv, RAY_ADDRESS=ray_address)
+    assert result.returncode == 2, result.stderr
+    assert "0.png: unreadable or truncated image" in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr + result.stdout
+    assert not (tmp_path / "out").exists()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["photos", "spoiled.py"]

@@ -1,0 +1,249 @@
+"""What is frozen, what trains and in which precision; models into directories and back."""
+
+import os
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dreambooth import models
+from dreambooth.checks import UserError
+from dreambooth.seeds import seed_for
+
+
+@pytest.fixture
+def loaded(load_models):
+    return load_models()
+
+
+def predict(unet, text_encoder):
+    """What the two say about fixed latents and words."""
+    generator = torch.Generator().manual_seed(0)
+    latents, ids = torch.randn(2, 4, 16, 16, generator=generator), torch.randint(0, 500, (2, 48), generator=generator)
+    with torch.no_grad():
+        return unet(latents, torch.tensor([10, 900]), text_encoder(ids)[0]).sample
+
+
+def test_full_training_trains_unet_and_text_encoder_in_float32(loaded):
+    vae, denoiser, scheduler = loaded
+    assert {p.dtype for m in (vae, denoiser) for p in m.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in vae.parameters())
+    assert not vae.training
+    assert all(p.requires_grad for p in denoiser.parameters())
+    assert denoiser.training
+    for part in (denoiser.unet, denoiser.text_encoder):
+        assert sum(p.numel() for p in part.parameters()) > 300_000
+    assert scheduler.alphas_cumprod.dtype == torch.float32
+
+
+def test_float32_weights_learn_where_bfloat16_weights_stand_still(loaded):
+    """Fault 1 of the original: weights and optimizer in bfloat16 at a learning rate of 5e-6, where a
+    step moves only weights smaller than about 0.002. 50 steps with the same random gradients in the
+    model's precision and in that of the original: all weights learn, or hardly any."""
+    _, denoiser, _ = loaded
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = denoiser.unet.down_blocks[0], denoiser.text_encoder.encoder.layers[0]
+        start = [p.detach() for part in parts for p in part.parameters()]
+        assert {p.dtype for p in start} == {torch.float32}
+        start = [p.to(dtype) for p in start]
+        weights = [p.clone().requires_grad_() for p in start]
+        optimizer, generator = torch.optim.AdamW(weights, lr=5e-6), torch.Generator().manual_seed(0)
+        for _ in range(50):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+            optimizer.step()
+        changed = sum((a != b).sum().item() for a, b in zip(weights, start, strict=True))
+        moved[dtype] = changed / sum(p.numel() for p in weights)
+    assert moved[torch.float32] > 0.99
+    assert moved[torch.bfloat16] < 0.2
+
+
+def test_lora_trains_low_rank_matrices_on_both_and_nothing_else(loaded, load_models):
+    _, denoiser, _ = loaded
+    before = {name: p.clone() for name, p in denoiser.named_parameters()}
+    prediction = predict(denoiser.unet, denoiser.text_encoder)
+    vae, denoiser, _ = load_models(use_lora=True, lora_rank=3)
+    assert not any(p.requires_grad for p in vae.parameters())
+    trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {min(p.shape) for p in trained.values()} == {3}
+    for part, targets in models.LORA_TARGETS.items():
+        for target in targets:
+            assert any(name.startswith(part) and f".{target}.lora_B" in name for name in trained)
+    frozen = {name.replace(".base_layer", ""): p for name, p in denoiser.named_parameters() if name not in trained}
+    assert frozen.keys() == before.keys()
+    assert all(torch.equal(frozen[name], p) for name, p in before.items())
+    # At the start the LoRA adds nothing, as its second matrices are zero.
+    torch.testing.assert_close(predict(denoiser.unet, denoiser.text_encoder), prediction, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_text_encoder_can_be_left_as_it_is(load_models, use_lora):
+    _, denoiser, _ = load_models(use_lora=use_lora, no_train_text_encoder=True)
+    assert not any(p.requires_grad for p in denoiser.text_encoder.parameters())
+    assert any(p.requires_grad for p in denoiser.unet.parameters())
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(load_models, use_lora):
+    """Nor does it lose that of a LoRA behind frozen layers."""
+    gradients = []
+    for checkpointing in (False, True):
+        _, denoiser, _ = load_models(use_lora=use_lora, gradient_checkpointing=checkpointing)
+        torch.manual_seed(0)
+        for name, p in denoiser.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1)
+        generator = torch.Generator().manual_seed(0)
+        x, ids = torch.randn(2, 4, 16, 16, generator=generator), torch.randint(0, 500, (2, 48), generator=generator)
+        denoiser(x, torch.tensor([10, 900]), ids).square().mean().backward()
+        gradients.append({name: p.grad for name, p in denoiser.named_parameters() if p.requires_grad})
+    plain, checkpointed = gradients
+    for name, gradient in plain.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_saved_pipeline_loads_bit_for_bit(loaded, load_models, model_dir, tmp_path):
+    vae, denoiser, _ = loaded
+    generator = torch.Generator().manual_seed(1)
+    for p in denoiser.parameters():
+        p.data += 1e-5 * torch.randn(p.shape, generator=generator)
+    models.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
+    vae_again, denoiser_again, _ = load_models(tmp_path / "tuned")
+    for module, again in ((vae, vae_again), (denoiser, denoiser_again)):
+        assert module.state_dict().keys() == again.state_dict().keys()
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in module.state_dict().items())
+    for file in ("scheduler/scheduler_config.json", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "tuned" / file).read_bytes().strip() == (model_dir / file).read_bytes().strip()
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "tuned")
+    assert pipeline.safety_checker is None
+    found, expected = (predict(m.unet, m.text_encoder) for m in (pipeline, denoiser))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # another memory format, other roundings
+    assert os.listdir(tmp_path) == ["tuned"]
+
+
+def test_saved_lora_does_in_a_fresh_pipeline_what_it_did_in_training(loaded, model_dir, tmp_path):
+    """Also fault 12 of the original, whose LoRA was built by hand on private API that is gone."""
+    _, denoiser, _ = loaded
+    untouched = predict(denoiser.unet, denoiser.text_encoder)
+    models.add_lora(denoiser, rank=4)
+    torch.manual_seed(0)
+    for name, p in denoiser.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    trained = predict(denoiser.unet, denoiser.text_encoder)
+    models.save_lora(denoiser, tmp_path / "lora")
+    assert os.listdir(tmp_path / "lora") == [models.LORA_FILE]
+    pipeline = StableDiffusionPipeline.from_pretrained(model_dir, dtype=torch.float32)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    again = predict(pipeline.unet, pipeline.text_encoder)
+    torch.testing.assert_close(again, trained, rtol=0, atol=1e-5)
+    assert (again - untouched).abs().max() > 0.01
+    # Both parts are in it: each without its own LoRA says something else.
+    pipeline.text_encoder.disable_adapters()
+    assert (predict(pipeline.unet, pipeline.text_encoder) - trained).abs().max() > 1e-3
+
+
+def test_loaded_pipeline_has_no_safety_checker_and_takes_a_lora(loaded, model_dir, tmp_path):
+    _, denoiser, _ = loaded
+    models.add_lora(denoiser, rank=2)
+    for name, p in denoiser.named_parameters():
+        if "lora_B" in name:
+            p.data.fill_(0.05)
+    models.save_lora(denoiser, tmp_path / "lora")
+    said = {}
+    for scale in (0.0, 0.5, 1.0):
+        pipeline = models.load_pipeline(model_dir, tmp_path / "lora", scale, "cpu")
+        assert pipeline.safety_checker is None
+        said[scale] = predict(pipeline.unet, pipeline.text_encoder)
+    plain = models.load_pipeline(model_dir, None, 1.0, "cpu")
+    torch.testing.assert_close(said[0.0], predict(plain.unet, plain.text_encoder), rtol=0, atol=1e-5)
+    torch.testing.assert_close(said[1.0], predict(denoiser.unet, denoiser.text_encoder), rtol=0, atol=1e-5)
+    distance = {scale: (s - said[0.0]).norm() for scale, s in said.items()}
+    assert 0 < distance[0.5] < distance[1.0]
+
+
+def write_one(folder):
+    (folder / "model_index.json").write_text("new")
+
+
+def test_result_replaces_the_earlier_one_whole(tmp_path):
+    out = tmp_path / "deep" / "tuned"
+    models.replace_dir(out, lambda folder: (folder / "a").write_text("old"))
+    models.replace_dir(out, write_one)
+    assert os.listdir(out) == ["model_index.json"]
+    assert os.listdir(tmp_path / "deep") == ["tuned"]
+
+
+def test_failed_save_leaves_the_earlier_result_untouched(tmp_path):
+    models.replace_dir(tmp_path / "tuned", lambda folder: (folder / "model_index.json").write_text("old"))
+
+    def write(folder):
+        write_one(folder)
+        raise OSError("disk full")
+
+    for name in ("tuned", "first"):
+        with pytest.raises(OSError, match="disk full"):
+            models.replace_dir(tmp_path / name, write)
+    assert (tmp_path / "tuned" / "model_index.json").read_text() == "old"
+    assert not (tmp_path / "first").exists()
+    models.replace_dir(tmp_path / "tuned", write_one)  # what the failure left is in nobody's way
+    assert (tmp_path / "tuned" / "model_index.json").read_text() == "new"
+
+
+def test_save_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+    """A crash after the first rename: the earlier result is whole under a name next to its own."""
+    models.replace_dir(tmp_path / "tuned", lambda folder: (folder / "model_index.json").write_text("old"))
+    rename, calls = os.rename, []
+
+    def crash_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", crash_second)
+    with pytest.raises(KeyboardInterrupt):
+        models.replace_dir(tmp_path / "tuned", write_one)
+    assert "old" in [file.read_text() for file in tmp_path.rglob("model_index.json")]
+
+
+def test_folders_with_other_files_are_not_replaced(tmp_path):
+    models.check_replaceable(tmp_path / "new")
+    models.check_replaceable(tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        models.check_replaceable(tmp_path)
+    for mark in ("model_index.json", models.LORA_FILE):
+        (tmp_path / "earlier").mkdir(exist_ok=True)
+        (tmp_path / "earlier" / mark).write_text("")
+        models.check_replaceable(tmp_path / "earlier")
+        (tmp_path / "earlier" / mark).unlink()
+
+
+def test_what_a_user_caused_in_a_worker_is_one_line():
+    """Ray wraps a worker's error in its stack trace; a fault of ours keeps it."""
+    wrapped = "UserDefinedError: ray::map()\n  File x.py\ndreambooth.checks.UserError: a.png: truncated image\n\nmore"
+    told = models.explain(SimpleNamespace(worker_failures={0: RuntimeError(wrapped)}))
+    assert isinstance(told, UserError)
+    assert str(told) == "a.png: truncated image"
+    assert str(models.explain(SimpleNamespace(worker_failures={1: UserError("a.png: gone")}))) == "a.png: gone"
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    assert "--train_batch_size" in str(models.explain(SimpleNamespace(worker_failures={0: memory})))
+    ours = RuntimeError("shape mismatch")
+    ours.worker_failures = {0: ValueError("shape mismatch")}
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        models.explain(ours)
+
+
+def test_seeds_are_equal_for_equal_numbers_only():
+    seeds = {numbers: seed_for(*numbers) for numbers in product(range(8), range(50), range(2))}
+    assert len(set(seeds.values())) == len(seeds)
+    assert all(seed_for(*numbers) == seed for numbers, seed in seeds.items())
+    assert all(0 <= seed < 2**63 for seed in seeds.values())
+    assert seed_for(0, 1) != seed_for(1, 0)
