@@ -29,10 +29,10 @@ WEIGHTS = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
     parser.add_argument("--model_dir", required=True, help="the cache: each model gets a directory in it")
-    parser.add_argument("--model_name", default="CompVis/stable-diffusion-v1-4", help='on the Hub, or "pocket" (default: %(default)s)')
-    parser.add_argument("--revision", default="main", help="commit, tag or branch (default: %(default)s)")
+    parser.add_argument("--model_name", default="CompVis/stable-diffusion-v1-4", help='on the Hub, or "pocket"')
+    parser.add_argument("--revision", default="main", help="commit, tag or branch")
     return parser.parse_args(argv)
 
 
@@ -50,7 +50,7 @@ def files_to_fetch(names):
         pickle = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
         present = [f"{part}/{file}" for file in (safetensors, pickle) if f"{part}/{file}" in names]
         if not present:
-            raise checks.UserError(f"this revision has no {part} weights that a diffusers pipeline loads: not a diffusers model?")
+            raise checks.UserError(f"this revision has no {part} weights: it is no diffusers model")
         wanted.append(present[0])
     return wanted
 
@@ -73,8 +73,8 @@ def fetch_from_hub(model_dir, model_name, revision):
         raise checks.UserError(f"{model_name} has no revision {revision!r}") from None
     except (OSError, ConnectionError) as error:
         raise checks.UserError(
-            f"no answer from the Hub ({type(error).__name__}): check the network, or run this where there is one and copy"
-            f" the directory to {snapshot}, or use --model_name pocket, which needs no network"
+            f"no answer from the Hub ({type(error).__name__}): check the network, or run this where there is one"
+            f" and copy the directory to {snapshot}, or use --model_name pocket, which needs no network"
         ) from None
 
 

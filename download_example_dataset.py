@@ -20,8 +20,8 @@ DATASET = "diffusers/dog-example"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dir", nargs="?", default="./images/dog", help="where the photos go (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
+    parser.add_argument("dir", nargs="?", default="./images/dog", help="where the photos go")
     return parser.parse_args(argv)
 
 
@@ -35,7 +35,9 @@ def main(args):
     # Download beside the target and move the photos alone: no cache folders are left among them.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         try:
-            snapshot_download(DATASET, repo_type="dataset", local_dir=temporary, allow_patterns=["*.jpeg", "*.jpg", "*.png"])
+            snapshot_download(
+                DATASET, repo_type="dataset", local_dir=temporary, allow_patterns=["*.jpeg", "*.jpg", "*.png"]
+            )
         except (OSError, ConnectionError) as error:
             raise checks.UserError(
                 f"no answer from the Hub ({type(error).__name__}): check the network, or use images/lego-car,"

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
@@ -29,35 +29,37 @@ REDRAWS = 10  # a picture without content is drawn again so many times with othe
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
 
     group = parser.add_argument_group("model")
     group.add_argument("--model_dir", required=True, help="diffusers pipeline directory")
     group.add_argument("--lora_weights_dir", help=f"directory with {models.LORA_FILE}, to apply on top")
-    group.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA (default: %(default)s)")
+    group.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA")
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--output_dir", required=True, help="where the pictures go")
     group.add_argument("--prompts", nargs="+", default=[], help="one or more prompts, each an argument of its own")
     group.add_argument("--prompts_file", help="a text file with a prompt a line")
-    group.add_argument("--num_samples_per_prompt", type=int, default=1, help="pictures a prompt (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="of the noise that pictures start from (default: %(default)s)")
-    group.add_argument("--overwrite", action="store_true", help="replace pictures of other prompts, seeds or models there")
+    group.add_argument("--num_samples_per_prompt", type=int, default=1, help="pictures a prompt")
+    group.add_argument("--seed", type=int, default=0, help="of the noise that pictures start from")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace pictures of other prompts, seeds or models there"
+    )
 
     group = parser.add_argument_group("sampler")
     group.add_argument(
         "--scheduler", choices=["dpm", "model"], default="dpm",
-        help="dpm: DPM-Solver++ with Karras steps; model: the model's own (default: %(default)s)",
+        help="dpm: DPM-Solver++ with Karras steps; model: the model's own",
     )  # fmt: skip
-    group.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps (default: %(default)s)")
-    group.add_argument("--guidance_scale", type=float, default=7.5, help="weight of the prompt (default: %(default)s)")
+    group.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="weight of the prompt")
 
     group = parser.add_argument_group("run")
     group.add_argument("--use_ray_data", action="store_true", help="batch inference on all GPUs of the cluster")
     group.add_argument("--num_workers", type=int, help="with --use_ray_data (default: one a GPU; one without GPUs)")
     group.add_argument(
         "--batch_size", type=int, default=8,
-        help=f"pictures at a time on a GPU, on a CPU always {CPU_BATCH} (default: %(default)s)",
+        help=f"pictures at a time on a GPU, on a CPU always {CPU_BATCH}",
     )  # fmt: skip
     return parser.parse_args(argv)
 
@@ -188,7 +190,9 @@ class Painter:
         for attempt in range(REDRAWS):
             step = CPU_BATCH if self.device == "cpu" else len(left)
             batches = [left[i : i + step] for i in range(0, len(left), step)]
-            drawn = [(r, picture) for batch in batches for r, picture in zip(batch, self.draw(batch, attempt), strict=True)]
+            drawn = [
+                (r, picture) for batch in batches for r, picture in zip(batch, self.draw(batch, attempt), strict=True)
+            ]
             left = [r for r, picture in drawn if not has_content(picture)]
             for record, picture in drawn:
                 if has_content(picture):

@@ -20,58 +20,57 @@ from pathlib import Path
 import ray
 import ray.train
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from dreambooth import checks, cluster, dataset, latents, models
 from dreambooth.loss import get_target, min_snr_weights, prior_preserving_loss
 from dreambooth.report import Report
 
+LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
 
-    def flag(group, name, default=None, text="", **kwargs):
-        kwargs = {"type": type(default), **kwargs} if default is not None and "action" not in kwargs else kwargs
-        group.add_argument(name, default=default, help=text + ("" if default is None else " (default: %(default)s)"), **kwargs)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_dir", required=True, help="diffusers pipeline directory of the original model")
+    model.add_argument("--output_dir", required=True, help="where the tuned model goes; an earlier one is replaced")
+    model.add_argument("--use_lora", action="store_true", help="train LoRA matrices only: less memory, a small file")
+    model.add_argument("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
+    both_ways = argparse.BooleanOptionalAction
+    model.add_argument("--train_text_encoder", action=both_ways, default=True, help="tune the text encoder too")
 
-    group = parser.add_argument_group("model")
-    flag(group, "--model_dir", required=True, text="diffusers pipeline directory of the original model")
-    flag(group, "--output_dir", required=True, text="where the tuned model goes; an earlier one is replaced")
-    flag(group, "--use_lora", False, "train LoRA matrices only: less memory, a small file", action="store_true")
-    flag(group, "--lora_rank", 4, "rank of the LoRA matrices")
-    flag(group, "--train_text_encoder", True, "tune the text encoder too", action=argparse.BooleanOptionalAction)
+    images = parser.add_argument_group("images")
+    images.add_argument("--instance_images_dir", required=True, help="photos of the subject")
+    images.add_argument("--instance_prompt", required=True, help='such as "photo of unqtkn dog"')
+    images.add_argument("--class_images_dir", required=True, help="pictures of other subjects of its class")
+    images.add_argument("--class_prompt", required=True, help='such as "photo of a dog"')
+    images.add_argument("--resolution", type=int, help="side of the training images, pixels (default: the model's)")
 
-    group = parser.add_argument_group("images")
-    flag(group, "--instance_images_dir", required=True, text="photos of the subject")
-    flag(group, "--instance_prompt", required=True, text='such as "photo of unqtkn dog"')
-    flag(group, "--class_images_dir", required=True, text="pictures of other subjects of its class")
-    flag(group, "--class_prompt", required=True, text='such as "photo of a dog"')
-    flag(group, "--resolution", type=int, text="side of the training images, pixels (default: the model's)")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--train_batch_size", type=int, default=1, help="pairs a worker and forward pass")
+    recipe.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes a step")
+    recipe.add_argument("--num_epochs", type=int, default=4, help="times each class image is used")
+    recipe.add_argument("--max_train_steps", type=int, default=800, help="at most so many steps")
+    recipe.add_argument("--lr", type=float, default=5e-6, help="learning rate of AdamW")
+    recipe.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate")
+    recipe.add_argument("--lr_warmup_steps", type=int, default=0, help="steps to rise from 0, for schedulers that do")
+    recipe.add_argument("--prior_loss_weight", type=float, default=1.0, help="weight of the class half of the loss")
+    recipe.add_argument("--snr_gamma", type=float, help="min-SNR weighting, 5.0 is usual (default: off)")
+    recipe.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are clipped to this length")
+    recipe.add_argument("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
+    recipe.add_argument("--adam_beta2", type=float, default=0.999, help="decay of AdamW's second moment")
+    recipe.add_argument("--adam_weight_decay", type=float, default=1e-2, help="weight decay of AdamW")
+    recipe.add_argument("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
+    recipe.add_argument("--seed", type=int, default=0, help="of pairs, crops, noise and timesteps")
 
-    group = parser.add_argument_group("optimization")
-    flag(group, "--train_batch_size", 1, "pairs a worker and forward pass")
-    flag(group, "--gradient_accumulation_steps", 1, "forward passes a step")
-    flag(group, "--num_epochs", 4, "times each class image is used")
-    flag(group, "--max_train_steps", 800, "at most so many steps")
-    flag(group, "--lr", 5e-6, "learning rate of AdamW")
-    flag(group, "--lr_scheduler", "constant", "its course", choices=[s.value for s in SchedulerType][:6])
-    flag(group, "--lr_warmup_steps", 0, "steps in which it rises from 0, for the schedulers that have that")
-    flag(group, "--prior_loss_weight", 1.0, "weight of the class half of the loss")
-    flag(group, "--snr_gamma", type=float, text="min-SNR weighting, 5.0 is usual (default: off)")
-    flag(group, "--max_grad_norm", 1.0, "longer gradients are clipped to this length")
-    flag(group, "--adam_beta1", 0.9, "decay of AdamW's first moment")
-    flag(group, "--adam_beta2", 0.999, "decay of AdamW's second moment")
-    flag(group, "--adam_weight_decay", 1e-2, "weight decay of AdamW")
-    flag(group, "--adam_epsilon", 1e-8, "epsilon of AdamW")
-    flag(group, "--seed", 0, "of pairs, crops, noise and timesteps")
-
-    group = parser.add_argument_group("run")
-    flag(group, "--num_workers", 2, "one GPU each, where there are any")
-    flag(group, "--live_vae", False, "encode the images at every step instead of once", action="store_true")
-    flag(group, "--gradient_checkpointing", False, "less memory, about a third slower", action="store_true")
-    flag(group, "--compile", False, "compile the U-Net's repeated blocks", action="store_true")
-    flag(group, "--log_every", 10, "steps between two lines of log")
+    run = parser.add_argument_group("run")
+    run.add_argument("--num_workers", type=int, default=2, help="one GPU each, where there are any")
+    run.add_argument("--live_vae", action="store_true", help="encode the images at every step instead of once")
+    run.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time a step")
+    run.add_argument("--compile", action="store_true", help="compile the U-Net's repeated blocks")
+    run.add_argument("--log_every", type=int, default=10, help="steps between two lines of log")
     return parser.parse_args(argv)
 
 
@@ -141,7 +140,9 @@ def train_fn(config):
     accumulate = args.gradient_accumulation_steps
     ddp_settings = {"gradient_as_bucket_view": True, "static_graph": accumulate == 1}
     ddp = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)
-    parameters = [p for p in denoiser.parameters() if p.requires_grad]  # a list: the optimizer and clipping both read it
+    parameters = [
+        p for p in denoiser.parameters() if p.requires_grad
+    ]  # a list: the optimizer and clipping both read it
     optimizer = torch.optim.AdamW(
         parameters, args.lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay, fused=True
     )
@@ -150,7 +151,9 @@ def train_fn(config):
 
     # Set up the data. [2] This worker's shard, a batch for each forward pass, each image encoded once.
     shard = ray.train.get_dataset_shard(f"train_{rank}")
-    batches = shard.iter_torch_batches(batch_size=args.train_batch_size, collate_fn=dataset.Collate(), prefetch_batches=4)
+    batches = shard.iter_torch_batches(
+        batch_size=args.train_batch_size, collate_fn=dataset.Collate(), prefetch_batches=4
+    )
     batches = latents.encode_batches(vae, batches, device, live=args.live_vae)
     report.data_are_ready()
 
@@ -184,8 +187,8 @@ def build_trainer(args, tokenizer, instance_paths, class_paths, num_gpus, num_cp
     args.steps = min(args.max_train_steps, math.ceil(args.num_epochs * len(class_paths) / pairs_a_step))
     pairs = dataset.pair_images(instance_paths, class_paths, args.steps * pairs_a_step, args.seed)
     print(
-        f"{len(instance_paths)} instance and {len(class_paths)} class images at {args.resolution} px, {args.steps} steps"
-        f" of {pairs_a_step} pairs on {args.num_workers} worker(s) of {num_gpus} GPUs and {num_cpus} cores"
+        f"{len(instance_paths)} instance and {len(class_paths)} class images at {args.resolution} px,"
+        f" {args.steps} steps of {pairs_a_step} pairs, {args.num_workers} worker(s) on {num_gpus} GPUs, {num_cpus} cores"
     )
     prompt_ids = [
         tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length).input_ids

@@ -4,6 +4,7 @@ Each script runs its `main` through `run_main`, which turns a `UserError` into t
 and exit code 2. A fault of ours keeps its stack trace.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -14,6 +15,13 @@ MODEL_PARTS = ("model_index.json", "tokenizer", "text_encoder", "vae", "unet", "
 
 class UserError(ValueError):
     """Something that the user caused and can mend; the message says how."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the script's docstring as it stands, and with each default that says something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def run_main(main, args):

@@ -1,6 +1,6 @@
 """Ray's start, for train.py and generate.py: the cluster of RAY_ADDRESS, or this machine.
 
-    python -m dreambooth.cluster    # prints the number of GPUs there
+python -m dreambooth.cluster    # prints the number of GPUs there
 """
 
 import logging
@@ -13,7 +13,7 @@ import torch
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report, and the end of a run, wait for the next check
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each line that a worker prints comes twice
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would save a checkpoint in time; this run writes one file, at the end
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it is for checkpoints; a run here saves at its end
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore",  # in the workers: warnings of libraries about libraries

@@ -43,7 +43,9 @@ def find_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of images")
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".") and f.name != CONTACT_SHEET]
+    files = [
+        f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".") and f.name != CONTACT_SHEET
+    ]
     for file in files:
         if file.suffix.lower() in UNREADABLE:
             raise UserError(f"{file}: {file.suffix} cannot be read; convert it to one of {' '.join(sorted(READABLE))}")
@@ -160,7 +162,10 @@ def collate(batch):
     Returns images (2B, 3, R, R), their keys (2B strings), prompt_ids (2B, L), and the pairs' positions
     in the run (B integers).
     """
-    both = {name: np.concatenate([batch[f"instance_{name}"], batch[f"class_{name}"]]) for name in ("image", "prompt_ids", "key")}
+    both = {
+        name: np.concatenate([batch[f"instance_{name}"], batch[f"class_{name}"]])
+        for name in ("image", "prompt_ids", "key")
+    }
     return {
         "images": torch.from_numpy(both["image"]),
         "keys": both["key"].tolist(),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from dreambooth.checks import UserError, run_main
+from dreambooth.checks import HelpFormatter, UserError, run_main
 from dreambooth.dataset import CONTACT_SHEET, find_images, open_image
 
 RECORDS = "images.jsonl"
@@ -104,8 +104,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("rows", nargs="+", metavar="CAPTION=DIR", help="a row of the sheet")
-    parser.add_argument("--output", default=CONTACT_SHEET, help="the sheet, a PNG (default: %(default)s)")
-    parser.add_argument("--columns", type=int, default=8, help="pictures a row at the most (default: %(default)s)")
+    parser.add_argument("--output", default=CONTACT_SHEET, help="the sheet, a PNG")
+    parser.add_argument("--columns", type=int, default=8, help="pictures a row at the most")
     run_main(main, parser.parse_args())

@@ -277,6 +277,40 @@ def test_junk_is_passed_over(flat_image, tmp_path):
     assert dataset.find_images(folder) == sorted(photos)
 
 
+def test_own_photos_are_those_of_this_subject_alone(flat_image, tmp_path):
+    """Fault 11 of the original: the folder of own images was never cleared, so that the last subject's
+    photos mixed into the next one's."""
+    for name in ("tom1.png", "tom2.png"):
+        flat_image(name, 0, folder=tmp_path / "tom")
+    flat_image("rex.png", 0, folder=tmp_path / "rex")
+    (tmp_path / "rex" / "notes.txt").write_text("a dog")
+    own = tmp_path / "deep" / "images-own"
+    for subject, expected in (("tom", ["tom1.png", "tom2.png"]), ("rex", ["rex.png"]), ("rex", ["rex.png"])):
+        dataset.copy_images(tmp_path / subject, own)
+        assert sorted(f.name for f in own.iterdir()) == expected
+    dataset.copy_images(own, own)
+    assert [f.name for f in own.iterdir()] == ["rex.png"]
+    assert sorted(f.name for f in (tmp_path / "rex").iterdir()) == ["notes.txt", "rex.png"]
+
+
+def test_bad_photos_leave_the_own_folder_as_it_is(flat_image, tmp_path):
+    flat_image("a.png", 0, folder=tmp_path / "own")
+    for source in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError):
+            dataset.copy_images(source, tmp_path / "own")
+        assert [f.name for f in (tmp_path / "own").iterdir()] == ["a.png"]
+
+
+def test_photos_kept_inside_the_own_folder_survive(flat_image, tmp_path):
+    """The folder is emptied: photos that lie below it must not be lost by that."""
+    photo = flat_image("tom.png", 0, folder=tmp_path / "own" / "tom")
+    try:
+        dataset.copy_images(photo.parent, tmp_path / "own")
+    except UserError:
+        assert photo.exists()
+    assert list((tmp_path / "own").rglob("tom.png"))
+
+
 @pytest.mark.parametrize("name", ["IMG_1.HEIC", "b.heif", "c.dng", "d.svg"])
 def test_unreadable_formats_are_refused_by_name(flat_image, tmp_path, name):
     """Fault 6 of the original: a .heic from a telephone was skipped without a word."""

@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
 
 import generate
 from dreambooth import models, pictures
@@ -81,7 +80,7 @@ def test_lora_training_gives_a_file_that_changes_pictures(
         changes |= {"gradient_accumulation_steps": 2}
     out, _ = tuned(f"lora{num_workers}", shared=True, **changes)
     assert [f.name for f in out.iterdir()] == [models.LORA_FILE]
-    weights = load_file(out / models.LORA_FILE)
+    weights = StableDiffusionPipeline.lora_state_dict(out)[0]
     for part in ("unet", "text_encoder"):
         second = [w for name, w in weights.items() if name.startswith(part) and ("lora_B" in name or "lora.up" in name)]
         assert second
@@ -115,3 +114,19 @@ def test_gradients_are_clipped_before_the_optimizer_sees_them(tuned, movement):
     for part in ("unet", "text_encoder"):
         assert movement(free, part).max() > 5e-6  # three steps of 5e-6 at the most
         assert movement(clipped, part).max() < 5e-7  # weight decay takes 5e-8 of a weight near 1, thrice
+
+
+def test_two_workers_make_the_updates_of_one_with_twice_the_pairs(tuned, load_models):
+    """Gradients are averaged over the workers, and a pair's random numbers are its own: so the same
+    weights come out, to the rounding of bfloat16, and not those of one worker with half of the pairs."""
+    start = load_models()[1]
+
+    def update(folder):
+        pairs = zip(load_models(folder)[1].parameters(), start.parameters(), strict=True)
+        return torch.cat([(new - old).detach().flatten() for new, old in pairs])
+
+    two = update(tuned("full2", num_workers=2)[0])
+    same = update(tuned("batch2", shared=True, num_workers=1, train_batch_size=2)[0])
+    half = update(tuned("full1", num_workers=1)[0])
+    assert torch.cosine_similarity(two, same, dim=0) > 0.95
+    assert torch.cosine_similarity(two, half, dim=0) < 0.8

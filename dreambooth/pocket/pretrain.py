@@ -18,7 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -27,7 +33,12 @@ from dreambooth.pocket import render
 
 SIZE = 64  # pixels; the autoencoder makes 16 x 16 latents of them
 MAX_TOKENS = 48
-SHEET_PROMPTS = ("photo of a red car on the beach", "photo of a house in the snow", "photo of a boat at night", "photo of a car")
+SHEET_PROMPTS = (
+    "photo of a red car on the beach",
+    "photo of a house in the snow",
+    "photo of a boat at night",
+    "photo of a car",
+)
 
 
 def _printable_bytes():
@@ -41,7 +52,23 @@ def build_tokenizer(folder):
     """Write a byte-level CLIP vocabulary: 256 bytes, 256 bytes that end a word, one token for each
     of the world's words and its beginnings. Any other word falls into shorter pieces, down to
     letters."""
-    words = "photo of a an with and on in the at beach snow grass road night".split()
+    words = [
+        "photo",
+        "of",
+        "a",
+        "an",
+        "with",
+        "and",
+        "on",
+        "in",
+        "the",
+        "at",
+        "beach",
+        "snow",
+        "grass",
+        "road",
+        "night",
+    ]
     words += [*render.CLASSES, *render.COLOURS, *{part: 0 for parts in render.PARTS.values() for part in parts}]
     merges = []
     for word in words:
@@ -74,7 +101,7 @@ def _merge(pieces, pair):
 
 
 def new_models(vocab_size):
-    """Autoencoder (0.65 M parameters), text encoder (0.4 M) and U-Net (5.2 M), at random weights."""
+    """Autoencoder (0.65 M), text encoder (0.4 M parameters) and U-Net (5.2 M), at random weights."""
     vae = AutoencoderKL(
         sample_size=SIZE, latent_channels=4, layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False,
         block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
@@ -96,7 +123,9 @@ def new_models(vocab_size):
 
 def new_scheduler():
     """The noise schedule and sampler of Stable Diffusion 1.4."""
-    return PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    return PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
 
 
 def draw_world(count, seed):
@@ -155,12 +184,15 @@ class Run:
             self.step += 1
             keep = min(self.decay, self.step / (self.step + 10))
             for name, value in self.module.state_dict().items():
-                self.average[name].lerp_(value, 1 - keep) if value.is_floating_point() else self.average[name].copy_(value)
+                self.average[name].lerp_(value, 1 - keep) if value.is_floating_point() else self.average[name].copy_(
+                    value
+                )
             shown.append(loss.item())
             if self.step % 100 == 0:
                 pace = (time.time() - start) / (self.step - first)
                 left = pace * (self.steps - self.step) / 60
-                print(f"{self.name} {self.step}/{self.steps} loss {np.mean(shown):.4f} {pace:.3f} s a step, {left:.0f} min left", flush=True)
+                progress = f"{self.name} {self.step}/{self.steps} loss {np.mean(shown):.4f}"
+                print(f"{progress} {pace:.3f} s a step, {left:.0f} min left", flush=True)
                 shown = []
             if self.step % 500 == 0:
                 self.save()
@@ -241,7 +273,14 @@ def sample_sheet(pipeline, file, count=16):
     sheet = Image.new("RGB", (count * (SIZE + 2), len(SHEET_PROMPTS) * (SIZE + 2)))
     for row, prompt in enumerate(SHEET_PROMPTS):
         noise = torch.Generator().manual_seed(row)
-        pictures = pipeline(prompt, num_images_per_prompt=count, num_inference_steps=25, guidance_scale=5.0, generator=noise, output_type="pt")
+        pictures = pipeline(
+            prompt,
+            num_images_per_prompt=count,
+            num_inference_steps=25,
+            guidance_scale=5.0,
+            generator=noise,
+            output_type="pt",
+        )
         for column, picture in enumerate(pictures.images):
             sheet.paste(to_pil_image(picture), (column * (SIZE + 2), row * (SIZE + 2)))
     sheet.save(file)
@@ -271,7 +310,9 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="for the state of an unfinished training")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "model", help="where the pipeline directory goes")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(__file__).parent / "model", help="where the pipeline directory goes"
+    )
     parser.add_argument("--pictures", type=int, default=40_000, help="pictures of the world to train on")
     parser.add_argument("--vae_steps", type=int, default=4_000, help="of 16 pictures each")
     parser.add_argument("--unet_steps", type=int, default=12_000, help="of 32 pictures each")

@@ -90,10 +90,8 @@ DESIGNS = _designs()
 
 def sample_scene(rng):
     """A random scene; one in eight shows a named design. Cars are twice as frequent as the rest."""
-    if rng.random() < 1 / 8:
-        thing = _pick(rng, DESIGNS)
-    else:
-        thing = _sample_object(rng, _pick(rng, CLASSES + ("car",)))
+    named = rng.random() < 1 / 8
+    thing = _pick(rng, DESIGNS) if named else _sample_object(rng, _pick(rng, (*CLASSES, "car")))
     return replace(thing, place=_pick(rng, PLACES))
 
 
@@ -175,10 +173,24 @@ def _draw_car(c, scene, x, y, w):
         c.box(x - 0.4 * u, floor - 4.4 * u, x + 3.4 * u, floor - 3.5 * u, roof, 0.3 * u)
     elif scene.body == "beetle":
         c.oval(x, floor - 0.9 * u, 3.7 * u, 3.4 * u, roof)
-        c.poly([(x - 2.7 * u, floor - 1.6 * u), (x - 1.7 * u, floor - 3.2 * u), (x - 0.2 * u, floor - 3.6 * u),
-                (x - 0.2 * u, floor - 1.6 * u)], GLASS)
-        c.poly([(x + 2.7 * u, floor - 1.6 * u), (x + 1.7 * u, floor - 3.2 * u), (x + 0.3 * u, floor - 3.6 * u),
-                (x + 0.3 * u, floor - 1.6 * u)], GLASS)
+        c.poly(
+            [
+                (x - 2.7 * u, floor - 1.6 * u),
+                (x - 1.7 * u, floor - 3.2 * u),
+                (x - 0.2 * u, floor - 3.6 * u),
+                (x - 0.2 * u, floor - 1.6 * u),
+            ],
+            GLASS,
+        )
+        c.poly(
+            [
+                (x + 2.7 * u, floor - 1.6 * u),
+                (x + 1.7 * u, floor - 3.2 * u),
+                (x + 0.3 * u, floor - 3.6 * u),
+                (x + 0.3 * u, floor - 1.6 * u),
+            ],
+            GLASS,
+        )
         c.box(left + 0.2 * u, floor - 2 * u, right - 0.2 * u, floor, scene.colour, 0.9 * u)
     elif scene.body == "lego":
         # Three steps of bricks with studs, higher to the rear: a shape that no other car has.
@@ -190,12 +202,33 @@ def _draw_car(c, scene, x, y, w):
         c.box(x - 1.8 * u, floor - 3.9 * u, x + 1 * u, floor - 2.2 * u, GLASS)
         c.box(left - 0.3 * u, floor - 5.1 * u, x + 0.2 * u, floor - 4 * u, roof)
     else:
-        c.poly([(x - 3.6 * u, floor - 1.8 * u), (x - 2.2 * u, floor - 3.9 * u), (x + 1.6 * u, floor - 3.9 * u),
-                (x + 3.2 * u, floor - 1.8 * u)], scene.colour)
-        c.poly([(x - 2.9 * u, floor - 1.9 * u), (x - 1.9 * u, floor - 3.3 * u), (x - 0.3 * u, floor - 3.3 * u),
-                (x - 0.3 * u, floor - 1.9 * u)], GLASS)
-        c.poly([(x + 0.2 * u, floor - 1.9 * u), (x + 0.2 * u, floor - 3.3 * u), (x + 1.4 * u, floor - 3.3 * u),
-                (x + 2.4 * u, floor - 1.9 * u)], GLASS)
+        c.poly(
+            [
+                (x - 3.6 * u, floor - 1.8 * u),
+                (x - 2.2 * u, floor - 3.9 * u),
+                (x + 1.6 * u, floor - 3.9 * u),
+                (x + 3.2 * u, floor - 1.8 * u),
+            ],
+            scene.colour,
+        )
+        c.poly(
+            [
+                (x - 2.9 * u, floor - 1.9 * u),
+                (x - 1.9 * u, floor - 3.3 * u),
+                (x - 0.3 * u, floor - 3.3 * u),
+                (x - 0.3 * u, floor - 1.9 * u),
+            ],
+            GLASS,
+        )
+        c.poly(
+            [
+                (x + 0.2 * u, floor - 1.9 * u),
+                (x + 0.2 * u, floor - 3.3 * u),
+                (x + 1.4 * u, floor - 3.3 * u),
+                (x + 2.4 * u, floor - 1.9 * u),
+            ],
+            GLASS,
+        )
         c.box(x - 2.5 * u, floor - 4.3 * u, x + 1.8 * u, floor - 3.4 * u, roof, 0.3 * u)
         c.box(left, floor - 2.1 * u, right, floor, scene.colour, 0.7 * u)
     if "stripe" in scene.parts:
@@ -208,7 +241,9 @@ def _draw_house(c, scene, x, y, w):
     wide, high = (3.4, 5.4) if scene.body == "tall" else (4.6, 3.8)
     c.box(x - wide * u, y - high * u, x + wide * u, y, scene.colour)
     roof = scene.parts.get("roof", (120, 70, 55))
-    c.poly([(x - (wide + 0.8) * u, y - high * u), (x, y - (high + 3.2) * u), (x + (wide + 0.8) * u, y - high * u)], roof)
+    c.poly(
+        [(x - (wide + 0.8) * u, y - high * u), (x, y - (high + 3.2) * u), (x + (wide + 0.8) * u, y - high * u)], roof
+    )
     c.box(x - 0.8 * u, y - 2.5 * u, x + 0.8 * u, y, scene.parts.get("door", (110, 75, 50)))
     rows = (2.9, 5.0) if scene.body == "tall" else (3.0,)
     for top in rows:
@@ -225,16 +260,30 @@ def _draw_boat(c, scene, x, y, w):
     c.poly([(x - 0.4 * u, y - 7.2 * u), (x - 0.4 * u, y - 2.9 * u), (x - 2.8 * u, y - 2.9 * u)], sail)
     c.poly([(x - 5 * u, y - 2.5 * u), (x + 5 * u, y - 2.5 * u), (x + 3.4 * u, y), (x - 3.4 * u, y)], scene.colour)
     if "stripe" in scene.parts:
-        c.poly([(x - 4.6 * u, y - 1.8 * u), (x + 4.6 * u, y - 1.8 * u), (x + 4.1 * u, y - 1 * u), (x - 4.1 * u, y - 1 * u)],
-               scene.parts["stripe"])
+        c.poly(
+            [
+                (x - 4.6 * u, y - 1.8 * u),
+                (x + 4.6 * u, y - 1.8 * u),
+                (x + 4.1 * u, y - 1 * u),
+                (x - 4.1 * u, y - 1 * u),
+            ],
+            scene.parts["stripe"],
+        )
 
 
 def _draw_ball(c, scene, x, y, w):
     r = 0.33 * w
     c.oval(x, y - r, r, r, scene.colour)
     if "stripe" in scene.parts:
-        c.poly([(x - 0.93 * r, y - 1.3 * r), (x + 0.93 * r, y - 1.3 * r), (x + 0.93 * r, y - 0.7 * r),
-                (x - 0.93 * r, y - 0.7 * r)], scene.parts["stripe"])
+        c.poly(
+            [
+                (x - 0.93 * r, y - 1.3 * r),
+                (x + 0.93 * r, y - 1.3 * r),
+                (x + 0.93 * r, y - 0.7 * r),
+                (x - 0.93 * r, y - 0.7 * r),
+            ],
+            scene.parts["stripe"],
+        )
     c.oval(x - 0.4 * r, y - 1.55 * r, 0.16 * r, 0.1 * r, (255, 255, 255), outline=False)
 
 
@@ -260,7 +309,14 @@ def _draw_tree(c, scene, x, y, w):
         c.oval(x, y - 5.6 * u, 3.4 * u, 3.1 * u, scene.colour)
 
 
-_DRAW = {"car": _draw_car, "house": _draw_house, "boat": _draw_boat, "ball": _draw_ball, "cup": _draw_cup, "tree": _draw_tree}
+_DRAW = {
+    "car": _draw_car,
+    "house": _draw_house,
+    "boat": _draw_boat,
+    "ball": _draw_ball,
+    "cup": _draw_cup,
+    "tree": _draw_tree,
+}
 
 
 def _draw_place(c, place, aspect, rng):

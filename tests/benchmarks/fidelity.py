@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import generate
+from dreambooth import checks
 from dreambooth.pocket import render
 
 SNOW, NIGHT = "in the snow", "at night"
@@ -70,7 +70,11 @@ def sample(model_dir, prompt, count, args):
     """`count` pictures of `prompt`, (count, 64, 64, 3) uint8, through generate.py's own painter."""
     settings = generate.parse_args(
         ["--model_dir", str(model_dir), "--output_dir", ".", "--guidance_scale", str(args.guidance_scale)]
-        + (["--lora_weights_dir", args.lora_weights_dir] if args.lora_weights_dir and model_dir != args.model_dir else [])
+        + (
+            ["--lora_weights_dir", args.lora_weights_dir]
+            if args.lora_weights_dir and model_dir != args.model_dir
+            else []
+        )
     )
     settings.scheduler, settings.num_inference_steps = args.scheduler, args.num_inference_steps
     painter = generate.Painter(settings)
@@ -153,14 +157,14 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
     parser.add_argument("--model_dir", required=True, help="the original pocket model")
     parser.add_argument("--tuned_model_dir", help="the tuned one")
     parser.add_argument("--lora_weights_dir", help="a LoRA on the original, instead of a tuned model")
-    parser.add_argument("--num_samples", type=int, default=64, help="pictures a prompt (default: %(default)s)")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="default: %(default)s")
-    parser.add_argument("--scheduler", choices=["dpm", "model"], default="dpm", help="default: %(default)s")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures (default: %(default)s)")
+    parser.add_argument("--num_samples", type=int, default=64, help="pictures a prompt")
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
+    parser.add_argument("--scheduler", choices=["dpm", "model"], default="dpm", help="as in generate.py")
+    parser.add_argument("--guidance_scale", type=float, default=4.0, help="denoising steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures")
     parser.add_argument("--world", action="store_true", help="also report how well the original knows its world")
     main(parser.parse_args())

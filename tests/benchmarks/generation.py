@@ -43,7 +43,17 @@ def plain_loop(model_dir, count, steps):
 def ours(model_dir, count, *flags):
     """Returns a function that makes `count` pictures with generate.py's painter."""
     args = generate.parse_args(
-        ["--model_dir", model_dir, "--output_dir", ".", "--prompts", PROMPT, "--num_samples_per_prompt", str(count), *flags]
+        [
+            "--model_dir",
+            model_dir,
+            "--output_dir",
+            ".",
+            "--prompts",
+            PROMPT,
+            "--num_samples_per_prompt",
+            str(count),
+            *flags,
+        ]
     )
     painter, planned = generate.Painter(args), generate.plan(args)
 
@@ -87,7 +97,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
     parser.add_argument("--model_dir", required=True, help="a pipeline directory")
     parser.add_argument("--num_pictures", type=int, default=16, help="pictures a turn; the plain loop makes a quarter")
     parser.add_argument("--turns", type=int, default=3, help="turns measured, after one that warms up")

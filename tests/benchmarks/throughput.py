@@ -88,7 +88,10 @@ class Plain:
 
     def __init__(self, args, images, prompt_ids, device):
         vae, denoiser, self.scheduler = models.load_models(args, device)
-        self.vae, self.denoiser = vae.to(torch.bfloat16), denoiser.to(torch.bfloat16, memory_format=torch.contiguous_format)
+        self.vae, self.denoiser = (
+            vae.to(torch.bfloat16),
+            denoiser.to(torch.bfloat16, memory_format=torch.contiguous_format),
+        )
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), args.lr)
         self.images, self.prompt_ids = images.to(device, torch.bfloat16), prompt_ids.to(device)
 
@@ -103,12 +106,16 @@ class Plain:
         self.last = prediction.float().mean().item()  # a report at every step waits for the device
 
 
+def settings_for(model_dir, output_dir):
+    """train.py's settings, all at their defaults."""
+    paths = {"model_dir": model_dir, "output_dir": output_dir, "instance_images_dir": "-", "class_images_dir": "-"}
+    prompts = dict(zip(("instance_prompt", "class_prompt"), PROMPTS, strict=True))
+    return train.parse_args([f"--{name}={value}" for name, value in {**paths, **prompts}.items()])
+
+
 def compare_steps(args, model_dir, device):
     """Print images/s of each side, the ratio to "plain", and on a GPU the peak memory."""
-    settings = train.parse_args(
-        ["--model_dir", str(model_dir), "--output_dir", "-", "--instance_images_dir", "-", "--instance_prompt", PROMPTS[0],
-         "--class_images_dir", "-", "--class_prompt", PROMPTS[1]]
-    )  # fmt: skip
+    settings = settings_for(model_dir, "-")
     resolution, _ = models.model_resolution(model_dir)
     tokenizer = models.load_tokenizer(model_dir)
     ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
@@ -140,7 +147,8 @@ def compare_steps(args, model_dir, device):
     for name, values in seconds.items():
         middle = statistics.median(values)
         peak = f"  peak {peaks[name]:5.1f} GiB" if name in peaks else ""
-        print(f"{name:28} {middle:6.3f} s a step  {2 * args.batch_size / middle:7.1f} images/s  {plain / middle:5.2f} x{peak}")
+        rate = f"{2 * args.batch_size / middle:7.1f} images/s  {plain / middle:5.2f} x"
+        print(f"{name:28} {middle:6.3f} s a step  {rate}{peak}")
 
 
 def time_steps(side, steps, device):
@@ -162,7 +170,9 @@ def plain_job(model_dir, instance_dir, class_dir, output_dir, steps):
     def train_fn(config):
         settings = argparse.Namespace(**config)
         tokenizer = models.load_tokenizer(settings.model_dir)
-        ids = torch.tensor(tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids)
+        ids = torch.tensor(
+            tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
+        )
         side, step = None, 0
         while step < settings.steps:
             for batch in ray.train.get_dataset_shard("train").iter_torch_batches(batch_size=2):
@@ -191,10 +201,7 @@ def plain_job(model_dir, instance_dir, class_dir, output_dir, steps):
     while repeated.count() < count:
         repeated = repeated.union(instances)
     pairs = repeated.limit(count).zip(others).repartition(8).random_shuffle(seed=0)
-    settings = train.parse_args(
-        ["--model_dir", str(model_dir), "--output_dir", str(output_dir), "--instance_images_dir", "-", "--instance_prompt", "-",
-         "--class_images_dir", "-", "--class_prompt", "-"]
-    )  # fmt: skip
+    settings = settings_for(model_dir, output_dir)
     TorchTrainer(
         train_fn,
         train_loop_config={**vars(settings), "steps": steps},
@@ -218,7 +225,15 @@ def compare_jobs(args, model_dir, folder):
         f"ours, {n} worker(s)": [ROOT / "train.py", *common, "--num_workers", n, "--output_dir", folder / f"ours-{n}"]
         for n in (1, 2)
     }
-    jobs["published loop, 1 worker"] = [__file__, "--plain_job", model_dir, instance_dir, class_dir, folder / "plain", args.job_steps]
+    jobs["published loop, 1 worker"] = [
+        __file__,
+        "--plain_job",
+        model_dir,
+        instance_dir,
+        class_dir,
+        folder / "plain",
+        args.job_steps,
+    ]
     for name, command in jobs.items():
         start = time.perf_counter()
         done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
@@ -241,11 +256,11 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--plain_job"]:
         plain_job(*sys.argv[2:6], int(sys.argv[6]))
         sys.exit()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["pocket", "sd14"], default="pocket", help="default: %(default)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
+    parser.add_argument("--model", choices=["pocket", "sd14"], default="pocket", help="sd14 for a GPU")
     parser.add_argument("--no_ray", action="store_true", help="the steps alone")
-    parser.add_argument("--batch_size", type=int, default=2, help="pairs a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="steps a turn (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=5, help="turns measured, after one that warms up (default: %(default)s)")
-    parser.add_argument("--job_steps", type=int, default=60, help="steps of a job (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=2, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=5, help="steps a turn")
+    parser.add_argument("--turns", type=int, default=5, help="turns measured, after one that warms up")
+    parser.add_argument("--job_steps", type=int, default=60, help="steps of a job")
     main(parser.parse_args())
