@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from dreambooth import checks
+from dreambooth.pictures import fingerprint
 
 POCKET_DIR = Path(__file__).parent / "dreambooth" / "pocket" / "model"
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
@@ -81,7 +82,7 @@ def fetch_from_hub(model_dir, model_name, revision):
 def copy_pocket(model_dir, revision):
     """Put the embedded model into the same layout; returns the snapshot's directory."""
     snapshot = Path(model_dir) / "models--pocket" / "snapshots" / revision
-    if not is_whole(snapshot):
+    if checks.missing_part(snapshot) or fingerprint(snapshot) != fingerprint(POCKET_DIR):
         temporary = snapshot.with_name(f".{snapshot.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(POCKET_DIR, temporary)
@@ -90,22 +91,13 @@ def copy_pocket(model_dir, revision):
     return snapshot
 
 
-def is_whole(snapshot):
-    """Whether each file that a pipeline needs is in `snapshot`: a file that is still being downloaded
-    or copied has a temporary name, or is in a directory that has."""
-    needed = [("model_index.json",), ("tokenizer/tokenizer.json", "tokenizer/merges.txt"), ("scheduler/*.json",)]
-    for part in WEIGHTS:
-        needed += [(f"{part}/config.json",), (f"{part}/*.safetensors", f"{part}/*.bin")]
-    return all(any(list(snapshot.glob(pattern)) for pattern in alternatives) for alternatives in needed)
-
-
 def main(args):
     checks.check_output_dir(args.model_dir, "--model_dir")
     if args.model_name == "pocket":
         snapshot = copy_pocket(args.model_dir, args.revision)
     else:
         snapshot = Path(args.model_dir) / f"models--{args.model_name.replace('/', '--')}" / "snapshots" / args.revision
-        if not is_whole(snapshot):  # a branch's name is no directory there: its newest commit is asked for
+        if checks.missing_part(snapshot):  # so it is for a branch, whose newest commit is asked for each time
             snapshot = fetch_from_hub(args.model_dir, args.model_name, args.revision)
     checks.check_model_dir(snapshot)
     print(snapshot)

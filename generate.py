@@ -35,6 +35,7 @@ def parse_args(argv=None):
     group.add_argument("--model_dir", required=True, help="diffusers pipeline directory")
     group.add_argument("--lora_weights_dir", help=f"directory with {models.LORA_FILE}, to apply on top")
     group.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA")
+    group.add_argument("--compare_to", help="a second model: its pictures, from the same noise, go below on the sheet")
 
     group = parser.add_argument_group("pictures")
     group.add_argument("--output_dir", required=True, help="where the pictures go")
@@ -69,8 +70,15 @@ def check_args(args):
     checks.check_at_least(args, 1, "num_samples_per_prompt", "num_inference_steps", "num_workers", "batch_size")
     checks.check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
     checks.check_model_dir(args.model_dir)
+    if args.compare_to:
+        checks.check_model_dir(args.compare_to, "--compare_to")
     checks.check_output_dir(args.output_dir)
-    for name in ("model_dir", "output_dir", "lora_weights_dir"):  # the actors may run in another directory
+    for name in (
+        "model_dir",
+        "compare_to",
+        "output_dir",
+        "lora_weights_dir",
+    ):  # the actors may run in another directory
         setattr(args, name, getattr(args, name) and str(Path(getattr(args, name)).absolute()))
     if args.prompts_file:
         if not Path(args.prompts_file).is_file():
@@ -220,10 +228,12 @@ def paint_with_ray(args, missing):
     from dreambooth.cluster import start_ray
 
     num_gpus, num_cpus = start_ray()
-    batch_size = args.batch_size if num_gpus else CPU_BATCH
-    num_batches = math.ceil(len(missing) / batch_size)
     checks.check_gpus(args.num_workers or 1, num_gpus, num_cpus)
-    num_workers = min(args.num_workers or max(1, num_gpus), num_batches)
+    num_workers = args.num_workers or max(1, num_gpus)
+    # Batches small enough to occupy every worker, and then no more workers than batches.
+    batch_size = min(args.batch_size, math.ceil(len(missing) / num_workers)) if num_gpus else CPU_BATCH
+    num_batches = math.ceil(len(missing) / batch_size)
+    num_workers = min(num_workers, num_batches)
     painted = ray.data.from_items([{"record": r} for r in missing], override_num_blocks=num_batches).map_batches(
         Painter,
         fn_constructor_args=(args, num_workers),
@@ -243,8 +253,8 @@ def paint_here(args, missing):
         yield from painter.paint(missing[start : start + args.batch_size])
 
 
-def main(args):
-    check_args(args)
+def make_pictures(args):
+    """Make what is missing of the pictures that `args` ask for; returns the path of each, prompt by prompt."""
     folder, planned = Path(args.output_dir), plan(args)
     missing = find_missing(planned, folder, args.overwrite)
     print(f"{len(planned)} pictures of {len(args.prompts)} prompt(s) in {folder}: {len(missing)} to make")
@@ -252,7 +262,18 @@ def main(args):
         paint = paint_with_ray if args.use_ray_data else paint_here
         for record in tqdm(paint(args, missing), total=len(missing), unit="picture"):
             pictures.append_record(folder, record)
-    rows = {prompt: [folder / r["file"] for r in planned if r["prompt"] == prompt] for prompt in args.prompts}
+    return {prompt: [folder / r["file"] for r in planned if r["prompt"] == prompt] for prompt in args.prompts}
+
+
+def main(args):
+    check_args(args)
+    folder = Path(args.output_dir)
+    rows = make_pictures(args)
+    if args.compare_to:
+        other = {"model_dir": args.compare_to, "lora_weights_dir": None, "output_dir": str(folder / "compared")}
+        below = make_pictures(argparse.Namespace(**{**vars(args), **other}))
+        name = Path(args.compare_to).name
+        rows = {k: v for p in args.prompts for k, v in ((p, rows[p]), (f"{p} (by {name})", below[p]))}
     pictures.contact_sheet(rows, folder / pictures.CONTACT_SHEET)
     print(f"look at {folder / pictures.CONTACT_SHEET}")
 

@@ -84,6 +84,8 @@ def check_args(args):
     checks.check_model_dir(args.model_dir)
     checks.check_output_dir(args.output_dir)
     models.check_replaceable(args.output_dir)
+    if Path(args.output_dir).resolve() == Path(args.model_dir).resolve():
+        raise checks.UserError("--output_dir is --model_dir, which would be replaced: name another directory")
     for name in ("model_dir", "output_dir"):  # the workers may run in another directory
         setattr(args, name, str(Path(getattr(args, name)).absolute()))
     if args.instance_prompt == args.class_prompt:
@@ -188,7 +190,7 @@ def build_trainer(args, tokenizer, instance_paths, class_paths, num_gpus, num_cp
     pairs = dataset.pair_images(instance_paths, class_paths, args.steps * pairs_a_step, args.seed)
     print(
         f"{len(instance_paths)} instance and {len(class_paths)} class images at {args.resolution} px,"
-        f" {args.steps} steps of {pairs_a_step} pairs, {args.num_workers} worker(s) on {num_gpus} GPUs, {num_cpus} cores"
+        f" {args.steps} steps of {pairs_a_step} pairs, {args.num_workers} worker(s); {num_gpus} GPUs, {num_cpus} cores"
     )
     prompt_ids = [
         tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length).input_ids

@@ -10,7 +10,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-MODEL_PARTS = ("model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler")
+# What a pipeline directory must have: of each row, one file.
+MODEL_FILES = [
+    ("model_index.json",),
+    ("scheduler/scheduler_config.json",),
+    ("tokenizer/tokenizer.json", "tokenizer/merges.txt"),
+    *((f"{part}/config.json",) for part in ("text_encoder", "vae", "unet")),
+    *((f"{part}/*.safetensors", f"{part}/*.bin") for part in ("text_encoder", "vae", "unet")),
+]
 
 
 class UserError(ValueError):
@@ -44,17 +51,21 @@ def check_at_least(args, minimum, *names):
             raise UserError(f"--{name} is {value}: it must be at least {minimum}")
 
 
-def check_model_dir(model_dir):
+def missing_part(model_dir):
+    """The first file of a diffusers pipeline that `model_dir` lacks; None where it is whole."""
+    lacking = (names[0] for names in MODEL_FILES if not any(any(Path(model_dir).glob(name)) for name in names))
+    return next(lacking, None)
+
+
+def check_model_dir(model_dir, name="--model_dir"):
     """`model_dir` must be a diffusers pipeline directory; the message names what is missing."""
-    folder = Path(model_dir)
-    if not folder.is_dir():
-        raise UserError(f"--model_dir {folder}: no such directory; fetch a model with cache_model.py first")
-    for part in MODEL_PARTS:
-        if not (folder / part).exists():
-            raise UserError(
-                f"--model_dir {folder} is no diffusers pipeline directory: {part} is missing"
-                " (cache_model.py prints the directory to give)"
-            )
+    if not Path(model_dir).is_dir():
+        raise UserError(f"{name} {model_dir}: no such directory; fetch a model with cache_model.py first")
+    if part := missing_part(model_dir):
+        raise UserError(
+            f"{name} {model_dir} is no diffusers pipeline directory: {part} is missing"
+            " (cache_model.py prints the directory to give)"
+        )
 
 
 def check_output_dir(output_dir, name="--output_dir"):

@@ -29,8 +29,8 @@ def start_ray():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
         own = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-        quiet = ray.LoggingConfig(log_level="ERROR")
-        ray.init(logging_level=logging.WARNING, logging_config=quiet, **own)
+        errors_only = ray.LoggingConfig(log_level="ERROR")
+        ray.init(logging_level=logging.WARNING, logging_config=errors_only, **own)
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False
     data.execution_options.preserve_order = True  # the same rows in the same order for the same seed
@@ -40,8 +40,8 @@ def start_ray():
 
 
 def quiet():
-    """Only errors from Ray's libraries, in this process."""
-    for library in ("ray.data", "ray.train"):
+    """Only errors from Ray's libraries, in this process (one of their loggers has no name: it is the root's)."""
+    for library in (None, "ray.data", "ray.train"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -153,13 +153,17 @@ FILES = [
 
 @pytest.mark.parametrize("missing", PARTS)
 def test_model_dir_without_a_part(refusal, model_without, missing):
-    assert f"{missing} is missing" in refusal(model_dir=model_without(missing))
+    message = refusal(model_dir=model_without(missing))
+    assert f": {missing}" in message
+    assert "is missing" in message
 
 
 @pytest.mark.parametrize("missing", FILES)
 def test_model_dir_with_half_a_part(refusal, model_without, missing):
     """An interrupted copy: the folder is there, its file is not."""
-    assert missing.partition("/")[0] in refusal(model_dir=model_without(missing))
+    message = refusal(model_dir=model_without(missing))
+    assert missing.partition("/")[0] in message
+    assert "is missing" in message
 
 
 def test_equal_prompts(refusal):
@@ -322,11 +326,22 @@ def test_unwritable_folders_in_steps_one_and_two(tmp_path):
         download_example_dataset.main(download_example_dataset.parse_args([str(tmp_path / "file" / "below")]))
 
 
-def test_incomplete_model_folder_is_fetched_again(tmp_path, model_without):
-    """Only a whole pipeline counts as fetched."""
-    assert not cache_model.is_whole(model_without("unet/diffusion_pytorch_model.safetensors"))
-    shutil.rmtree(tmp_path / "model")
-    assert not cache_model.is_whole(model_without("vae"))
+def test_whole_model_is_not_fetched_again_and_half_a_model_is(tmp_path, model_dir, monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(cache_model, "fetch_from_hub", lambda *args: fetched.append(args) or model_dir)
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "v1"
+    shutil.copytree(model_dir, snapshot)
+    args = cache_model.parse_args(["--model_dir", str(tmp_path), "--model_name", "a/b", "--revision", "v1"])
+    cache_model.main(args)
+    assert fetched == []
+    assert capsys.readouterr().out.splitlines()[-1] == str(snapshot)
+    for missing in ("unet/diffusion_pytorch_model.safetensors", "vae/config.json", "tokenizer"):
+        path = snapshot / missing
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        cache_model.main(args)
+        assert fetched.pop() == (str(tmp_path), "a/b", "v1")
+        shutil.rmtree(snapshot)
+        shutil.copytree(model_dir, snapshot)
 
 
 def test_pocket_needs_no_network_and_is_copied_once(model_dir, tmp_path, monkeypatch, capsys):
