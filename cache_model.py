@@ -15,7 +15,13 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from dreambooth import checks
 from dreambooth.pictures import fingerprint
@@ -72,7 +78,9 @@ def fetch_from_hub(model_dir, model_name, revision):
         raise checks.UserError(f"no model {model_name!r} on the Hub (or it is private: `hf auth login`)") from None
     except RevisionNotFoundError:
         raise checks.UserError(f"{model_name} has no revision {revision!r}") from None
-    except (OSError, ConnectionError) as error:
+    except HFValidationError as error:
+        raise checks.UserError(f"--model_name {model_name!r}: {str(error).splitlines()[0]}") from None
+    except (OSError, HTTPError) as error:
         raise checks.UserError(
             f"no answer from the Hub ({type(error).__name__}): check the network, or run this where there is one"
             f" and copy the directory to {snapshot}, or use --model_name pocket, which needs no network"

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 
 from dreambooth import checks
 from dreambooth.dataset import find_images
@@ -38,7 +39,7 @@ def main(args):
             snapshot_download(
                 DATASET, repo_type="dataset", local_dir=temporary, allow_patterns=["*.jpeg", "*.jpg", "*.png"]
             )
-        except (OSError, ConnectionError) as error:
+        except (OSError, HTTPError) as error:
             raise checks.UserError(
                 f"no answer from the Hub ({type(error).__name__}): check the network, or use images/lego-car,"
                 " or a folder with photos of your own"

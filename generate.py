@@ -11,6 +11,7 @@ second run of the same command makes only what is missing.
 
 import argparse
 import math
+import re
 import zlib
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dreambooth.seeds import seed_for
 # On a CPU each forward pass takes so many pictures, the last ones filled up: the arithmetic of a
 # picture, to the last bit, may depend on the size of the batch that it is in, never on the others.
 CPU_BATCH = 8
+OWN_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")  # prompt, picture and seed
 REDRAWS = 10  # a picture without content is drawn again so many times with other noise
 
 
@@ -123,7 +125,7 @@ def find_missing(planned, folder, overwrite):
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
     wanted, done, strange = {record["file"]: record for record in planned}, [], []
-    for file in sorted(folder.glob("*-seed*.png")):
+    for file in sorted(f for f in folder.iterdir() if OWN_NAME.fullmatch(f.name)):
         record = pictures.read_record(file)
         if record is None:
             file.unlink()  # damaged: made again

@@ -35,19 +35,30 @@ def run_main(main, args):
     """Call `main(args)`; a `UserError` becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
         main(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        message = user_error_in(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def user_error_in(error):
+    """The message of the `UserError` that `error` is, or that Ray has wrapped in it; None where there is none."""
+    if type(error) is UserError:
+        return str(error)
+    _, found, message = str(error).rpartition(f"{UserError.__name__}: ")  # Ray's text ends with the trace of the cause
+    return message.splitlines()[0] if found else None
 
 
 def check_at_least(args, minimum, *names):
     """Each of the named arguments that is given must be at least `minimum`."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:  # so nan is refused, too
             raise UserError(f"--{name} is {value}: it must be at least {minimum}")
 
 
@@ -83,7 +94,7 @@ def check_output_dir(output_dir, name="--output_dir"):
 
 def check_prompt(tokenizer, prompt):
     """`prompt` must fit the tokenizer; the message quotes what would be cut off."""
-    ids = tokenizer(prompt).input_ids
+    ids = tokenizer(prompt, verbose=False).input_ids
     longest = tokenizer.model_max_length
     if len(ids) > longest:
         lost = tokenizer.decode(ids[longest - 1 : -1]).strip()

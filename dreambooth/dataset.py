@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import ray.data
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from ray.data.collate_fn import NumpyBatchCollateFn
 from torchvision import transforms
 
@@ -67,7 +67,7 @@ def open_image(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: unreadable or truncated image ({error}); replace it or take it out") from None
 
 
@@ -88,6 +88,8 @@ def copy_images(source, folder):
     images, folder = find_images(source), Path(folder)
     if folder.resolve() == Path(source).resolve():
         return
+    if folder.resolve() in Path(source).resolve().parents:
+        raise UserError(f"{source} lies in {folder}, which is emptied first: move it elsewhere")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for image in images:

@@ -26,7 +26,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoTokenizer, CLIPTextModel
 
-from dreambooth.checks import UserError
+from dreambooth.checks import UserError, user_error_in
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_TARGETS = {
@@ -157,8 +157,10 @@ def save_lora(denoiser, output_dir):
             part: convert_state_dict_to_diffusers(get_peft_model_state_dict(getattr(denoiser, part)))
             for part in LORA_TARGETS
         }
+        # The name that everybody's loader knows; newer transformers leave the first part out.
+        text_layers = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in layers["text_encoder"].items()}
         StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=layers["text_encoder"]
+            folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=text_layers
         )
 
     replace_dir(output_dir, write)
@@ -166,12 +168,11 @@ def save_lora(denoiser, output_dir):
 
 def explain(error):
     """What a user can mend in a failed training, as a UserError; any other `error` is raised again."""
-    for cause in error.worker_failures.values() if hasattr(error, "worker_failures") else []:
-        text = f"{type(cause).__name__} {cause}"
-        if "UserError" in text:
-            return UserError(text.rpartition("UserError: ")[2].splitlines()[0])
-        if "OutOfMemoryError" in text:
+    for cause in getattr(error, "worker_failures", {}).values():
+        if "OutOfMemoryError" in f"{type(cause)} {cause}":
             return UserError("out of GPU memory: give a smaller --train_batch_size or --resolution, or --use_lora")
+        if message := user_error_in(cause):
+            return UserError(message)
     raise error
 
 

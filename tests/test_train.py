@@ -82,7 +82,11 @@ def test_lora_training_gives_a_file_that_changes_pictures(
     assert [f.name for f in out.iterdir()] == [models.LORA_FILE]
     weights = StableDiffusionPipeline.lora_state_dict(out)[0]
     for part in ("unet", "text_encoder"):
-        second = [w for name, w in weights.items() if name.startswith(part) and ("lora_B" in name or "lora.up" in name)]
+        second = [
+            w
+            for name, w in weights.items()
+            if name.startswith(part) and ("lora_B" in name or name.endswith("up.weight"))
+        ]
         assert second
         assert all(w.abs().max() > 0 for w in second)  # they were zero before the first step
     StableDiffusionPipeline.from_pretrained(model_dir, dtype=torch.float32).load_lora_weights(out)

@@ -111,202 +111,156 @@ def caption(scene, rng):
 
 
 class _Canvas:
-    """Draws in units of the picture's height, y downwards, onto `scale` pixels a unit."""
+    """Draws in units of the picture's height, y downwards; after `stand_at`, in tenths of an object's
+    width, x from its middle and y upwards from the ground below it."""
 
-    def __init__(self, width, height, light):
+    def __init__(self, width, height):
         self.image = Image.new("RGB", (width, height))
         self.draw = ImageDraw.Draw(self.image)
-        self.scale = height
-        self.light = light  # factor on each colour: shade, and darkness at night
         self.edge = max(1, height // 90)
+        self.light = 1.0  # factor on each colour: shade, and darkness at night
+        self.origin, self.unit = (0, 0), (height, height)
+
+    def stand_at(self, x, y, width):
+        """Move the origin to the point (x, y), in units of the picture's height."""
+        scale = self.unit[0]
+        self.origin, self.unit = (x * scale, y * scale), (width / 10 * scale, -width / 10 * scale)
 
     def _rgb(self, colour):
         rgb = COLOURS[colour] if isinstance(colour, str) else colour
         return tuple(int(min(255, max(0, v * self.light))) for v in rgb)
 
-    def _points(self, points):
-        return [(x * self.scale, y * self.scale) for x, y in points]
-
     def _outline(self, colour):
         return tuple(int(v * 0.45) for v in self._rgb(colour))
 
+    def _pixels(self, points):
+        return [(self.origin[0] + x * self.unit[0], self.origin[1] + y * self.unit[1]) for x, y in points]
+
+    def _span(self, x0, y0, x1, y1):
+        corners = self._pixels([(x0, y0), (x1, y1)])
+        xs, ys = (sorted(values) for values in zip(*corners, strict=True))
+        return [(xs[0], ys[0]), (xs[1], ys[1])]
+
     def box(self, x0, y0, x1, y1, colour, radius=0.0, outline=True):
-        kwargs = {"outline": self._outline(colour), "width": self.edge} if outline else {}
-        box = self._points([(x0, y0), (x1, y1)])
-        self.draw.rounded_rectangle(box, radius * self.scale, fill=self._rgb(colour), **kwargs)
+        edge = {"outline": self._outline(colour), "width": self.edge} if outline else {}
+        span, radius = self._span(x0, y0, x1, y1), radius * self.unit[0]
+        self.draw.rounded_rectangle(span, radius, fill=self._rgb(colour), **edge)
 
     def oval(self, x, y, rx, ry, colour, outline=True):
-        kwargs = {"outline": self._outline(colour), "width": self.edge} if outline else {}
-        box = self._points([(x - rx, y - ry), (x + rx, y + ry)])
-        self.draw.ellipse(box, fill=self._rgb(colour), **kwargs)
+        edge = {"outline": self._outline(colour), "width": self.edge} if outline else {}
+        self.draw.ellipse(self._span(x - rx, y - ry, x + rx, y + ry), fill=self._rgb(colour), **edge)
 
     def poly(self, points, colour):
-        points = self._points(points)
+        points = self._pixels(points)
         self.draw.polygon(points, fill=self._rgb(colour))
         self.draw.line(points + points[:1], fill=self._outline(colour), width=self.edge)
 
 
 GLASS = (150, 200, 225)
 TYRE = (35, 35, 38)
+WOOD = (110, 75, 45)
 
 
-def _wheels(c, scene, x0, x1, y, r):
-    for x in (x0, x1):
-        c.oval(x, y, r, r, TYRE)
-        c.oval(x, y, r * 0.52, r * 0.52, scene.hubs, outline=False)
+def _sedan(c, paint, roof):
+    c.poly([(-3.6, 2.7), (-2.2, 4.8), (1.6, 4.8), (3.2, 2.7)], paint)
+    c.poly([(-2.9, 2.8), (-1.9, 4.2), (-0.3, 4.2), (-0.3, 2.8)], GLASS)
+    c.poly([(0.2, 2.8), (0.2, 4.2), (1.4, 4.2), (2.4, 2.8)], GLASS)
+    c.box(-2.5, 5.2, 1.8, 4.3, roof, 0.3)
+    c.box(-5, 3, 5, 0.9, paint, 0.7)
 
 
-def _draw_car(c, scene, x, y, w):
-    """A car seen from its right side, `w` long, the wheels on `y`, the middle at `x`."""
-    u = w / 10
-    roof = scene.parts.get("roof", scene.colour)
-    floor, left, right = y - 0.9 * u, x - 5 * u, x + 5 * u
-    if scene.body == "van":
-        c.box(left, floor - 4.2 * u, right, floor, scene.colour, 0.7 * u)
-        c.box(left, floor - 4.6 * u, right - 0.6 * u, floor - 3.5 * u, roof, 0.4 * u)
-        for i in range(3):
-            c.box(left + (0.7 + 3 * i) * u, floor - 3.3 * u, left + (3.1 + 3 * i) * u, floor - 1.9 * u, GLASS)
-    elif scene.body == "pickup":
-        c.box(left, floor - 2 * u, right, floor, scene.colour, 0.3 * u)
-        c.box(x - 0.2 * u, floor - 4 * u, x + 3.2 * u, floor - 1.8 * u, scene.colour, 0.4 * u)
-        c.box(x + 0.5 * u, floor - 3.4 * u, x + 2.7 * u, floor - 2 * u, GLASS)
-        c.box(x - 0.4 * u, floor - 4.4 * u, x + 3.4 * u, floor - 3.5 * u, roof, 0.3 * u)
-    elif scene.body == "beetle":
-        c.oval(x, floor - 0.9 * u, 3.7 * u, 3.4 * u, roof)
-        c.poly(
-            [
-                (x - 2.7 * u, floor - 1.6 * u),
-                (x - 1.7 * u, floor - 3.2 * u),
-                (x - 0.2 * u, floor - 3.6 * u),
-                (x - 0.2 * u, floor - 1.6 * u),
-            ],
-            GLASS,
-        )
-        c.poly(
-            [
-                (x + 2.7 * u, floor - 1.6 * u),
-                (x + 1.7 * u, floor - 3.2 * u),
-                (x + 0.3 * u, floor - 3.6 * u),
-                (x + 0.3 * u, floor - 1.6 * u),
-            ],
-            GLASS,
-        )
-        c.box(left + 0.2 * u, floor - 2 * u, right - 0.2 * u, floor, scene.colour, 0.9 * u)
-    elif scene.body == "lego":
-        # Three steps of bricks with studs, higher to the rear: a shape that no other car has.
-        for i in range(3):
-            c.box(x + (1.6 + 1.1 * i) * u, floor - 2.7 * u, x + (2.3 + 1.1 * i) * u, floor - 2 * u, scene.colour)
-            c.box(left + (0.4 + 1.5 * i) * u, floor - 5.6 * u, left + (1.3 + 1.5 * i) * u, floor - 4.9 * u, roof)
-        c.box(left, floor - 2.2 * u, right, floor, scene.colour)
-        c.box(left, floor - 4.2 * u, x + 1.2 * u, floor - 2 * u, scene.colour)
-        c.box(x - 1.8 * u, floor - 3.9 * u, x + 1 * u, floor - 2.2 * u, GLASS)
-        c.box(left - 0.3 * u, floor - 5.1 * u, x + 0.2 * u, floor - 4 * u, roof)
-    else:
-        c.poly(
-            [
-                (x - 3.6 * u, floor - 1.8 * u),
-                (x - 2.2 * u, floor - 3.9 * u),
-                (x + 1.6 * u, floor - 3.9 * u),
-                (x + 3.2 * u, floor - 1.8 * u),
-            ],
-            scene.colour,
-        )
-        c.poly(
-            [
-                (x - 2.9 * u, floor - 1.9 * u),
-                (x - 1.9 * u, floor - 3.3 * u),
-                (x - 0.3 * u, floor - 3.3 * u),
-                (x - 0.3 * u, floor - 1.9 * u),
-            ],
-            GLASS,
-        )
-        c.poly(
-            [
-                (x + 0.2 * u, floor - 1.9 * u),
-                (x + 0.2 * u, floor - 3.3 * u),
-                (x + 1.4 * u, floor - 3.3 * u),
-                (x + 2.4 * u, floor - 1.9 * u),
-            ],
-            GLASS,
-        )
-        c.box(x - 2.5 * u, floor - 4.3 * u, x + 1.8 * u, floor - 3.4 * u, roof, 0.3 * u)
-        c.box(left, floor - 2.1 * u, right, floor, scene.colour, 0.7 * u)
+def _van(c, paint, roof):
+    c.box(-5, 5.1, 5, 0.9, paint, 0.7)
+    c.box(-5, 5.5, 4.4, 4.4, roof, 0.4)
+    for x in (-4.3, -1.3, 1.7):
+        c.box(x, 4.2, x + 2.4, 2.8, GLASS)
+
+
+def _pickup(c, paint, roof):
+    c.box(-5, 2.9, 5, 0.9, paint, 0.3)
+    c.box(-0.2, 4.9, 3.2, 2.7, paint, 0.4)
+    c.box(0.5, 4.3, 2.7, 2.9, GLASS)
+    c.box(-0.4, 5.3, 3.4, 4.4, roof, 0.3)
+
+
+def _beetle(c, paint, roof):
+    c.oval(0, 1.8, 3.7, 3.4, roof)
+    c.poly([(-2.7, 2.5), (-1.7, 4.1), (-0.2, 4.5), (-0.2, 2.5)], GLASS)
+    c.poly([(2.7, 2.5), (1.7, 4.1), (0.3, 4.5), (0.3, 2.5)], GLASS)
+    c.box(-4.8, 2.9, 4.8, 0.9, paint, 0.9)
+
+
+def _lego(c, paint, roof):
+    """Bricks with studs in two steps, higher to the rear: a shape that no other car has."""
+    for i in range(3):
+        c.box(1.6 + 1.1 * i, 3.6, 2.3 + 1.1 * i, 2.9, paint)
+        c.box(-4.6 + 1.5 * i, 6.5, -3.7 + 1.5 * i, 5.8, roof)
+    c.box(-5, 3.1, 5, 0.9, paint)
+    c.box(-5, 5.1, 1.2, 2.9, paint)
+    c.box(-1.8, 4.8, 1, 3.1, GLASS)
+    c.box(-5.3, 6, 0.2, 4.9, roof)
+
+
+_CARS = {"sedan": _sedan, "van": _van, "pickup": _pickup, "beetle": _beetle, "lego": _lego}
+
+
+def _draw_car(c, scene):
+    """A car seen from its right side."""
+    _CARS[scene.body](c, scene.colour, scene.parts.get("roof", scene.colour))
     if "stripe" in scene.parts:
-        c.box(left + 0.1 * u, floor - 1.5 * u, right - 0.1 * u, floor - 0.7 * u, scene.parts["stripe"], outline=False)
-    _wheels(c, scene, x - 2.8 * u, x + 2.8 * u, y - 1.1 * u, 1.2 * u)
+        c.box(-4.9, 2.4, 4.9, 1.6, scene.parts["stripe"], outline=False)
+    for x in (-2.8, 2.8):
+        c.oval(x, 1.1, 1.2, 1.2, TYRE)
+        c.oval(x, 1.1, 0.62, 0.62, scene.hubs, outline=False)
 
 
-def _draw_house(c, scene, x, y, w):
-    u = w / 10
+def _draw_house(c, scene):
     wide, high = (3.4, 5.4) if scene.body == "tall" else (4.6, 3.8)
-    c.box(x - wide * u, y - high * u, x + wide * u, y, scene.colour)
+    c.box(-wide, high, wide, 0, scene.colour)
     roof = scene.parts.get("roof", (120, 70, 55))
-    c.poly(
-        [(x - (wide + 0.8) * u, y - high * u), (x, y - (high + 3.2) * u), (x + (wide + 0.8) * u, y - high * u)], roof
-    )
-    c.box(x - 0.8 * u, y - 2.5 * u, x + 0.8 * u, y, scene.parts.get("door", (110, 75, 50)))
-    rows = (2.9, 5.0) if scene.body == "tall" else (3.0,)
-    for top in rows:
-        for side in (-1, 1):
-            cx = x + side * (wide - 1.3) * u
-            c.box(cx - 0.75 * u, y - top * u, cx + 0.75 * u, y - (top - 1.3) * u, GLASS)
+    c.poly([(-wide - 0.8, high), (0, high + 3.2), (wide + 0.8, high)], roof)
+    c.box(-0.8, 2.5, 0.8, 0, scene.parts.get("door", (110, 75, 50)))
+    for top in (2.9, 5.0) if scene.body == "tall" else (3.0,):
+        for x in (1.3 - wide, wide - 1.3):
+            c.box(x - 0.75, top, x + 0.75, top - 1.3, GLASS)
 
 
-def _draw_boat(c, scene, x, y, w):
-    u = w / 10
-    c.box(x - 0.2 * u, y - 8 * u, x + 0.2 * u, y - 2 * u, (100, 70, 45), outline=False)
+def _draw_boat(c, scene):
     sail = scene.parts.get("sail", "white")
-    c.poly([(x + 0.4 * u, y - 7.8 * u), (x + 0.4 * u, y - 2.9 * u), (x + 4 * u, y - 2.9 * u)], sail)
-    c.poly([(x - 0.4 * u, y - 7.2 * u), (x - 0.4 * u, y - 2.9 * u), (x - 2.8 * u, y - 2.9 * u)], sail)
-    c.poly([(x - 5 * u, y - 2.5 * u), (x + 5 * u, y - 2.5 * u), (x + 3.4 * u, y), (x - 3.4 * u, y)], scene.colour)
+    c.box(-0.2, 8, 0.2, 2, (100, 70, 45), outline=False)
+    c.poly([(0.4, 7.8), (0.4, 2.9), (4, 2.9)], sail)
+    c.poly([(-0.4, 7.2), (-0.4, 2.9), (-2.8, 2.9)], sail)
+    c.poly([(-5, 2.5), (5, 2.5), (3.4, 0), (-3.4, 0)], scene.colour)
     if "stripe" in scene.parts:
-        c.poly(
-            [
-                (x - 4.6 * u, y - 1.8 * u),
-                (x + 4.6 * u, y - 1.8 * u),
-                (x + 4.1 * u, y - 1 * u),
-                (x - 4.1 * u, y - 1 * u),
-            ],
-            scene.parts["stripe"],
-        )
+        c.poly([(-4.6, 1.8), (4.6, 1.8), (4.1, 1), (-4.1, 1)], scene.parts["stripe"])
 
 
-def _draw_ball(c, scene, x, y, w):
-    r = 0.33 * w
-    c.oval(x, y - r, r, r, scene.colour)
+def _draw_ball(c, scene):
+    r = 3.3
+    c.oval(0, r, r, r, scene.colour)
     if "stripe" in scene.parts:
-        c.poly(
-            [
-                (x - 0.93 * r, y - 1.3 * r),
-                (x + 0.93 * r, y - 1.3 * r),
-                (x + 0.93 * r, y - 0.7 * r),
-                (x - 0.93 * r, y - 0.7 * r),
-            ],
-            scene.parts["stripe"],
-        )
-    c.oval(x - 0.4 * r, y - 1.55 * r, 0.16 * r, 0.1 * r, (255, 255, 255), outline=False)
+        half, low, high = 0.93 * r, 0.7 * r, 1.3 * r
+        c.poly([(-half, high), (half, high), (half, low), (-half, low)], scene.parts["stripe"])
+    c.oval(-0.4 * r, 1.55 * r, 0.16 * r, 0.1 * r, (255, 255, 255), outline=False)
 
 
-def _draw_cup(c, scene, x, y, w):
-    u = w / 10
-    handle = scene.parts.get("handle", scene.colour)
-    c.oval(x + 2.8 * u, y - 2.9 * u, 1.7 * u, 1.7 * u, handle)
-    c.oval(x + 2.8 * u, y - 2.9 * u, 0.9 * u, 0.9 * u, (190, 190, 190), outline=False)
-    c.poly([(x - 2.9 * u, y - 5.6 * u), (x + 2.9 * u, y - 5.6 * u), (x + 2.2 * u, y), (x - 2.2 * u, y)], scene.colour)
+def _draw_cup(c, scene):
+    c.oval(2.8, 2.9, 1.7, 1.7, scene.parts.get("handle", scene.colour))
+    c.oval(2.8, 2.9, 0.9, 0.9, (190, 190, 190), outline=False)
+    c.poly([(-2.9, 5.6), (2.9, 5.6), (2.2, 0), (-2.2, 0)], scene.colour)
     if "stripe" in scene.parts:
-        c.box(x - 2.55 * u, y - 3.4 * u, x + 2.55 * u, y - 2.2 * u, scene.parts["stripe"], outline=False)
-    c.oval(x, y - 5.6 * u, 2.9 * u, 0.7 * u, (90, 60, 45))
+        c.box(-2.55, 3.4, 2.55, 2.2, scene.parts["stripe"], outline=False)
+    c.oval(0, 5.6, 2.9, 0.7, (90, 60, 45))
 
 
-def _draw_tree(c, scene, x, y, w):
-    u = w / 10
-    c.box(x - 0.6 * u, y - 3.2 * u, x + 0.6 * u, y, scene.parts.get("trunk", (110, 75, 45)))
+def _draw_tree(c, scene):
+    c.box(-0.6, 3.2, 0.6, 0, scene.parts.get("trunk", WOOD))
     if scene.body == "fir":
         for i in range(3):
-            half, base = (3.4 - 0.8 * i) * u, y - (2 + 1.9 * i) * u
-            c.poly([(x - half, base), (x, base - 3.2 * u), (x + half, base)], scene.colour)
+            half, base = 3.4 - 0.8 * i, 2 + 1.9 * i
+            c.poly([(-half, base), (0, base + 3.2), (half, base)], scene.colour)
     else:
-        c.oval(x, y - 5.6 * u, 3.4 * u, 3.1 * u, scene.colour)
+        c.oval(0, 5.6, 3.4, 3.1, scene.colour)
 
 
 _DRAW = {
@@ -362,7 +316,7 @@ def render(scene, rng, size=64, aspect=1.0):
     and scaled down, so that edges are smooth.
     """
     high = max(256, size * 2)
-    c = _Canvas(round(high * aspect), high, 1.0)
+    c = _Canvas(round(high * aspect), high)
     _draw_place(c, scene.place, aspect, rng)
     width = rng.uniform(0.56, 0.72)
     x = aspect / 2 + rng.uniform(-0.09, 0.09)
@@ -370,7 +324,8 @@ def render(scene, rng, size=64, aspect=1.0):
     c.light = rng.uniform(0.92, 1.05) * (0.8 if scene.place == "at night" else 1.0)
     shadow = (25, 28, 32) if scene.place == "at night" else (95, 95, 95)
     c.oval(x, y, width * 0.5, 0.025, shadow, outline=False)
-    _DRAW[scene.kind](c, scene, x, y, width)
+    c.stand_at(x, y, width)
+    _DRAW[scene.kind](c, scene)
     return c.image.resize((round(size * aspect), size), Image.Resampling.BOX)
 
 
