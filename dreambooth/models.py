@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
 from dreambooth.checks import UserError, user_error_in
@@ -145,8 +146,16 @@ def save_pipeline(denoiser, model_dir, output_dir):
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(folder)
+        weights = folder / "text_encoder" / "model.safetensors"
+        save_file(_with_hub_names(load_file(weights)), weights, metadata={"format": "pt"})
 
     replace_dir(output_dir, write)
+
+
+def _with_hub_names(text_encoder_weights):
+    """The names that the Hub's files have and every loader knows: transformers 5 leaves out their first part,
+    and older ones would silently start from random weights."""
+    return {f"text_model.{name.removeprefix('text_model.')}": w for name, w in text_encoder_weights.items()}
 
 
 def save_lora(denoiser, output_dir):
@@ -157,8 +166,7 @@ def save_lora(denoiser, output_dir):
             part: convert_state_dict_to_diffusers(get_peft_model_state_dict(getattr(denoiser, part)))
             for part in LORA_TARGETS
         }
-        # The name that everybody's loader knows; newer transformers leave the first part out.
-        text_layers = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in layers["text_encoder"].items()}
+        text_layers = _with_hub_names(layers["text_encoder"])
         StableDiffusionPipeline.save_lora_weights(
             folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=text_layers
         )
