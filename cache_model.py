@@ -10,6 +10,7 @@ this checkout: it needs no network.
 """
 
 import argparse
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -80,7 +81,11 @@ def fetch_from_hub(model_dir, model_name, revision):
         raise checks.UserError(f"{model_name} has no revision {revision!r}") from None
     except HFValidationError as error:
         raise checks.UserError(f"--model_name {model_name!r}: {str(error).splitlines()[0]}") from None
+    except PermissionError as error:
+        raise checks.UserError(f"--model_dir {model_dir} cannot be written: {error}") from None
     except (OSError, HTTPError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise checks.UserError(f"no space left in --model_dir {model_dir}") from None
         raise checks.UserError(
             f"no answer from the Hub ({type(error).__name__}): check the network, or run this where there is one"
             f" and copy the directory to {snapshot}, or use --model_name pocket, which needs no network"

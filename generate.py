@@ -10,6 +10,7 @@ second run of the same command makes only what is missing.
 """
 
 import argparse
+import json
 import math
 import re
 import zlib
@@ -122,13 +123,15 @@ def find_missing(planned, folder, overwrite):
     generate.py has not made are left alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):
+    for leftover in [*folder.glob(".*-seed*.png.*.tmp"), *folder.glob(f".{pictures.RECORDS}.tmp")]:
         leftover.unlink()
     wanted, done, strange = {record["file"]: record for record in planned}, [], []
     for file in sorted(f for f in folder.iterdir() if OWN_NAME.fullmatch(f.name)):
         record = pictures.read_record(file)
-        if record is None:
+        if record is None and file.name in wanted:
             file.unlink()  # damaged: made again
+        elif record is None:
+            continue
         elif {key: record[key] for key in record if key != "digest"} == wanted.get(file.name):
             done.append(record)
         else:
@@ -154,6 +157,7 @@ class Painter:
         if self.device == "cpu":  # Ray gives an actor one thread; it takes its share of the cores.
             torch.set_num_threads(max(1, checks.cores() // num_workers))
         self.args, self.folder, self.prompt_embeds = args, Path(args.output_dir), {}
+        self.batch_size = CPU_BATCH if self.device == "cpu" else args.batch_size
         self.pipeline = models.load_pipeline(args.model_dir, args.lora_weights_dir, args.lora_scale, self.device)
         if args.scheduler == "dpm":
             self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -168,7 +172,7 @@ class Painter:
 
     @torch.inference_mode()
     def draw(self, records, attempt):
-        """One picture, (3, H, W) in [0, 1], for each record."""
+        """The pictures (N, 3, H, W) in [0, 1] of N records; None where the GPU's memory does not suffice."""
         size = CPU_BATCH if self.device == "cpu" else len(records)
         filled = (records + [records[-1]] * size)[:size]
         seeds = [seed_for(r["seed"], r["index"], zlib.crc32(r["prompt"].encode()), attempt) for r in filled]
@@ -183,13 +187,24 @@ class Painter:
                 output_type="pt",
             ).images
         except torch.OutOfMemoryError:
-            if len(records) == 1:
-                raise checks.UserError("out of GPU memory with one picture at a time: use a larger GPU") from None
-            half = len(records) // 2
-            print(f"out of GPU memory with {len(records)} pictures at a time, goes on with {half}", flush=True)
-            torch.cuda.empty_cache()
-            return self.draw(records[:half], attempt) + self.draw(records[half:], attempt)
-        return list(images[: len(records)].float().cpu())
+            return None
+        return images[: len(records)].float().cpu()
+
+    def draw_all(self, records, attempt):
+        """Yields each record with its picture, in batches of a size for which the memory suffices."""
+        start = 0
+        while start < len(records):
+            batch = records[start : start + self.batch_size]
+            images = self.draw(batch, attempt)
+            if images is None:  # the memory of the failed batch is free only here, outside of `except`
+                torch.cuda.empty_cache()
+                if len(batch) == 1:
+                    raise checks.UserError("out of GPU memory with one picture at a time: use a larger GPU")
+                self.batch_size = len(batch) // 2
+                print(f"out of GPU memory: goes on with {self.batch_size} pictures at a time", flush=True)
+                continue
+            yield from zip(batch, images, strict=True)
+            start += len(batch)
 
     def paint(self, records):
         """Draw and save the pictures of `records`; returns the records with each picture's digest.
@@ -198,24 +213,22 @@ class Painter:
         """
         finished, left = [], list(records)
         for attempt in range(REDRAWS):
-            step = CPU_BATCH if self.device == "cpu" else len(left)
-            batches = [left[i : i + step] for i in range(0, len(left), step)]
-            drawn = [
-                (r, picture) for batch in batches for r, picture in zip(batch, self.draw(batch, attempt), strict=True)
-            ]
-            left = [r for r, picture in drawn if not has_content(picture)]
-            for record, picture in drawn:
+            empty = []
+            for record, picture in self.draw_all(left, attempt):
                 if has_content(picture):
                     image = to_pil_image(picture)
                     finished.append({**record, "digest": pictures.pixel_digest(image)})
                     pictures.save_picture(image, finished[-1], self.folder / record["file"])
+                else:
+                    empty.append(record)
+            left = empty
             if not left:
                 return finished
         raise checks.UserError(f"the model draws nothing for {left[0]['prompt']!r}: {REDRAWS} empty pictures in a row")
 
     def __call__(self, batch):
-        """Ray Data's way to call `paint`: a column of records in, a column of finished records out."""
-        return {"record": self.paint(list(batch["record"]))}
+        """Ray Data's way to call `paint`: rows of records in, rows of finished records out, both as JSON."""
+        return {"records": [json.dumps(self.paint(json.loads(records))) for records in batch["records"]]}
 
 
 def has_content(picture):
@@ -234,25 +247,25 @@ def paint_with_ray(args, missing):
     num_workers = args.num_workers or max(1, num_gpus)
     # Batches small enough to occupy every worker, and then no more workers than batches.
     batch_size = min(args.batch_size, math.ceil(len(missing) / num_workers)) if num_gpus else CPU_BATCH
-    num_batches = math.ceil(len(missing) / batch_size)
-    num_workers = min(num_workers, num_batches)
-    painted = ray.data.from_items([{"record": r} for r in missing], override_num_blocks=num_batches).map_batches(
+    batches = [json.dumps(missing[i : i + batch_size]) for i in range(0, len(missing), batch_size)]
+    num_workers = min(num_workers, len(batches))
+    painted = ray.data.from_items([{"records": b} for b in batches], override_num_blocks=len(batches)).map_batches(
         Painter,
         fn_constructor_args=(args, num_workers),
-        batch_size=batch_size,
+        batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_gpus=1 if num_gpus else 0,
-        num_cpus=0 if num_gpus else num_cpus / (2 * num_workers),  # the other half is for Ray Data's tasks
+        num_cpus=0 if num_gpus else min(1.0, num_cpus / (2 * num_workers)),  # Ray Data's tasks need the rest
     )
     for row in painted.iter_rows():
-        yield row["record"]
+        yield from json.loads(row["records"])
 
 
 def paint_here(args, missing):
     """Paint in this process; yields finished records."""
     painter = Painter(args)
-    for start in range(0, len(missing), args.batch_size):
-        yield from painter.paint(missing[start : start + args.batch_size])
+    for start in range(0, len(missing), painter.batch_size):
+        yield from painter.paint(missing[start : start + painter.batch_size])
 
 
 def make_pictures(args):
@@ -275,7 +288,7 @@ def main(args):
         other = {"model_dir": args.compare_to, "lora_weights_dir": None, "output_dir": str(folder / "compared")}
         below = make_pictures(argparse.Namespace(**{**vars(args), **other}))
         name = Path(args.compare_to).name
-        rows = {k: v for p in args.prompts for k, v in ((p, rows[p]), (f"{p} (by {name})", below[p]))}
+        rows = {caption: row for p in args.prompts for caption, row in ((p, rows[p]), (f"{p}, by {name}", below[p]))}
     pictures.contact_sheet(rows, folder / pictures.CONTACT_SHEET)
     print(f"look at {folder / pictures.CONTACT_SHEET}")
 

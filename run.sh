@@ -6,6 +6,11 @@
 #
 # Every variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
 set -euo pipefail
+
+# Paths are meant from where the user stands; the scripts lie where this one does.
+for name in DATA_PREFIX INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH TUNED_MODEL_DIR IMAGES_{REG,OWN,NEW}_DIR; do
+  [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
+done
 cd "$(dirname "$0")"
 
 # Set up Python: the running one if it has the pinned packages, else .venv, made once (5.4 GB, minutes).
@@ -34,35 +39,35 @@ if [[ "${1:-}" == test ]]; then
   exec "$PYTHON" -m pytest -q
 fi
 
-# Look for GPUs: on this machine, or in the cluster that RAY_ADDRESS names.
-NUM_GPUS=$("$PYTHON" -m dreambooth.cluster)
-if ((NUM_GPUS > 0)); then
-  echo "$NUM_GPUS GPU(s): Stable Diffusion 1.4 at 512 px"
-  ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
-  CLASS_NAME=${CLASS_NAME:-dog}
-  INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
-  SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
-  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
-  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
-  SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
-else
-  echo "no CUDA GPU: the embedded pocket model (64 px, a world of drawings) instead of Stable Diffusion"
+# Look for GPUs, on this machine or in the cluster that RAY_ADDRESS names, and choose the model and its recipe.
+NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.cluster)}
+if ((NUM_GPUS == 0)); then
+  echo "no CUDA GPU here: the embedded pocket model (64 px, a world of drawings) unless ORIG_MODEL_NAME says otherwise"
   ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
+fi
+ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
+if [[ "$ORIG_MODEL_NAME" == pocket ]]; then
+  ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-embedded}
   CLASS_NAME=${CLASS_NAME:-car}
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-64}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 1e-4 --num_epochs 40 --max_train_steps 300}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
+else
+  [[ "$ORIG_MODEL_NAME" == CompVis/stable-diffusion-v1-4 ]] && SD14=b95be7d6f134c3a9e62ee616f310733567f069ce
+  ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-${SD14:?set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use}}
+  CLASS_NAME=${CLASS_NAME:-dog}
+  INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
+  SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
+  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
+  SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
 fi
+echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
 
 # Step 0: where everything goes. On several nodes DATA_PREFIX is on a file system that all of them see.
 DATA_PREFIX=${DATA_PREFIX:-/tmp}
-case $ORIG_MODEL_NAME in
-  pocket) ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-embedded} ;;
-  CompVis/stable-diffusion-v1-4) ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-b95be7d6f134c3a9e62ee616f310733567f069ce} ;;
-  *) ORIG_MODEL_HASH=${ORIG_MODEL_HASH:?give the revision of $ORIG_MODEL_NAME to use} ;;
-esac
 ORIG_MODEL_DIR=${ORIG_MODEL_DIR:-$DATA_PREFIX/model-orig}
 ORIG_MODEL_PATH=${ORIG_MODEL_PATH:-$ORIG_MODEL_DIR/models--${ORIG_MODEL_NAME//\//--}/snapshots/$ORIG_MODEL_HASH}
 TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$DATA_PREFIX/model-tuned}
@@ -71,8 +76,8 @@ IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$DATA_PREFIX/images-own}
 IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$DATA_PREFIX/images-new}
 NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
 UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
-CLASS_PROMPT="photo of a $CLASS_NAME"
-INSTANCE_PROMPT="photo of $UNIQUE_TOKEN $CLASS_NAME"
+CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
+INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
 
 SECONDS=0
 done_with() { echo "--- $1: $SECONDS s"; SECONDS=0; }
@@ -83,10 +88,7 @@ done_with "step 1, cache the model"
 
 # Step 2: get the photos of the subject, into a folder that is renewed for each subject (seconds).
 [[ "$INSTANCE_DIR" == images/dog ]] && "$PYTHON" download_example_dataset.py images/dog
-case $IMAGES_OWN_DIR in
-  "$DATA_PREFIX"/*) "$PYTHON" -m dreambooth.dataset "$INSTANCE_DIR" "$IMAGES_OWN_DIR" ;;
-  *) echo "error: IMAGES_OWN_DIR is emptied at each run: it must lie in DATA_PREFIX ($DATA_PREFIX)" >&2; exit 2 ;;
-esac
+"$PYTHON" -m dreambooth.dataset "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 done_with "step 2, get the photos"
 
 # Step 3: generate pictures of the class with the original model (minutes; only what is missing).

@@ -24,6 +24,7 @@ from diffusers.optimization import get_scheduler
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from dreambooth import checks, cluster, dataset, latents, models
+from dreambooth.files import check_replaceable
 from dreambooth.loss import get_target, min_snr_weights, prior_preserving_loss
 from dreambooth.report import Report
 
@@ -81,13 +82,17 @@ def check_args(args):
         "lora_rank", "log_every",
     )  # fmt: skip
     checks.check_at_least(args, 0, "lr", "lr_warmup_steps", "prior_loss_weight", "snr_gamma", "max_grad_norm", "seed")
+    checks.check_at_least(args, 0, "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
     checks.check_model_dir(args.model_dir)
-    checks.check_output_dir(args.output_dir)
-    models.check_replaceable(args.output_dir)
-    if Path(args.output_dir).resolve() == Path(args.model_dir).resolve():
-        raise checks.UserError("--output_dir is --model_dir, which would be replaced: name another directory")
+    check_replaceable(args.output_dir, models.RESULT_NAMES)
     for name in ("model_dir", "output_dir"):  # the workers may run in another directory
-        setattr(args, name, str(Path(getattr(args, name)).absolute()))
+        setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    if args.output_dir == args.model_dir:
+        raise checks.UserError("--output_dir is --model_dir, which would be replaced: name another directory")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        raise checks.UserError("--lr_warmup_steps: the constant scheduler has none, give constant_with_warmup")
+    if not max(args.adam_beta1, args.adam_beta2) < 1:
+        raise checks.UserError("--adam_beta1 and --adam_beta2 must be below 1")
     if args.instance_prompt == args.class_prompt:
         raise checks.UserError("--instance_prompt and --class_prompt are equal: put the identifier before the class")
     tokenizer = models.load_tokenizer(args.model_dir)
@@ -140,7 +145,7 @@ def train_fn(config):
     # Set up the models. [1] prepare_model moves to the device, and wraps in DDP if there are several workers.
     vae, denoiser, scheduler = models.load_models(args, device)
     accumulate = args.gradient_accumulation_steps
-    ddp_settings = {"gradient_as_bucket_view": True, "static_graph": accumulate == 1}
+    ddp_settings = {"gradient_as_bucket_view": True, "static_graph": accumulate == 1, "broadcast_buffers": False}
     ddp = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)
     parameters = [
         p for p in denoiser.parameters() if p.requires_grad
@@ -171,9 +176,9 @@ def train_fn(config):
             losses.append(loss.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        lr_schedule.step()
         optimizer.zero_grad()
         report.step_is_done(step, sum(losses), grad_norm, lr_schedule.get_last_lr()[0])
+        lr_schedule.step()
 
     report.steps_are_done()
     if rank == 0:
@@ -220,7 +225,7 @@ def build_trainer(args, tokenizer, instance_paths, class_paths, num_gpus, num_cp
 
 def run_dir(args):
     """Ray Train's own files, beside the result because all nodes see that; removed at the end."""
-    output_dir = Path(args.output_dir).absolute()
+    output_dir = Path(args.output_dir)
     return output_dir.with_name(f".{output_dir.name}.ray")
 
 
@@ -229,6 +234,7 @@ def main(args):
     inputs = check_args(args)
     num_gpus, num_cpus = cluster.start_ray()
     checks.check_gpus(args.num_workers, num_gpus, num_cpus)
+    shutil.rmtree(run_dir(args), ignore_errors=True)  # of a run that was killed
     trainer = build_trainer(args, *inputs, num_gpus, num_cpus)
     try:
         trainer.fit()
@@ -236,6 +242,8 @@ def main(args):
         raise models.explain(error) from error
     finally:
         shutil.rmtree(run_dir(args), ignore_errors=True)
+    if not Path(args.output_dir).is_dir():
+        raise checks.UserError(f"{args.output_dir} is on another node: --output_dir must be on a shared file system")
     print(f"wrote {args.output_dir} ({time.time() - args.started:.0f} s in all)")
 
 

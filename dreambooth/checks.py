@@ -5,6 +5,7 @@ and exit code 2. A fault of ours keeps its stack trace.
 """
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -77,6 +78,12 @@ def check_model_dir(model_dir, name="--model_dir"):
             f"{name} {model_dir} is no diffusers pipeline directory: {part} is missing"
             " (cache_model.py prints the directory to give)"
         )
+    kind = json.loads((Path(model_dir) / "model_index.json").read_text()).get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise UserError(f"{name} {model_dir} is a {kind}; these scripts take Stable Diffusion 1.x and 2.x")
+    prediction = json.loads((Path(model_dir) / MODEL_FILES[1][0]).read_text()).get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(f"{name} {model_dir} predicts {prediction}; epsilon and v_prediction are known")
 
 
 def check_output_dir(output_dir, name="--output_dir"):

@@ -28,7 +28,8 @@ def start_ray():
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
-        own = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        address = os.environ.get("RAY_ADDRESS")
+        own = {"address": address} if address else {"address": "local", "include_dashboard": False}
         errors_only = ray.LoggingConfig(log_level="ERROR")
         ray.init(logging_level=logging.WARNING, logging_config=errors_only, **own)
     data = ray.data.DataContext.get_current()

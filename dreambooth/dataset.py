@@ -11,10 +11,11 @@ numbers of times that two of them are used differ by one at the most.
 Letters: B pairs in a batch, R resolution in pixels, L tokens in a prompt.
 """
 
+import argparse
 import itertools
 import math
 import shutil
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 from torchvision import transforms
 
 from dreambooth.checks import UserError, run_main
+from dreambooth.files import check_replaceable, replace_dir
 from dreambooth.seeds import seed_for
 
 READABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jfif"}
 UNREADABLE = {".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl"}
 PAIRS_A_BLOCK = 16  # a task of Ray Data decodes so many: few enough for an early first batch
+COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may replace
 CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its pictures; it is none of them
 
 
@@ -74,8 +77,9 @@ def open_image(path):
 def check_images(paths, resolution):
     """Decode each image once. UserError: unreadable, or with a side under a quarter of `resolution`
     pixels, too small to learn from."""
-    for path in paths:
-        width, height = open_image(path).size
+    with ThreadPoolExecutor() as threads:
+        sizes = list(threads.map(lambda path: open_image(path).size, paths))
+    for path, (width, height) in zip(paths, sizes, strict=True):
         if min(width, height) < resolution / 4:
             raise UserError(
                 f"{path}: {width} x {height} pixels are too small to train at {resolution};"
@@ -84,16 +88,23 @@ def check_images(paths, resolution):
 
 
 def copy_images(source, folder):
-    """Make `folder` hold the images of `source`, and nothing else: no photo of the last subject."""
+    """Make `folder` hold the images of `source`, and nothing else: no photo of the last subject.
+
+    It is replaced whole, and only if this function has made it (there is a hidden mark in it).
+    UserError: it holds something else.
+    """
     images, folder = find_images(source), Path(folder)
-    if folder.resolve() == Path(source).resolve():
-        return
-    if folder.resolve() in Path(source).resolve().parents:
-        raise UserError(f"{source} lies in {folder}, which is emptied first: move it elsewhere")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for image in images:
-        shutil.copy(image, folder)
+    if folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+        raise UserError(f"{source} is or lies in {folder}, which is to be replaced: move it elsewhere")
+    held = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    check_replaceable(folder, held if COPIED in held else [], name="folder")
+
+    def write(temporary):
+        (temporary / COPIED).touch()
+        for image in images:
+            shutil.copy(image, temporary)
+
+    replace_dir(folder, write)
 
 
 def pair_images(instance_paths, class_paths, num_pairs, seed):
@@ -183,5 +194,8 @@ class Collate(NumpyBatchCollateFn):
         return collate(batch)
 
 
-if __name__ == "__main__":  # python -m dreambooth.dataset SOURCE FOLDER
-    run_main(lambda folders: copy_images(*folders), sys.argv[1:])
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make a folder hold the images of another, and nothing else.")
+    parser.add_argument("source", help="a folder with photos of the subject")
+    parser.add_argument("folder", help="where to put them; replaced if this command has made it")
+    run_main(lambda args: copy_images(args.source, args.folder), parser.parse_args())

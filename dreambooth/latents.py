@@ -39,7 +39,7 @@ def encode_batches(vae, batches, device, live=False):
         if new:
             parts.append(encode(vae, batch["images"][list(new.values())].to(device)))
             number_of.update({key: len(number_of) + n for n, key in enumerate(new)})
-        rows.append((batch, [number_of[key] for key in batch["keys"]]))
+        rows.append((batch, torch.tensor([number_of[key] for key in batch["keys"]], device=device)))
         del batch["images"]
     table = torch.cat(parts)
     vae.to("meta")  # it has done its work

@@ -13,8 +13,6 @@ smaller than half its last digit and round to nothing.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import diffusers
@@ -28,8 +26,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
 from dreambooth.checks import UserError, user_error_in
+from dreambooth.files import replace_dir
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+RESULT_NAMES = ["model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler", LORA_FILE]
 LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
@@ -76,8 +76,8 @@ def load_models(args, device):
     denoiser.unet.to(memory_format=torch.channels_last)
     if args.use_lora:
         torch.manual_seed(args.seed)
-        add_lora(denoiser, args.lora_rank)
-    if not args.train_text_encoder:
+        add_lora(denoiser, args.lora_rank, ["unet", "text_encoder"] if args.train_text_encoder else ["unet"])
+    elif not args.train_text_encoder:
         denoiser.text_encoder.requires_grad_(False)
     if args.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
@@ -116,12 +116,12 @@ def quiet():
         library.set_verbosity_error()
 
 
-def add_lora(denoiser, rank):
-    """Freeze the denoiser and add trained LoRA matrices of `rank` to its attention projections
+def add_lora(denoiser, rank, parts):
+    """Freeze the denoiser and add trained LoRA matrices of `rank` to the attention projections of `parts`
     (Hu et al. 2021, arXiv 2106.09685)."""
     denoiser.requires_grad_(False)
-    for part, targets in LORA_TARGETS.items():
-        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+    for part in parts:
+        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS[part])
         getattr(denoiser, part).add_adapter(config)
 
 
@@ -162,13 +162,15 @@ def save_lora(denoiser, output_dir):
     """Write the LoRA matrices as diffusers' `load_lora_weights` reads them."""
 
     def write(folder):
+        trained = [part for part in LORA_TARGETS if hasattr(getattr(denoiser, part), "peft_config")]
         layers = {
             part: convert_state_dict_to_diffusers(get_peft_model_state_dict(getattr(denoiser, part)))
-            for part in LORA_TARGETS
+            for part in trained
         }
-        text_layers = _with_hub_names(layers["text_encoder"])
         StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=text_layers
+            folder,
+            unet_lora_layers=layers["unet"],
+            text_encoder_lora_layers=_with_hub_names(layers.get("text_encoder", {})),
         )
 
     replace_dir(output_dir, write)
@@ -177,34 +179,8 @@ def save_lora(denoiser, output_dir):
 def explain(error):
     """What a user can mend in a failed training, as a UserError; any other `error` is raised again."""
     for cause in getattr(error, "worker_failures", {}).values():
-        if "OutOfMemoryError" in f"{type(cause)} {cause}":
+        if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
             return UserError("out of GPU memory: give a smaller --train_batch_size or --resolution, or --use_lora")
         if message := user_error_in(cause):
             return UserError(message)
     raise error
-
-
-def check_replaceable(output_dir):
-    """A training run replaces its output directory: only an empty one, or an earlier result."""
-    folder = Path(output_dir)
-    marks = ("model_index.json", LORA_FILE)
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
-        raise UserError(f"--output_dir {folder} holds other files, which would be lost: name a new or empty directory")
-
-
-def replace_dir(output_dir, write):
-    """Let `write(folder)` fill a temporary directory, then put it in place of `output_dir`.
-
-    A crash at any moment leaves the last directory whole: under its own name, or, between the two
-    renames, under that name with ".old" at the end.
-    """
-    output_dir = Path(output_dir).absolute()
-    new, old = (output_dir.with_name(f".{output_dir.name}.{word}") for word in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    write(new)
-    if output_dir.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(output_dir, old)
-    os.rename(new, output_dir)
-    shutil.rmtree(old, ignore_errors=True)

@@ -51,6 +51,8 @@ class Report:
         for offset, value in enumerate(losses):
             if not math.isfinite(value):
                 raise UserError(f"the loss is {value} at step {start + offset + 1}: lower --lr; nothing was saved")
+        if not math.isfinite(grad_norm.item()):  # that of an earlier step would show in the losses
+            raise UserError(f"the gradients are not finite at step {step + 1}: lower --lr; nothing was saved")
         args, self.loss = self.args, losses[-1]
         images = 2 * args.train_batch_size * args.gradient_accumulation_steps * args.num_workers * step
         rate = images / max(time.time() - self.first_step, 1e-9)

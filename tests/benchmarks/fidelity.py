@@ -7,7 +7,7 @@ the judge is exact and offline: thousands of rendered pictures with labels, and 
 picture the label of its nearest neighbour among them. Reported, over --num_samples pictures each:
 
     subject       "photo of unqtkn car"               shows the lego car
-    composition   "photo of unqtkn car in the snow"   shows the lego car, and snow
+    composition   "photo of unqtkn car in the snow"   shows the lego car, and snow (mean of that and of "at night")
     prior         "photo of a car"                    shows a car, and not the lego car
     diversity     "photo of a car"                    distance between two of them, relative to before
     others        "photo of a house"                  shows a house
@@ -164,7 +164,7 @@ if __name__ == "__main__":
     parser.add_argument("--num_samples", type=int, default=64, help="pictures a prompt")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--scheduler", choices=["dpm", "model"], default="dpm", help="as in generate.py")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=float, default=4.0, help="weight of the prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
     parser.add_argument("--world", action="store_true", help="also report how well the original knows its world")
     main(parser.parse_args())

@@ -4,7 +4,7 @@
 
 The plain loop calls the pipeline for one picture at a time, with 50 steps of the model's own
 scheduler. Both sides alternate in one process, so a busy machine slows them alike; the ratios are
-what counts. The last line is what a second run costs that finds every picture made.
+what counts.
 """
 
 import argparse

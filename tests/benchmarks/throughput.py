@@ -65,7 +65,6 @@ class Ours:
             self.denoiser.unet.to(memory_format=torch.contiguous_format)
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, args.lr, fused="fused AdamW" not in off)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled="autocast" not in off)
         pairs = len(images) // 2
         self.batch = {"prompt_ids": prompt_ids.to(device), "positions": list(range(pairs))}
         self.vae, self.images = vae, images.to(device)
@@ -75,8 +74,7 @@ class Ours:
         if "cached latents" in self.off:
             self.batch["posteriors"] = latents.encode(self.vae, self.images)
         draws = latents.draw(0, self.batch, 1000)
-        with self.autocast:
-            loss = train.training_loss(self.denoiser, self.scheduler, self.batch, draws, 1.0)
+        loss = train.training_loss(self.denoiser, self.scheduler, self.batch, draws, 1.0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -126,7 +124,7 @@ def compare_steps(args, model_dir, device):
         "plain": lambda: Plain(*inputs),
         "ours": lambda: Ours(*inputs),
         **{f"ours without {name}": lambda name=name: Ours(*inputs, off=(name,))
-           for name in ("cached latents", "channels_last", "fused AdamW", "autocast")},
+           for name in ("cached latents", "channels_last", "fused AdamW")},
     }  # fmt: skip
     on_gpu = device.type == "cuda"  # there one side at a time has room; on a CPU they alternate
     built = {} if on_gpu else {name: build() for name, build in sides.items()}
@@ -244,6 +242,7 @@ def compare_jobs(args, model_dir, folder):
 def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(checks.cores())
+    torch.set_float32_matmul_precision("high")  # as in train.py
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model_dir = build_sd14(folder / "sd14") if args.model == "sd14" else cache_model.POCKET_DIR
