@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -31,30 +32,43 @@ from dreambooth.pocket import render
 SNOW, NIGHT = "in the snow", "at night"
 
 
-def features(pictures):
+def colours(pictures):
     """Pictures (N, 64, 64, 3) uint8 as (N, 768) rows: colours at 16 x 16 points, each the mean of 4 x 4 pixels."""
-    points = pictures.reshape(len(pictures), 16, 4, 16, 4, 3).astype(np.float32).mean((2, 4)) / 255
-    return torch.from_numpy(points.reshape(len(pictures), -1))
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return F.avg_pool2d(x, 4).flatten(1)
+
+
+def edges(pictures):
+    """The same as (N, 512) rows: how much edge, across and down, there is at 16 x 16 points; strong and
+    weak edges count nearly alike, so that shapes compare whatever their colours and the light."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    across = F.pad(x.diff(dim=3).abs().sum(1, keepdim=True), (0, 1))
+    down = F.pad(x.diff(dim=2).abs().sum(1, keepdim=True), (0, 0, 0, 1))
+    strength = torch.cat([across, down], dim=1)
+    return F.avg_pool2d(strength / (strength + 0.15), 4).flatten(1)
 
 
 class Judge:
-    """Labels a picture (class, colour, place, subject or not) by its nearest neighbour among renders."""
+    """Labels a picture by its nearest neighbours among renders: the one by edges names its class, the one
+    by colours all else (place, colour, subject or not)."""
 
     def __init__(self, num_world=24_000, num_subject=4_000, seed=1):
         rng = np.random.default_rng(seed)
         scenes = [render.sample_scene(rng) for _ in range(num_world)]
         scenes += [replace(render.LEGO_CAR, place=render.PLACES[i % 5]) for i in range(num_subject)]
         self.scenes = scenes
-        self.features = features(np.stack([np.asarray(render.render(scene, rng)) for scene in scenes]))
+        renders = np.stack([np.asarray(render.render(scene, rng)) for scene in scenes])
+        self.known = {space: space(renders) for space in (colours, edges)}
 
     def __call__(self, pictures):
-        """The scene of each picture's nearest neighbour; pictures (N, 64, 64, 3) uint8."""
-        nearest = torch.cdist(features(pictures), self.features).argmin(1)
-        return [self.scenes[i] for i in nearest.tolist()]
+        """A scene for each picture; pictures (N, 64, 64, 3) uint8."""
+        nearest = {space: torch.cdist(space(pictures), known).argmin(1) for space, known in self.known.items()}
+        pairs = zip(nearest[colours].tolist(), nearest[edges].tolist(), strict=True)
+        return [replace(self.scenes[c], kind=self.scenes[e].kind) for c, e in pairs]
 
 
 def is_subject(scene):
-    return scene.body == render.LEGO_CAR.body
+    return scene.kind == "car" and scene.body == render.LEGO_CAR.body
 
 
 def share(scenes, condition):
@@ -63,7 +77,7 @@ def share(scenes, condition):
 
 def diversity(pictures):
     """Mean distance between the features of two of the pictures."""
-    return torch.pdist(features(pictures)).mean().item()
+    return torch.pdist(colours(pictures)).mean().item()
 
 
 def sample(model_dir, prompt, count, args):
