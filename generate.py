@@ -151,11 +151,11 @@ def find_missing(planned, folder, overwrite):
 class Painter:
     """Loads the pipeline once and paints records, in batches; also the callable of Ray Data's actors."""
 
-    def __init__(self, args, num_workers=1):
+    def __init__(self, args):
         models.quiet()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cpu":  # Ray gives an actor one thread; it takes its share of the cores.
-            torch.set_num_threads(max(1, checks.cores() // num_workers))
+        if self.device == "cpu":  # Ray gives an actor one thread; and the number of threads shows in the last bits
+            torch.set_num_threads(checks.cores())
         self.args, self.folder, self.prompt_embeds = args, Path(args.output_dir), {}
         self.batch_size = CPU_BATCH if self.device == "cpu" else args.batch_size
         self.pipeline = models.load_pipeline(args.model_dir, args.lora_weights_dir, args.lora_scale, self.device)
@@ -251,14 +251,19 @@ def paint_with_ray(args, missing):
     num_workers = min(num_workers, len(batches))
     painted = ray.data.from_items([{"records": b} for b in batches], override_num_blocks=len(batches)).map_batches(
         Painter,
-        fn_constructor_args=(args, num_workers),
+        fn_constructor_args=(args,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_gpus=1 if num_gpus else 0,
         num_cpus=0 if num_gpus else min(1.0, num_cpus / (2 * num_workers)),  # Ray Data's tasks need the rest
     )
-    for row in painted.iter_rows():
-        yield from json.loads(row["records"])
+    try:
+        for row in painted.iter_rows():
+            yield from json.loads(row["records"])
+    except ray.exceptions.RayError as error:  # with a UserError of an actor somewhere in its text, or a fault of ours
+        if message := checks.user_error_in(error):
+            raise checks.UserError(message) from None
+        raise
 
 
 def paint_here(args, missing):

@@ -218,7 +218,7 @@ def build_trainer(args, tokenizer, instance_paths, class_paths, num_gpus, num_cp
             num_workers=args.num_workers, use_gpu=bool(num_gpus), resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            storage_path=str(run_dir(args)), name="run", logging_config=ray.train.LoggingConfig(log_level="ERROR")
+            storage_path=str(run_dir(args)), name="run", logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
         ),
     )
 

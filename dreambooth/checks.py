@@ -36,22 +36,19 @@ def run_main(main, args):
     """Call `main(args)`; a `UserError` becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
         main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        message = user_error_in(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def user_error_in(error):
-    """The message of the `UserError` that `error` is, or that Ray has wrapped in it; None where there is none."""
+    """The message of the `UserError` that `error` is, or that Ray has wrapped; None where there is none."""
     if type(error) is UserError:
         return str(error)
-    _, found, message = str(error).rpartition(f"{UserError.__name__}: ")  # Ray's text ends with the trace of the cause
+    _, found, message = str(error).rpartition(f"{UserError.__name__}: ")  # Ray's text holds the trace of the cause
     return message.splitlines()[0] if found else None
 
 

@@ -15,7 +15,7 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each line that a worker prints comes twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it is for checkpoints; a run here saves at its end
     "RAY_DEDUP_LOGS": "0",
-    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
     "PYTHONWARNINGS": "ignore",  # in the workers: warnings of libraries about libraries
 }
 
@@ -30,7 +30,7 @@ def start_ray():
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         own = {"address": address} if address else {"address": "local", "include_dashboard": False}
-        errors_only = ray.LoggingConfig(log_level="ERROR")
+        errors_only = ray.LoggingConfig(log_level="CRITICAL")
         ray.init(logging_level=logging.WARNING, logging_config=errors_only, **own)
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False
@@ -41,9 +41,10 @@ def start_ray():
 
 
 def quiet():
-    """Only errors from Ray's libraries, in this process (one of their loggers has no name: it is the root's)."""
+    """No log of Ray's libraries in this process; what fails is raised anyhow. (One of their loggers has no
+    name of theirs: it is the root's.)"""
     for library in (None, "ray.data", "ray.train"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def count_gpus():

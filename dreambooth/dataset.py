@@ -94,8 +94,10 @@ def copy_images(source, folder):
     UserError: it holds something else.
     """
     images, folder = find_images(source), Path(folder)
-    if folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
-        raise UserError(f"{source} is or lies in {folder}, which is to be replaced: move it elsewhere")
+    if folder.resolve() == Path(source).resolve():
+        return
+    if folder.resolve() in Path(source).resolve().parents:
+        raise UserError(f"{source} lies in {folder}, which is to be replaced: move it elsewhere")
     held = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     check_replaceable(folder, held if COPIED in held else [], name="folder")
 

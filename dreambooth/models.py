@@ -76,7 +76,7 @@ def load_models(args, device):
     denoiser.unet.to(memory_format=torch.channels_last)
     if args.use_lora:
         torch.manual_seed(args.seed)
-        add_lora(denoiser, args.lora_rank, ["unet", "text_encoder"] if args.train_text_encoder else ["unet"])
+        add_lora(denoiser, args.lora_rank, LORA_TARGETS if args.train_text_encoder else ["unet"])
     elif not args.train_text_encoder:
         denoiser.text_encoder.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -116,7 +116,7 @@ def quiet():
         library.set_verbosity_error()
 
 
-def add_lora(denoiser, rank, parts):
+def add_lora(denoiser, rank, parts=tuple(LORA_TARGETS)):
     """Freeze the denoiser and add trained LoRA matrices of `rank` to the attention projections of `parts`
     (Hu et al. 2021, arXiv 2106.09685)."""
     denoiser.requires_grad_(False)

@@ -287,10 +287,19 @@ def test_own_photos_are_those_of_this_subject_alone(flat_image, tmp_path):
     own = tmp_path / "deep" / "images-own"
     for subject, expected in (("tom", ["tom1.png", "tom2.png"]), ("rex", ["rex.png"]), ("rex", ["rex.png"])):
         dataset.copy_images(tmp_path / subject, own)
-        assert sorted(f.name for f in own.iterdir()) == expected
+        assert [f.name for f in dataset.find_images(own)] == expected
     dataset.copy_images(own, own)
-    assert [f.name for f in own.iterdir()] == ["rex.png"]
+    assert [f.name for f in dataset.find_images(own)] == ["rex.png"]
     assert sorted(f.name for f in (tmp_path / "rex").iterdir()) == ["notes.txt", "rex.png"]
+
+
+def test_folder_of_the_users_is_never_emptied(flat_image, tmp_path):
+    """Arguments the wrong way round, say: only a folder that copy_images has made is replaced."""
+    flat_image("a.png", 0, folder=tmp_path / "new")
+    flat_image("tom.png", 0, folder=tmp_path / "tom")
+    with pytest.raises(UserError, match="tom.png"):
+        dataset.copy_images(tmp_path / "new", tmp_path / "tom")
+    assert [f.name for f in (tmp_path / "tom").iterdir()] == ["tom.png"]
 
 
 def test_bad_photos_leave_the_own_folder_as_it_is(flat_image, tmp_path):

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from dreambooth import models
 from dreambooth.checks import UserError
+from dreambooth.files import check_replaceable, replace_dir
 from dreambooth.seeds import seed_for
 
 
@@ -174,14 +175,14 @@ def write_one(folder):
 
 def test_result_replaces_the_earlier_one_whole(tmp_path):
     out = tmp_path / "deep" / "tuned"
-    models.replace_dir(out, lambda folder: (folder / "a").write_text("old"))
-    models.replace_dir(out, write_one)
+    replace_dir(out, lambda folder: (folder / "a").write_text("old"))
+    replace_dir(out, write_one)
     assert os.listdir(out) == ["model_index.json"]
     assert os.listdir(tmp_path / "deep") == ["tuned"]
 
 
 def test_failed_save_leaves_the_earlier_result_untouched(tmp_path):
-    models.replace_dir(tmp_path / "tuned", lambda folder: (folder / "model_index.json").write_text("old"))
+    replace_dir(tmp_path / "tuned", lambda folder: (folder / "model_index.json").write_text("old"))
 
     def write(folder):
         write_one(folder)
@@ -189,16 +190,16 @@ def test_failed_save_leaves_the_earlier_result_untouched(tmp_path):
 
     for name in ("tuned", "first"):
         with pytest.raises(OSError, match="disk full"):
-            models.replace_dir(tmp_path / name, write)
+            replace_dir(tmp_path / name, write)
     assert (tmp_path / "tuned" / "model_index.json").read_text() == "old"
     assert not (tmp_path / "first").exists()
-    models.replace_dir(tmp_path / "tuned", write_one)  # what the failure left is in nobody's way
+    replace_dir(tmp_path / "tuned", write_one)  # what the failure left is in nobody's way
     assert (tmp_path / "tuned" / "model_index.json").read_text() == "new"
 
 
 def test_save_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
     """A crash after the first rename: the earlier result is whole under a name next to its own."""
-    models.replace_dir(tmp_path / "tuned", lambda folder: (folder / "model_index.json").write_text("old"))
+    replace_dir(tmp_path / "tuned", lambda folder: (folder / "model_index.json").write_text("old"))
     rename, calls = os.rename, []
 
     def crash_second(source, target):
@@ -209,21 +210,32 @@ def test_save_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "rename", crash_second)
     with pytest.raises(KeyboardInterrupt):
-        models.replace_dir(tmp_path / "tuned", write_one)
+        replace_dir(tmp_path / "tuned", write_one)
     assert "old" in [file.read_text() for file in tmp_path.rglob("model_index.json")]
 
 
 def test_folders_with_other_files_are_not_replaced(tmp_path):
-    models.check_replaceable(tmp_path / "new")
-    models.check_replaceable(tmp_path)
+    """A new, an empty and an earlier result's directory may be replaced; one with anything else may not,
+    even beside an earlier result."""
+    check_replaceable(tmp_path / "new", models.RESULT_NAMES)
+    check_replaceable(tmp_path, models.RESULT_NAMES)
+    (tmp_path / "model_index.json").write_text("")
+    (tmp_path / "unet").mkdir()
+    check_replaceable(tmp_path, models.RESULT_NAMES)
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds other files"):
-        models.check_replaceable(tmp_path)
-    for mark in ("model_index.json", models.LORA_FILE):
-        (tmp_path / "earlier").mkdir(exist_ok=True)
-        (tmp_path / "earlier" / mark).write_text("")
-        models.check_replaceable(tmp_path / "earlier")
-        (tmp_path / "earlier" / mark).unlink()
+    with pytest.raises(UserError, match="thesis.tex"):
+        check_replaceable(tmp_path, models.RESULT_NAMES)
+
+
+def test_a_link_stays_a_link_to_the_new_result(tmp_path):
+    """A model directory is often a link to a larger disk: what it points to is replaced, not the link."""
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for text in ("first", "second"):
+        replace_dir(tmp_path / "link", lambda folder, text=text: (folder / "a.txt").write_text(text))
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "model" / "a.txt").read_text() == text
+    assert sorted(f.name for f in tmp_path.rglob("*")) == ["a.txt", "disk", "link", "model"]
 
 
 def test_what_a_user_caused_in_a_worker_is_one_line():
