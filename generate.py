@@ -28,6 +28,8 @@ from dreambooth.seeds import seed_for
 # picture, to the last bit, may depend on the size of the batch that it is in, never on the others.
 CPU_BATCH = 8
 OWN_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")  # prompt, picture and seed
+MAX_BATCH = 16  # on a GPU: larger ones are hardly faster
+BYTES_A_PIXEL = 4096  # of GPU memory that a picture in the making takes; an estimate, halved batches mend it
 REDRAWS = 10  # a picture without content is drawn again so many times with other noise
 
 
@@ -62,9 +64,10 @@ def parse_args(argv=None):
     group.add_argument("--use_ray_data", action="store_true", help="batch inference on all GPUs of the cluster")
     group.add_argument("--num_workers", type=int, help="with --use_ray_data (default: one a GPU; one without GPUs)")
     group.add_argument(
-        "--batch_size", type=int, default=8,
-        help=f"pictures at a time on a GPU, on a CPU always {CPU_BATCH}",
+        "--batch_size", type=int,
+        help=f"pictures at a time on a GPU (default: as its memory allows, {MAX_BATCH} at most); on a CPU {CPU_BATCH}",
     )  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="compile the U-Net's repeated blocks: for many pictures")
     return parser.parse_args(argv)
 
 
@@ -157,8 +160,10 @@ class Painter:
         if self.device == "cpu":  # Ray gives an actor one thread; and the number of threads shows in the last bits
             torch.set_num_threads(checks.cores())
         self.args, self.folder, self.prompt_embeds = args, Path(args.output_dir), {}
-        self.batch_size = CPU_BATCH if self.device == "cpu" else args.batch_size
+        self.batch_size = CPU_BATCH if self.device == "cpu" else args.batch_size or batch_that_fits(args.model_dir)
         self.pipeline = models.load_pipeline(args.model_dir, args.lora_weights_dir, args.lora_scale, self.device)
+        if args.compile:
+            self.pipeline.unet.compile_repeated_blocks()
         if args.scheduler == "dpm":
             self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
                 self.pipeline.scheduler.config, use_karras_sigmas=True
@@ -231,6 +236,13 @@ class Painter:
         return {"records": [json.dumps(self.paint(json.loads(records))) for records in batch["records"]]}
 
 
+def batch_that_fits(model_dir):
+    """The number of pictures for which the GPU's free memory should suffice, MAX_BATCH at the most."""
+    side, _ = models.model_resolution(model_dir)
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(MAX_BATCH, free // (side * side * BYTES_A_PIXEL)))
+
+
 def has_content(picture):
     """Whether a (3, H, W) picture shows anything: finite, and not of one colour."""
     return bool(torch.isfinite(picture).all()) and picture.std(dim=(1, 2)).max().item() > 0.01
@@ -246,7 +258,7 @@ def paint_with_ray(args, missing):
     checks.check_gpus(args.num_workers or 1, num_gpus, num_cpus)
     num_workers = args.num_workers or max(1, num_gpus)
     # Batches small enough to occupy every worker, and then no more workers than batches.
-    batch_size = min(args.batch_size, math.ceil(len(missing) / num_workers)) if num_gpus else CPU_BATCH
+    batch_size = min(args.batch_size or MAX_BATCH, math.ceil(len(missing) / num_workers)) if num_gpus else CPU_BATCH
     batches = [json.dumps(missing[i : i + batch_size]) for i in range(0, len(missing), batch_size)]
     num_workers = min(num_workers, len(batches))
     painted = ray.data.from_items([{"records": b} for b in batches], override_num_blocks=len(batches)).map_batches(

@@ -42,7 +42,7 @@ def save_picture(image, record, file):
     info = PngImagePlugin.PngInfo()
     info.add_text("dreambooth", json.dumps(record))
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG", pnginfo=info, compress_level=4)
+    image.save(temporary, format="PNG", pnginfo=info, compress_level=1)
     os.replace(temporary, file)
 
 

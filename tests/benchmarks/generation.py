@@ -4,11 +4,13 @@
 
 The plain loop calls the pipeline for one picture at a time, with 50 steps of the model's own
 scheduler. Both sides alternate in one process, so a busy machine slows them alike; the ratios are
-what counts.
+what counts. After that, generate.py as a command: without Ray, again (nothing is left to make), and with
+Ray on one and two workers.
 """
 
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +19,8 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 
 import generate
 from dreambooth import checks, models
@@ -59,8 +62,8 @@ def ours(model_dir, count, *flags):
 
     def run(folder):
         painter.folder = Path(folder)
-        for start in range(0, count, args.batch_size):
-            painter.paint(planned[start : start + args.batch_size])
+        for start in range(0, count, painter.batch_size):
+            painter.paint(planned[start : start + painter.batch_size])
 
     return run
 
@@ -94,6 +97,24 @@ def main(args):
     for name, values in rates.items():
         middle = statistics.median(values)
         print(f"{name:48} {middle:7.3f} pictures/s  {middle / plain:6.2f} x")
+    compare_commands(args)
+
+
+def compare_commands(args):
+    """Print the seconds of generate.py as a command, start-up included."""
+    workers = [n for n in (1, 2, 4) if n <= max(2, torch.cuda.device_count())]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, flags in [
+            ("alone", []),
+            ("again", []),
+            *((f"ray-{n}", ["--use_ray_data", "--num_workers", n]) for n in workers),
+        ]:
+            output_dir = Path(folder) / name.replace("again", "alone")
+            command = [sys.executable, ROOT / "generate.py", "--model_dir", args.model_dir, "--output_dir", output_dir]
+            command += ["--prompts", PROMPT, "--num_samples_per_prompt", 4 * args.num_pictures, *flags]
+            start = time.perf_counter()
+            subprocess.run(list(map(str, command)), check=True, capture_output=True)
+            print(f"generate.py, {4 * args.num_pictures} pictures, {name:6} {time.perf_counter() - start:6.1f} s")
 
 
 if __name__ == "__main__":
