@@ -27,6 +27,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    """Download beside the target, and move the photos alone; an existing folder of photos is left as it is."""
     folder = Path(args.dir)
     checks.check_output_dir(folder, "DIR")
     if folder.is_dir() and any(folder.iterdir()):

@@ -34,6 +34,7 @@ REDRAWS = 10  # a picture without content is drawn again so many times with othe
 
 
 def parse_args(argv=None):
+    """The flags, grouped as in train.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
 
     group = parser.add_argument_group("model")
@@ -298,6 +299,7 @@ def make_pictures(args):
 
 
 def main(args):
+    """Check what the user gave, make what is missing, and lay it all out on a contact sheet."""
     check_args(args)
     folder = Path(args.output_dir)
     rows = make_pictures(args)

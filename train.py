@@ -32,6 +32,7 @@ LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine
 
 
 def parse_args(argv=None):
+    """The flags, in the order in which a run uses them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
 
     model = parser.add_argument_group("model")
@@ -230,6 +231,7 @@ def run_dir(args):
 
 
 def main(args):
+    """Check what the user gave, deal the data to the workers, train, and say where the result is."""
     args.started = time.time()
     inputs = check_args(args)
     num_gpus, num_cpus = cluster.start_ray()

@@ -287,6 +287,7 @@ def sample_sheet(pipeline, file, count=16):
 
 
 def main(args):
+    """The three stages, each from where its last run stopped; then the directory and the samples."""
     torch.set_num_threads(os.cpu_count())
     args.work_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(args.work_dir / "tokenizer")
