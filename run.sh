@@ -51,8 +51,8 @@ if [[ "$ORIG_MODEL_NAME" == pocket ]]; then
   CLASS_NAME=${CLASS_NAME:-car}
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
-  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-64}
-  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 25 --max_train_steps 200}
+  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 6 --max_train_steps 150}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
 else
   [[ "$ORIG_MODEL_NAME" == CompVis/stable-diffusion-v1-4 ]] && SD14=b95be7d6f134c3a9e62ee616f310733567f069ce
