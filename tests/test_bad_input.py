@@ -180,7 +180,10 @@ def test_prompt_too_long(refusal, which):
 
 
 def test_prompt_of_the_greatest_length(train_argv, tmp_path):
-    train.check_args(train.parse_args(train_argv(tmp_path / "out", class_prompt="photo of a car " + "on the " * 21)))
+    """46 words and the two marks: taken, and nothing is cut."""
+    prompt = "photo of a car " + "on the " * 21
+    tokenizer, *_ = train.check_args(train.parse_args(train_argv(tmp_path / "out", class_prompt=prompt)))
+    assert len(tokenizer(prompt).input_ids) == tokenizer.model_max_length == 48
 
 
 SIZES = ["num_workers", "train_batch_size", "num_epochs", "max_train_steps", "lora_rank", "log_every", "resolution"]
