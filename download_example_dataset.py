@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 
 from dreambooth import checks
-from dreambooth.dataset import find_images
+from dreambooth.images import find_images
 
 DATASET = "diffusers/dog-example"
 

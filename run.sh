@@ -88,7 +88,7 @@ done_with "step 1, cache the model"
 
 # Step 2: get the photos of the subject, into a folder that is renewed for each subject (seconds).
 [[ "$INSTANCE_DIR" == images/dog ]] && "$PYTHON" download_example_dataset.py images/dog
-"$PYTHON" -m dreambooth.dataset "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
+"$PYTHON" -m dreambooth.images "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 done_with "step 2, get the photos"
 
 # Step 3: generate pictures of the class with the original model (minutes; only what is missing).

@@ -1,8 +1,36 @@
-"""The prior-preserving loss of DreamBooth as pure functions: tensors in, a scalar out.
+"""The loss of a DreamBooth training step as pure functions: tensors in, noise and timesteps included, a scalar out.
 
 Letters: 2B images in a batch, B of the instance first and then B of the class; C latent channels;
-h, w height and width of a latent; T timesteps of the noise schedule.
+h, w height and width of a latent; L tokens in a prompt; T timesteps of the noise schedule.
 """
+
+import torch
+
+from dreambooth.latents import sample
+
+
+def training_loss(denoiser, scheduler, batch, draws, prior_loss_weight, snr_gamma=None):
+    """The loss of one batch, a scalar.
+
+    batch: posteriors (2B, 2, C, h, w), mean and standard deviation of each image's latents, and
+    prompt_ids (2B, L). draws: posterior_noise and noise (2B, C, h, w), and timesteps (2B,).
+    """
+    # A sample of each image's posterior, another one at every step, stands for the image.
+    x = sample(batch["posteriors"], draws["posterior_noise"])  # (2B, C, h, w)
+
+    # Each gets its own noise, and as much of it as its own timestep says, in float32.
+    noise, timesteps = draws["noise"], draws["timesteps"]
+    noisy = scheduler.add_noise(x, noise, timesteps)
+
+    # The U-Net predicts the noise from the noisy latents and the prompt, in bfloat16.
+    with torch.autocast(x.device.type, torch.bfloat16):
+        prediction = denoiser(noisy, timesteps, batch["prompt_ids"])
+
+    # The instance half learns the subject, the class half keeps what the model knew of its class.
+    prediction_type, alphas_cumprod = scheduler.config.prediction_type, scheduler.alphas_cumprod
+    target = get_target(prediction_type, x, noise, timesteps, alphas_cumprod)
+    weights = None if snr_gamma is None else min_snr_weights(prediction_type, timesteps, alphas_cumprod, snr_gamma)
+    return prior_preserving_loss(prediction, target, prior_loss_weight, weights)
 
 
 def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):

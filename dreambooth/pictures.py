@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from dreambooth.checks import HelpFormatter, UserError, run_main
-from dreambooth.dataset import CONTACT_SHEET, find_images, open_image
+from dreambooth.images import CONTACT_SHEET, find_images, open_image
 
 RECORDS = "images.jsonl"
 

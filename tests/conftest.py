@@ -101,7 +101,8 @@ def load_models(train_argv, model_dir):
     """VAE, denoiser and noise schedule as a worker of train.py loads them: load_models(use_lora=True)."""
 
     def load(folder=model_dir, **changes):
-        return models.load_models(train.parse_args(train_argv("out", model_dir=folder, **changes)), "cpu")
+        args = train.parse_args(train_argv("out", model_dir=folder, **changes))
+        return models.load_models(args, torch.device("cpu"))
 
     return load
 

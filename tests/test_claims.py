@@ -106,7 +106,7 @@ def test_same_words_in_training_and_in_sampling(root):
 
 def test_own_photos_are_renewed_for_each_subject(root):
     """Fault 11 of the original: the last subject's photos stayed in the folder of own images. run.sh
-    fills it with `python -m dreambooth.dataset`, which test_dataset.py holds to that, and removes nothing."""
+    fills it with `python -m dreambooth.images`, which test_images.py holds to that, and removes nothing."""
     text = (root / "run.sh").read_text()
     assert re.search(r'-m dreambooth\.dataset "?\$INSTANCE_DIR"? "?\$IMAGES_OWN_DIR"?', text)
     assert not re.search(r"\brm\b", text)

@@ -218,7 +218,7 @@ def test_worker_that_draws_nothing_is_told_in_one_line(broken_model, generate_ar
 
 def test_contact_sheet_is_no_picture_of_a_class(painted):
     """The folder can be given to train.py as it is: the sheet and the records are passed over."""
-    from dreambooth.dataset import find_images
+    from dreambooth.images import find_images
 
     assert [f.name for f in find_images(painted)] == sorted(digests(painted))
 

@@ -1,11 +1,14 @@
 """The training step on latents of noise, the random draws, and images that are encoded once."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import train
 from dreambooth import latents
-from dreambooth.loss import get_target, min_snr_weights, prior_preserving_loss
+from dreambooth.loss import get_target, min_snr_weights, prior_preserving_loss, training_loss
 
 
 class Spy:
@@ -33,7 +36,7 @@ def batch():
 def step(scheduler, batch, **kwargs):
     """One loss, what the denoiser was asked, the draws, and the latents in double precision."""
     spy, draws = Spy(), latents.draw(0, batch, 1000)
-    loss = train.training_loss(spy, scheduler, batch, draws, **{"prior_loss_weight": 1.0, **kwargs})
+    loss = training_loss(spy, scheduler, batch, draws, **{"prior_loss_weight": 1.0, **kwargs})
     x = batch["posteriors"][:, 0] + batch["posteriors"][:, 1] * draws["posterior_noise"]
     return loss, spy, draws, x
 
@@ -57,7 +60,7 @@ def test_noise_schedule_is_evaluated_in_float32(scheduler, batch):
     assert (((coarse - sigma) / sigma).abs() > 0.01).sum() > 40
 
     draws["timesteps"][:] = 0
-    train.training_loss(spy, scheduler, batch, draws, 1.0)
+    training_loss(spy, scheduler, batch, draws, 1.0)
     assert (spy.noisy - x).std() > 0.02  # sqrt(0.00085) is 0.029
 
 
@@ -102,6 +105,35 @@ def test_draws_of_a_pair_follow_from_seed_and_position_alone(batch):
     other = latents.draw(4, batch, 1000)
     assert (other["timesteps"] != whole["timesteps"]).sum() > 55
     assert not torch.isclose(other["noise"], whole["noise"], atol=1e-4).any(0).all()
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_accumulated_gradients_are_those_of_the_larger_batch(load_models, monkeypatch, snr_gamma):
+    """One pair in each of four passes, or four pairs in one: equal to float32 rounding, so the forward pass
+    is in float32 here. Of the four passes alone, each has another gradient."""
+    monkeypatch.setattr(torch, "autocast", lambda *args: nullcontext())
+    generator = torch.Generator().manual_seed(0)
+    posteriors = torch.randn(8, 2, 4, 16, 16, generator=generator).abs()
+    prompt_ids = torch.randint(0, 500, (8, 48), generator=generator)
+
+    def gradients(sizes):
+        _, denoiser, scheduler = load_models()
+        starts = [sum(sizes[:n]) for n in range(len(sizes))]
+        pairs = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+        rows = [own + [4 + i for i in own] for own in pairs]  # instance half first
+        batches = (
+            {"posteriors": posteriors[r], "prompt_ids": prompt_ids[r], "positions": own}
+            for r, own in zip(rows, pairs, strict=True)
+        )
+        settings = {"seed": 3, "prior_loss_weight": 0.7, "snr_gamma": snr_gamma}
+        args = SimpleNamespace(gradient_accumulation_steps=len(sizes), **settings)
+        loss = train.forward_backward(denoiser, scheduler, batches, args)
+        return loss, torch.cat([p.grad.flatten() for p in denoiser.parameters() if p.grad is not None])
+
+    (small_loss, small), (large_loss, large), (_, first) = gradients([1] * 4), gradients([4]), gradients([1])
+    torch.testing.assert_close(small_loss, large_loss, rtol=1e-6, atol=0)
+    assert (small - large).norm() < 1e-5 * large.norm()
+    assert (first - large).norm() > 0.1 * large.norm()
 
 
 def image_batches():

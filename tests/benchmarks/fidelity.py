@@ -11,6 +11,12 @@ picture the label of its nearest neighbour among them. Reported, over --num_samp
     prior         "photo of a car"                    shows a car, and not the lego car
     diversity     "photo of a car"                    distance between two of them, relative to before
     others        "photo of a house"                  shows a house
+
+With a real model, --encoder names a DINO and a CLIP directory, and the figures are the paper's: see encoders.py.
+
+    python tests/benchmarks/fidelity.py --model_dir $ORIG_MODEL_PATH --tuned_model_dir $TUNED_MODEL_DIR \\
+        --encoder ~/dino-vits16 ~/clip-vit-base-patch32 --instance_images_dir images/dog --live_subject \\
+        --num_samples 4 --guidance_scale 7.5
 """
 
 import argparse
@@ -27,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import generate
 from dreambooth import checks
+from dreambooth.images import find_images, open_image
 from dreambooth.pocket import render
+from tests.benchmarks.encoders import LIVE, OBJECT, Encoders, paper_report
 
 SNOW, NIGHT = "in the snow", "at night"
 
@@ -80,21 +88,24 @@ def diversity(pictures):
     return torch.pdist(colours(pictures)).mean().item()
 
 
-def sample(model_dir, prompt, count, args):
-    """`count` pictures of `prompt`, (count, 64, 64, 3) uint8, through generate.py's own painter."""
-    settings = generate.parse_args(
-        ["--model_dir", str(model_dir), "--output_dir", ".", "--guidance_scale", str(args.guidance_scale)]
-        + (
-            ["--lora_weights_dir", args.lora_weights_dir]
-            if args.lora_weights_dir and model_dir != args.model_dir
-            else []
-        )
-    )
-    settings.scheduler, settings.num_inference_steps = args.scheduler, args.num_inference_steps
-    painter = generate.Painter(settings)
-    records = [{"prompt": prompt, "seed": args.seed, "index": i} for i in range(count)]
-    batches = [records[i : i + generate.CPU_BATCH] for i in range(0, count, generate.CPU_BATCH)]
-    return np.stack([np.asarray(to_pil_image(p)) for batch in batches for p in painter.draw(batch, 0)])
+class Sampler:
+    """One model's pictures of a prompt, through generate.py's own painter; drawn once."""
+
+    def __init__(self, args, model_dir, lora_weights_dir=None):
+        flags = {name: getattr(args, name) for name in ("guidance_scale", "scheduler", "num_inference_steps")}
+        if lora_weights_dir:
+            flags["lora_weights_dir"] = lora_weights_dir
+        words = [f"--{name}={value}" for name, value in {"model_dir": model_dir, "output_dir": ".", **flags}.items()]
+        self.painter, self.args, self.drawn = generate.Painter(generate.parse_args(words)), args, {}
+
+    def __call__(self, prompt, count=None):
+        """`count` pictures, --num_samples where not given: (count, H, W, 3) uint8."""
+        key = prompt, count or self.args.num_samples
+        if key not in self.drawn:
+            records = [{"prompt": prompt, "seed": self.args.seed, "index": i} for i in range(key[1])]
+            images = [to_pil_image(picture) for _, picture in self.painter.draw_all(records, 0)]
+            self.drawn[key] = np.stack([np.asarray(image) for image in images])
+        return self.drawn[key]
 
 
 def subject_report(draw, judge, before):
@@ -148,26 +159,24 @@ def print_row(name, figures):
 
 
 def main(args):
+    tuned = args.tuned_model_dir or args.lora_weights_dir
+    samplers = {"original": Sampler(args, args.model_dir)}
+    if tuned:
+        samplers["tuned"] = Sampler(args, args.tuned_model_dir or args.model_dir, args.lora_weights_dir)
+    if args.encoder:
+        encoders = Encoders(*args.encoder, device=samplers["original"].painter.device)
+        photos = [np.asarray(open_image(path)) for path in find_images(args.instance_images_dir)]
+        for name, draw in samplers.items():
+            scenes = LIVE if args.live_subject else OBJECT
+            print_row(name, paper_report(draw, encoders, photos, args.subject, args.class_name, scenes))
+        return
     judge = Judge()
     print_row("judge", judge_accuracy(judge))
-    original = {}
-
-    def draw_original(prompt):
-        if prompt not in original:
-            original[prompt] = sample(args.model_dir, prompt, args.num_samples, args)
-        return original[prompt]
-
     if args.world:
-        args.num_samples, kept = 8, args.num_samples
-        print_row("world", world_report(draw_original, judge))
-        args.num_samples = kept
-        original.clear()
-    before = draw_original("photo of a car")
-    print_row("original", subject_report(draw_original, judge, before))
-    if args.tuned_model_dir or args.lora_weights_dir:
-        tuned = Path(args.tuned_model_dir or args.model_dir)
-        figures = subject_report(lambda prompt: sample(tuned, prompt, args.num_samples, args), judge, before)
-        print_row("tuned", figures)
+        print_row("world", world_report(lambda prompt: samplers["original"](prompt, 8), judge))
+    before = samplers["original"]("photo of a car")
+    for name, draw in samplers.items():
+        print_row(name, subject_report(draw, judge, before))
 
 
 if __name__ == "__main__":
@@ -181,4 +190,9 @@ if __name__ == "__main__":
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="weight of the prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
     parser.add_argument("--world", action="store_true", help="also report how well the original knows its world")
+    parser.add_argument("--encoder", nargs=2, metavar=("DINO_DIR", "CLIP_DIR"), help="the paper's figures with these")
+    parser.add_argument("--instance_images_dir", help="with --encoder: photos of the subject")
+    parser.add_argument("--subject", default="unqtkn dog", help="with --encoder: its name in prompts")
+    parser.add_argument("--class_name", default="dog", help="with --encoder: of its class")
+    parser.add_argument("--live_subject", action="store_true", help="with --encoder: the paper's scenes for animals")
     main(parser.parse_args())

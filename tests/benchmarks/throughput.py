@@ -1,36 +1,49 @@
-"""Training speed: this project's step and job against the published example's, ratios within one run.
+"""Training speed and memory: this project's step and job against the published example's, ratios within one run.
 
     python tests/benchmarks/throughput.py --model pocket              # steps alone, then whole jobs on Ray
-    python tests/benchmarks/throughput.py --model sd14 --no_ray       # steps alone: Stable Diffusion 1.4's
-                                                                      # architecture at random weights, for a GPU
+    python tests/benchmarks/throughput.py --model sd14 --no_ray       # Stable Diffusion 1.4's architecture at
+                                                                      # random weights, for a GPU; Ray may be missing
+    python tests/benchmarks/throughput.py --model sd14 --no_ray --turns 0      # its memory alone: also without a GPU
 
 Steps: each side trains its own copy of the model; the sides take turns, so that a busy machine slows
 them alike. "plain" is the published loop: bfloat16 weights and noise schedule, VAE and text encoder
-live at every step. The sides below "ours" have one of its features switched off.
+live at every step. The sides below "ours" have one of its features switched off or an option on.
 
-Jobs: 60 steps, 64 class images, start to saved model, as processes of their own: train.py with 1 and 2
-workers, and the published loop, which reports at every step. Their logs say where the seconds went.
+Jobs: 60 steps, 64 class images, start to saved model, as processes of their own: train.py with 1, 2 (and
+on four GPUs 4) workers, and the published loop with and without its report at every step. Their own lines
+say where the seconds went.
 """
 
 import argparse
+import importlib.util
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+if importlib.util.find_spec("ray") is None:  # train.py is imported for its flags' defaults; the steps need no Ray
+    sys.modules |= {name: MagicMock() for name in ("ray", "ray.data", "ray.data.collate_fn", "ray.train")}
+    sys.modules["ray.train.torch"] = MagicMock()
 
 import cache_model
 import train
-from dreambooth import checks, dataset, latents, models
+from dreambooth import checks, images, latents, models
+from dreambooth.loss import training_loss
 from dreambooth.pocket import pretrain, render
 
 PROMPTS = ("photo of unqtkn car", "photo of a car")
@@ -57,25 +70,23 @@ def build_sd14(folder):
 class Ours:
     """The step of train.py, with some of its features switched off by name."""
 
-    def __init__(self, args, images, prompt_ids, device, off=()):
-        models.quiet()
-        self.args, self.off, self.device = args, off, device
-        vae, self.denoiser, self.scheduler = models.load_models(args, device)
+    def __init__(self, settings, pixels, prompt_ids, device, off=()):
+        vae, self.denoiser, self.scheduler = models.load_models(settings, device)
         if "channels_last" in off:
             self.denoiser.unet.to(memory_format=torch.contiguous_format)
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, args.lr, fused="fused AdamW" not in off)
-        pairs = len(images) // 2
-        self.batch = {"prompt_ids": prompt_ids.to(device), "positions": list(range(pairs))}
-        self.vae, self.images = vae, images.to(device)
-        self.batch["posteriors"] = latents.encode(vae, self.images)
+        self.optimizer = models.build_optimizer(self.parameters, settings)
+        if "fused AdamW" in off:
+            self.optimizer = torch.optim.AdamW(self.parameters, settings.lr)
+        self.batch = {"prompt_ids": prompt_ids.to(device), "positions": list(range(len(pixels) // 2))}
+        self.batch["posteriors"] = latents.encode(vae, pixels.to(device))
+        self.live = (vae, pixels.to(device)) if "cached latents" in off else None
 
     def step(self):
-        if "cached latents" in self.off:
-            self.batch["posteriors"] = latents.encode(self.vae, self.images)
+        if self.live:
+            self.batch["posteriors"] = latents.encode(*self.live)
         draws = latents.draw(0, self.batch, 1000)
-        loss = train.training_loss(self.denoiser, self.scheduler, self.batch, draws, 1.0)
-        loss.backward()
+        training_loss(self.denoiser, self.scheduler, self.batch, draws, 1.0).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -84,17 +95,15 @@ class Ours:
 class Plain:
     """The step of the published example."""
 
-    def __init__(self, args, images, prompt_ids, device):
-        vae, denoiser, self.scheduler = models.load_models(args, device)
-        self.vae, self.denoiser = (
-            vae.to(torch.bfloat16),
-            denoiser.to(torch.bfloat16, memory_format=torch.contiguous_format),
-        )
-        self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), args.lr)
-        self.images, self.prompt_ids = images.to(device, torch.bfloat16), prompt_ids.to(device)
+    def __init__(self, settings, pixels, prompt_ids, device):
+        vae, denoiser, self.scheduler = models.load_models(settings, device)
+        self.vae = vae.to(torch.bfloat16)
+        self.denoiser = denoiser.to(torch.bfloat16, memory_format=torch.contiguous_format)
+        self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), settings.lr)
+        self.pixels, self.prompt_ids = pixels.to(device, torch.bfloat16), prompt_ids.to(device)
 
     def step(self):
-        x = self.vae.encode(self.images).latent_dist.sample() * self.vae.config.scaling_factor
+        x = self.vae.encode(self.pixels).latent_dist.sample() * self.vae.config.scaling_factor
         noise, timesteps = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device=x.device)
         prediction = self.denoiser(self.scheduler.add_noise(x, noise, timesteps), timesteps, self.prompt_ids)
         instance, other = (prediction.float() - noise.float()).square().chunk(2)
@@ -104,49 +113,133 @@ class Plain:
         self.last = prediction.float().mean().item()  # a report at every step waits for the device
 
 
-def settings_for(model_dir, output_dir):
-    """train.py's settings, all at their defaults."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and their peak: what torch.cuda.max_memory_allocated
+    does on a GPU, without the workspaces of its libraries."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def _add(self, tensor):
+        storage = tensor.untyped_storage()
+        if (key := storage.data_ptr()) not in self.known and key:
+            self.known.add(key)
+            self.now += (size := storage.nbytes())
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)):
+            self._add(tensor)  # what was there before
+        out = func(*args, **(kwargs or {}))
+        for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+            self._add(tensor)
+        return out
+
+
+def peak_memory(side, device):
+    """GiB at the peak of the second step, when the optimizer's state is there."""
+    if device.type == "cuda":
+        side.step()
+        torch.cuda.reset_peak_memory_stats()
+        side.step()
+        return torch.cuda.max_memory_allocated() / 2**30
+    with LiveBytes() as counter:
+        side.step()
+        counter.peak = counter.now
+        side.step()
+    return counter.peak / 2**30
+
+
+def settings_for(model_dir, output_dir, *flags):
+    """train.py's settings: its defaults but for `flags`."""
     paths = {"model_dir": model_dir, "output_dir": output_dir, "instance_images_dir": "-", "class_images_dir": "-"}
     prompts = dict(zip(("instance_prompt", "class_prompt"), PROMPTS, strict=True))
-    return train.parse_args([f"--{name}={value}" for name, value in {**paths, **prompts}.items()])
+    return train.parse_args([*(f"--{name}={value}" for name, value in {**paths, **prompts}.items()), *flags])
 
 
 def compare_steps(args, model_dir, device):
-    """Print images/s of each side, the ratio to "plain", and on a GPU the peak memory."""
+    """Print for each side: seconds of the first step, seconds a step, images/s, the ratio to "plain", peak memory."""
     settings = settings_for(model_dir, "-")
     resolution, _ = models.model_resolution(model_dir)
     tokenizer = models.load_tokenizer(model_dir)
     ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
     prompt_ids = torch.tensor(ids).repeat_interleave(args.batch_size, 0)
-    images = torch.rand(2 * args.batch_size, 3, resolution, resolution) * 2 - 1
-    inputs = (settings, images, prompt_ids, device)
+    pixels = torch.rand(2 * args.batch_size, 3, resolution, resolution) * 2 - 1
+    inputs = (pixels, prompt_ids, device)
+    features = ["cached latents"] + (["channels_last", "fused AdamW"] if device.type == "cuda" else [])
+    options = [["--gradient_checkpointing"], ["--precision=bf16"], ["--precision=bf16", "--gradient_checkpointing"]]
+    options += [["--use_lora"], ["--use_lora", "--gradient_checkpointing"]] + ([["--compile"]] if args.compile else [])
     sides = {
-        "plain": lambda: Plain(*inputs),
-        "ours": lambda: Ours(*inputs),
-        **{f"ours without {name}": lambda name=name: Ours(*inputs, off=(name,))
-           for name in ("cached latents", "channels_last", "fused AdamW")},
+        "plain": lambda: Plain(settings, *inputs),
+        "ours": lambda: Ours(settings, *inputs),
+        **{f"ours without {name}": lambda name=name: Ours(settings, *inputs, off=(name,)) for name in features},
+        **{f"ours {' '.join(flags)}": lambda flags=flags: Ours(settings_for(model_dir, "-", *flags), *inputs)
+           for flags in options},
     }  # fmt: skip
-    on_gpu = device.type == "cuda"  # there one side at a time has room; on a CPU they alternate
-    built = {} if on_gpu else {name: build() for name, build in sides.items()}
-    seconds, peaks = {name: [] for name in sides}, {}
-    for name in sides if on_gpu else []:
-        torch.cuda.reset_peak_memory_stats()
-        side = sides[name]()
-        seconds[name] = [time_steps(side, args.steps, device) for _ in range(args.turns + 1)][1:]
-        peaks[name] = torch.cuda.max_memory_allocated() / 2**30
-        del side
-        torch.cuda.empty_cache()
-    for turn in range(0 if on_gpu else args.turns + 1):
+    seconds, first, peaks = {name: [] for name in sides}, {}, {}
+    # On a GPU, and for memory alone, one side at a time has room; on a CPU they alternate.
+    alternate = device.type == "cpu" and args.turns
+    for group in [list(sides)] if alternate else [[name] for name in sides]:
+        built = {name: sides[name]() for name in group}
         for name, side in built.items():
-            value = time_steps(side, args.steps, device)
-            if turn:
-                seconds[name].append(value)
-    plain = statistics.median(seconds["plain"])
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        peak = f"  peak {peaks[name]:5.1f} GiB" if name in peaks else ""
-        rate = f"{2 * args.batch_size / middle:7.1f} images/s  {plain / middle:5.2f} x"
-        print(f"{name:28} {middle:6.3f} s a step  {rate}{peak}")
+            first[name] = time_steps(side, 1, device) if args.turns else 0.0
+            peaks[name] = peak_memory(side, device) if "--compile" not in name else 0.0
+        for _ in range(args.turns):
+            for name, side in built.items():
+                seconds[name].append(time_steps(side, args.steps, device))
+        if group == ["ours"] or alternate:
+            print_arithmetic(built["ours"], seconds["ours"], device)
+        built.clear()
+        side = None
+        torch.cuda.empty_cache()
+        if not alternate:
+            print_side(args, group[0], first, seconds, peaks)
+    for name in sides if alternate else []:
+        print_side(args, name, first, seconds, peaks)
+    if args.compile:
+        ours, compiled = (statistics.median(seconds[name]) for name in ("ours", "ours --compile"))
+        extra, gain = first["ours --compile"] - first["ours"], ours - compiled
+        print(f"--compile: {extra:.1f} s once, {gain:.3f} s saved a step:", end=" ")
+        print(f"pays from {extra / gain:.0f} steps on" if gain > 0 else "never pays")
+
+
+def print_side(args, name, first, seconds, peaks):
+    peak = f"peak {peaks[name]:5.2f} GiB"
+    if not args.turns:
+        print(f"{name:50} {peak}", flush=True)
+        return
+    plain, middle = statistics.median(seconds["plain"]), statistics.median(seconds[name])
+    rate = f"{2 * args.batch_size / middle:7.1f} images/s {plain / middle:5.2f} x"
+    print(f"{name:50} first {first[name]:5.1f} s, then {middle:6.3f} s a step {rate} {peak}", flush=True)
+
+
+def print_arithmetic(side, seconds, device):
+    """The floating point operations of a step, and the share of the device's own bfloat16 matrix rate."""
+    if not seconds:
+        return
+    with FlopCounterMode(display=False) as counter:
+        side.step()
+    flops, n = counter.get_total_flops(), 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    class Matrices:
+        def step(self):
+            a @ b
+
+    time_steps(Matrices(), 3, device)
+    rate = 2 * n**3 / time_steps(Matrices(), 10, device)
+    achieved = flops / statistics.median(seconds)
+    print(
+        f"ours: {flops / 1e12:.3f} TFLOP a step, {achieved / 1e12:.2f} TFLOP/s,"
+        f" {achieved / rate:.0%} of the {rate / 1e12:.2f} TFLOP/s of a large bfloat16 matrix product"
+    )
 
 
 def time_steps(side, steps, device):
@@ -159,39 +252,48 @@ def time_steps(side, steps, device):
     return (time.perf_counter() - start) / steps
 
 
-def plain_job(model_dir, instance_dir, class_dir, output_dir, steps):
-    """The published example as a whole: zip, repartition and shuffle in Ray Data; a report at every step."""
+def plain_job(model_dir, instance_dir, class_dir, output_dir, steps, report_every_step):
+    """The published example as a whole: zip, repartition and shuffle in Ray Data; a report at every step, or none."""
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchTrainer, get_device
+
+    from dreambooth import dataset
 
     def train_fn(config):
         settings = argparse.Namespace(**config)
         tokenizer = models.load_tokenizer(settings.model_dir)
-        ids = torch.tensor(
-            tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
-        )
-        side, step = None, 0
+        ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
+        prompt_ids = torch.tensor(ids).repeat_interleave(2, 0)
+        side, step, device, start = None, 0, get_device(), time.time()
         while step < settings.steps:
-            for batch in ray.train.get_dataset_shard("train").iter_torch_batches(batch_size=2):
-                images = torch.cat([batch["image"], batch["image_1"]]).float()
+            for batch in ray.train.get_dataset_shard("train").iter_torch_batches(batch_size=2, drop_last=True):
+                pixels = torch.cat([batch["image"], batch["image_1"]]).float()
                 if side is None:
-                    side = Plain(settings, images, ids.repeat_interleave(2, 0), torch.device("cpu"))
-                side.images = images.to(torch.bfloat16)
+                    side = Plain(settings, pixels, prompt_ids, device)
+                side.pixels = pixels.to(device, torch.bfloat16)
                 side.step()
                 step += 1
-                ray.train.report({"loss": side.last})
+                if step == 1:
+                    first = time.time()
+                if settings.report_every_step:
+                    ray.train.report({"loss": side.last})
                 if step == settings.steps:
                     break
+        rate = 4 * (steps - 1) / (time.time() - first)
+        print(f"first step after {first - start:.1f} s, then {rate:.2f} images/s, ready to save", flush=True)
         models.save_pipeline(side.denoiser, settings.model_dir, settings.output_dir)
 
-    def load(kind):
-        def to_rows(batch):
-            return {"image": np.stack([dataset.load_image(str(p), 64, 0)[0].numpy() for p in batch["item"]])}
+    resolution, _ = models.model_resolution(model_dir)
 
-        return ray.data.from_items([str(p.absolute()) for p in dataset.find_images(kind)]).map_batches(to_rows)
+    def load(folder):
+        def to_rows(batch):
+            return {"image": np.stack([dataset.load_image(str(p), resolution, 0)[0].numpy() for p in batch["item"]])}
+
+        return ray.data.from_items([str(p.absolute()) for p in images.find_images(folder)]).map_batches(to_rows)
 
     ray.init(include_dashboard=False)
+    on_gpu = bool(ray.cluster_resources().get("GPU"))
     others = load(class_dir).materialize()
     count = others.count()
     instances = load(instance_dir).repartition(1)
@@ -202,15 +304,17 @@ def plain_job(model_dir, instance_dir, class_dir, output_dir, steps):
     settings = settings_for(model_dir, output_dir)
     TorchTrainer(
         train_fn,
-        train_loop_config={**vars(settings), "steps": steps},
+        train_loop_config={**vars(settings), "steps": steps, "report_every_step": report_every_step},
         datasets={"train": pairs},
-        scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=1, use_gpu=on_gpu, resources_per_worker={"GPU": 1} if on_gpu else {"CPU": 1}
+        ),
         run_config=ray.train.RunConfig(storage_path=str(Path(output_dir).parent / "runs")),
     ).fit()
 
 
 def compare_jobs(args, model_dir, folder):
-    """Print the seconds of each whole job, and what train.py says of where they went."""
+    """Print the seconds of each whole job, and what its own lines say of speed and of where the seconds went."""
     instance_dir, class_dir = ROOT / "images" / "lego-car", folder / "class"
     class_dir.mkdir()
     rng = np.random.default_rng(0)
@@ -219,47 +323,48 @@ def compare_jobs(args, model_dir, folder):
     common = ["--model_dir", model_dir, "--instance_images_dir", instance_dir, "--instance_prompt", PROMPTS[0],
               "--class_images_dir", class_dir, "--class_prompt", PROMPTS[1], "--train_batch_size", 2,
               "--num_epochs", 4, "--max_train_steps", args.job_steps]  # fmt: skip
+    workers = [n for n in (1, 2, 4) if n <= max(2, torch.cuda.device_count())]
     jobs = {
-        f"ours, {n} worker(s)": [ROOT / "train.py", *common, "--num_workers", n, "--output_dir", folder / f"ours-{n}"]
-        for n in (1, 2)
+        f"train.py, {n} worker(s)": [ROOT / "train.py", *common, "--num_workers", n, "--output_dir", folder / f"out{n}"]
+        for n in workers
     }
-    jobs["published loop, 1 worker"] = [
-        __file__,
-        "--plain_job",
-        model_dir,
-        instance_dir,
-        class_dir,
-        folder / "plain",
-        args.job_steps,
-    ]
+    plain = [Path(__file__).resolve(), "--plain_job", model_dir, instance_dir, class_dir]
+    jobs["published, no report at a step"] = [*plain, folder / "plain", args.job_steps, 0]
+    jobs["published"] = [*plain, folder / "published", args.job_steps, 1]
     for name, command in jobs.items():
         start = time.perf_counter()
         done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
-        print(f"{name:28} {time.perf_counter() - start:6.1f} s in all, exit code {done.returncode}")
-        print("".join(f"    {line}\n" for line in done.stdout.splitlines() if "save" in line), end="", flush=True)
+        print(f"{name:32} {time.perf_counter() - start:6.1f} s in all, exit code {done.returncode}")
+        told = [line for line in (done.stdout + done.stderr).splitlines() if re.search(r"images/s|save ", line)]
+        for line in told[-2:]:
+            print(f"    {re.sub(r'.*?pid=[^)]*[)]', '', line).strip()}", flush=True)
 
 
 def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models.quiet()
     torch.set_num_threads(checks.cores())
     torch.set_float32_matmul_precision("high")  # as in train.py
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model_dir = build_sd14(folder / "sd14") if args.model == "sd14" else cache_model.POCKET_DIR
-        compare_steps(args, model_dir, device)
+        if not args.jobs_only:
+            compare_steps(args, model_dir, device)
         if not args.no_ray:
             compare_jobs(args, model_dir, folder)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--plain_job"]:
-        plain_job(*sys.argv[2:6], int(sys.argv[6]))
+        plain_job(*sys.argv[2:6], *map(int, sys.argv[6:8]))
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
     parser.add_argument("--model", choices=["pocket", "sd14"], default="pocket", help="sd14 for a GPU")
     parser.add_argument("--no_ray", action="store_true", help="the steps alone")
+    parser.add_argument("--jobs_only", action="store_true", help="the jobs alone")
+    parser.add_argument("--compile", action="store_true", help="also with --compile, and when that pays")
     parser.add_argument("--batch_size", type=int, default=2, help="pairs a step")
     parser.add_argument("--steps", type=int, default=5, help="steps a turn")
-    parser.add_argument("--turns", type=int, default=5, help="turns measured, after one that warms up")
+    parser.add_argument("--turns", type=int, default=5, help="turns measured; 0: peak memory alone")
     parser.add_argument("--job_steps", type=int, default=60, help="steps of a job")
     main(parser.parse_args())
