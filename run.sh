@@ -53,6 +53,7 @@ if [[ "$ORIG_MODEL_NAME" == pocket ]]; then
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 6 --max_train_steps 150}
+  CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # the model as it is: guidance would make its cars all alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
 else
   [[ "$ORIG_MODEL_NAME" == CompVis/stable-diffusion-v1-4 ]] && SD14=b95be7d6f134c3a9e62ee616f310733567f069ce
@@ -62,6 +63,7 @@ else
   SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
+  CLASS_FLAGS=${CLASS_FLAGS:-}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
 fi
 echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
@@ -93,7 +95,7 @@ done_with "step 2, get the photos"
 
 # Step 3: generate pictures of the class with the original model (minutes; only what is missing).
 "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
-  --num_samples_per_prompt "$NUM_CLASS_IMAGES" --use_ray_data --overwrite $SAMPLE_FLAGS
+  --num_samples_per_prompt "$NUM_CLASS_IMAGES" --use_ray_data --overwrite $CLASS_FLAGS
 done_with "step 3, generate class images"
 
 # Step 4: fine-tune on both (minutes).
