@@ -14,6 +14,8 @@ import json
 import math
 import re
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -212,29 +214,39 @@ class Painter:
             yield from zip(batch, images, strict=True)
             start += len(batch)
 
+    def save(self, record, picture):
+        """Write one picture; returns its record with its digest."""
+        image = to_pil_image(picture)
+        finished = {**record, "digest": pictures.pixel_digest(image)}
+        pictures.save_picture(image, finished, self.folder / record["file"])
+        return finished
+
     def paint(self, records):
-        """Draw and save the pictures of `records`; returns the records with each picture's digest.
+        """Draw and save the pictures of `records`; yields each record, with its picture's digest, once that is saved.
 
         A picture without content (black, one colour, not a number) is never saved: it is drawn again.
         """
-        finished, left = [], list(records)
-        for attempt in range(REDRAWS):
-            empty = []
-            for record, picture in self.draw_all(left, attempt):
-                if has_content(picture):
-                    image = to_pil_image(picture)
-                    finished.append({**record, "digest": pictures.pixel_digest(image)})
-                    pictures.save_picture(image, finished[-1], self.folder / record["file"])
-                else:
-                    empty.append(record)
-            left = empty
-            if not left:
-                return finished
-        raise checks.UserError(f"the model draws nothing for {left[0]['prompt']!r}: {REDRAWS} empty pictures in a row")
+        saving, left = deque(), list(records)
+        with ThreadPoolExecutor() as threads:  # pictures are encoded and written while the next ones are drawn
+            for attempt in range(REDRAWS):
+                empty = []
+                for record, picture in self.draw_all(left, attempt):
+                    if has_content(picture):
+                        saving.append(threads.submit(self.save, record, picture))
+                    else:
+                        empty.append(record)
+                    while saving and saving[0].done():
+                        yield saving.popleft().result()
+                if not (left := empty):
+                    break
+            yield from (saved.result() for saved in saving)
+        if left:
+            prompt = left[0]["prompt"]
+            raise checks.UserError(f"the model draws nothing for {prompt!r}: {REDRAWS} empty pictures in a row")
 
     def __call__(self, batch):
         """Ray Data's way to call `paint`: rows of records in, rows of finished records out, both as JSON."""
-        return {"records": [json.dumps(self.paint(json.loads(records))) for records in batch["records"]]}
+        return {"records": [json.dumps(list(self.paint(json.loads(records)))) for records in batch["records"]]}
 
 
 def batch_that_fits(model_dir):
@@ -281,9 +293,7 @@ def paint_with_ray(args, missing):
 
 def paint_here(args, missing):
     """Paint in this process; yields finished records."""
-    painter = Painter(args)
-    for start in range(0, len(missing), painter.batch_size):
-        yield from painter.paint(missing[start : start + painter.batch_size])
+    yield from Painter(args).paint(missing)
 
 
 def make_pictures(args):

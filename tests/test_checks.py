@@ -64,11 +64,11 @@ def test_batches_that_do_not_fit_the_memory_are_halved(model_dir, tmp_path, monk
     monkeypatch.setattr(painter, "draw", draw)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     painter.batch_size = 10
-    done = painter.paint(generate.plan(args))
+    done = list(painter.paint(generate.plan(args)))
     assert drawn == list(range(10))
     assert [record["index"] for record in done] == list(range(10))
     assert painter.batch_size == 2  # ten, five, two
     assert capsys.readouterr().out.count("out of GPU memory") == 2
     monkeypatch.setattr(painter, "draw", lambda records, attempt: None)
     with pytest.raises(checks.UserError, match="one picture at a time"):
-        painter.paint(generate.plan(args))
+        list(painter.paint(generate.plan(args)))

@@ -107,6 +107,25 @@ def test_draws_of_a_pair_follow_from_seed_and_position_alone(batch):
     assert not torch.isclose(other["noise"], whole["noise"], atol=1e-4).any(0).all()
 
 
+def test_timesteps_of_pairs_in_a_row_are_spread_evenly():
+    """High and low noise in every step: of any eight pairs in a row each half has two or more in the upper
+    and in the lower half of the timesteps and one or more in each quarter (independent draws miss a quarter
+    in every other step), and over a whole run each tenth gets its tenth. Over seeds a timestep is uniform."""
+    for seed in range(3):
+        timesteps = latents.spread(seed, range(1000), 1000).view(2, 1000)  # instance half, class half
+        quarters = timesteps.unfold(1, 8, 1) // 250  # (2, 993, 8)
+        for quarter in range(4):
+            assert (quarters == quarter).any(2).all()
+        for half in timesteps:
+            assert all(abs(count - 100) <= 2 for count in torch.bincount(half // 100, minlength=10).tolist())
+    chance = torch.randint(4, (2, 993, 8), generator=torch.Generator().manual_seed(0))
+    assert not all((chance == quarter).any(2).all() for quarter in range(4))
+    first = torch.stack([latents.spread(seed, [7], 1000) for seed in range(500)]).double()
+    assert (first.mean(0) - 499.5).abs().max() < 4 * 288.7 / 500**0.5
+    assert (first.std(0) - 288.7).abs().max() < 30
+    assert torch.corrcoef(first.T)[0, 1].abs() < 0.2  # the halves have starts of their own
+
+
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_accumulated_gradients_are_those_of_the_larger_batch(load_models, monkeypatch, snr_gamma):
     """One pair in each of four passes, or four pairs in one: equal to float32 rounding, so the forward pass

@@ -62,8 +62,7 @@ def ours(model_dir, count, *flags):
 
     def run(folder):
         painter.folder = Path(folder)
-        for start in range(0, count, painter.batch_size):
-            painter.paint(planned[start : start + painter.batch_size])
+        list(painter.paint(planned))
 
     return run
 
