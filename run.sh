@@ -52,7 +52,7 @@ if [[ "$ORIG_MODEL_NAME" == pocket ]]; then
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
-  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 6 --max_train_steps 150}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # the model as it is: guidance would make its cars all alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
 else

@@ -14,16 +14,14 @@ Letters: B pairs in a batch, R resolution in pixels, L tokens in a prompt.
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import ray.data
 import torch
 from ray.data.collate_fn import NumpyBatchCollateFn
-from torchvision import transforms
 
-from dreambooth.images import open_image
+from dreambooth.images import crop_image
 from dreambooth.seeds import seed_for
 
 PAIRS_A_BLOCK = 16  # a task of Ray Data decodes so many: few enough for an early first batch
@@ -47,31 +45,10 @@ def pair_images(instance_paths, class_paths, num_pairs, seed):
     ]
 
 
-@lru_cache(maxsize=32)
-def _resized(path, resolution):
-    """One image with its shorter side at `resolution`, (3, H, W) in [0, 1]. The few instance images
-    stay in the cache; they come again every few pairs."""
-    to_size = transforms.Compose([transforms.ToTensor(), transforms.Resize(resolution, antialias=True)])
-    return to_size(open_image(path)).clamp(0, 1)
-
-
-def load_image(path, resolution, seed):
-    """Resize, crop at random (the same crop for the same `seed`) and normalize one image.
-
-    Returns float32 (3, R, R) in [-1, 1], and a key that tells this crop of this image from others.
-    """
-    image = _resized(path, resolution)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        top, left, height, width = transforms.RandomCrop.get_params(image, (resolution, resolution))
-    crop = transforms.functional.normalize(image[:, top : top + height, left : left + width], [0.5], [0.5])
-    return crop, f"{path}:{top}:{left}"
-
-
 def build_dataset(pairs, resolution, instance_prompt_ids, class_prompt_ids, seed):
     """A Ray Dataset with one row for each of `pairs`, in their order, decoded as it is consumed.
 
-    Columns: position; instance_image and class_image (3, R, R); instance_key and class_key, equal for
+    Columns: position; instance_image and class_image (3, R, R), uint8; instance_key and class_key, equal for
     equal crops; instance_prompt_ids and class_prompt_ids (L,).
     """
 
@@ -79,7 +56,7 @@ def build_dataset(pairs, resolution, instance_prompt_ids, class_prompt_ids, seed
         columns = {"position": batch["position"]}
         for half, (kind, prompt_ids) in enumerate({"instance": instance_prompt_ids, "class": class_prompt_ids}.items()):
             crops = [
-                load_image(path, resolution, seed_for(seed, int(position), half))
+                crop_image(path, resolution, seed_for(seed, int(position), half))
                 for path, position in zip(batch[kind], batch["position"], strict=True)
             ]
             columns[f"{kind}_image"] = np.stack([image for image, _ in crops])
@@ -94,15 +71,15 @@ def build_dataset(pairs, resolution, instance_prompt_ids, class_prompt_ids, seed
 def collate(batch):
     """Stack B rows, a dict of numpy columns, instance half first.
 
-    Returns images (2B, 3, R, R), their keys (2B strings), prompt_ids (2B, L), and the pairs' positions
-    in the run (B integers).
+    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), prompt_ids (2B, L), and the
+    pairs' positions in the run (B integers).
     """
     both = {
         name: np.concatenate([batch[f"instance_{name}"], batch[f"class_{name}"]])
         for name in ("image", "prompt_ids", "key")
     }
     return {
-        "images": torch.from_numpy(both["image"]),
+        "images": torch.from_numpy(both["image"]) / 127.5 - 1,
         "keys": both["key"].tolist(),
         "prompt_ids": torch.from_numpy(both["prompt_ids"]),
         "positions": batch["position"].tolist(),

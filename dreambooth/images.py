@@ -6,6 +6,7 @@ python -m dreambooth.images SOURCE FOLDER      # makes FOLDER hold the images of
 import argparse
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,27 @@ def check_images(paths, resolution):
                 f"{path}: {width} x {height} pixels are too small to train at {resolution};"
                 f" use an image of {resolution} or more"
             )
+
+
+@lru_cache(maxsize=32)
+def _resized(path, resolution):
+    """One image with its shorter side at `resolution`, (H, W, 3) uint8. The few instance images stay in
+    the cache; they come again every few pairs."""
+    image = open_image(path)
+    size = [max(resolution, round(side * resolution / min(image.size))) for side in image.size]
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+
+
+def crop_image(path, resolution, seed):
+    """Read and resize one image and crop it at random (the same crop for the same `seed`).
+
+    Returns uint8 (3, R, R), and a key that tells this crop of this image from others. Without torch:
+    Ray Data's tasks start at once that way.
+    """
+    image = _resized(path, resolution)
+    top, left = np.random.default_rng(seed).integers([side - resolution + 1 for side in image.shape[:2]])
+    crop = image[top : top + resolution, left : left + resolution]
+    return crop.transpose(2, 0, 1), f"{path}:{top}:{left}"
 
 
 def copy_images(source, folder):

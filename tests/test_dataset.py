@@ -17,11 +17,6 @@ def names(kind, count):
     return [f"{kind}{i}" for i in range(count)]
 
 
-def load_image(path, resolution, seed):
-    """The pixels alone."""
-    return dataset.load_image(str(path), resolution, seed)[0]
-
-
 def pair(num_instance, num_class, epochs=5, seed=0):
     pairs = dataset.pair_images(names("i", num_instance), names("c", num_class), epochs * num_class, seed)
     return [{**p, "instance": Path(p["instance"]).name, "class": Path(p["class"]).name} for p in pairs]
@@ -63,41 +58,16 @@ def test_each_epoch_is_another_shuffle():
     assert len(meetings) > 40  # of 100 pairs; a fixed pairing would meet again every epoch
 
 
-def test_pixels_become_numbers_from_minus_one_to_one(flat_image):
-    """Of 8 bit values 0, 51 and 255: -1, -0.6 and 1, whatever the size of the picture."""
-    image = load_image(flat_image("a.png", (0, 51, 255), size=(200, 100)), 64, seed=0)
-    assert image.shape == (3, 64, 64)
-    assert image.dtype == torch.float32
-    expected = torch.tensor([-1, -0.6, 1]).view(3, 1, 1).expand(3, 64, 64)
-    torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
-
-
-def test_resizing_stays_in_range_and_is_antialiased(tmp_path):
-    """A fine chequerboard of black and white shrinks to grey, not to a pattern or beyond the range."""
-    board = np.indices((512, 512)).sum(0) % 2 * 255
-    Image.fromarray(board.astype(np.uint8)).save(tmp_path / "board.png")
-    image = load_image(tmp_path / "board.png", 64, seed=0)
-    assert image.abs().max() < 0.05
-
-
-def test_crop_follows_from_the_seed_and_lies_inside(tmp_path):
-    """Column x has the value x, so that a crop tells its place: any of 0 to 32 in a 96 x 64 photo."""
-    ramp = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    path, state, places, keys = str(tmp_path / "ramp.png"), torch.get_rng_state(), set(), set()
-    for seed in range(20):
-        crop, key = dataset.load_image(path, 64, seed)
-        columns = ((crop[0] + 1) * 127.5).round().int()
-        place = columns[0, 0].item()
-        assert torch.equal(columns, torch.arange(place, place + 64, dtype=torch.int32).expand(64, 64))
-        assert torch.equal(crop, load_image(path, 64, seed))
-        places.add(place)
-        keys.add((key, place))
-    assert len(places) > 8
-    assert len({key for key, _ in keys}) == len(keys) == len(places)  # a key a place, a place a key
-    assert min(places) >= 0
-    assert max(places) <= 32
-    assert torch.equal(state, torch.get_rng_state())  # the random numbers of others are not disturbed
+def test_pixels_become_numbers_from_minus_one_to_one():
+    """Of 8 bit values 0, 51 and 255: -1, -0.6 and 1."""
+    columns = {"image": np.tile(np.array([0, 51, 255], np.uint8)[:, None, None], (2, 1, 4, 4)), "key": ["a", "b"]}
+    columns["prompt_ids"] = np.zeros((2, 3), int)
+    batch = {f"{kind}_{name}": column for kind in ("instance", "class") for name, column in columns.items()}
+    images = dataset.collate({**batch, "position": np.arange(2)})["images"]
+    assert images.shape == (4, 3, 4, 4)
+    assert images.dtype == torch.float32
+    expected = torch.tensor([-1, -0.6, 1]).view(3, 1, 1).expand(4, 3, 4, 4)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +132,7 @@ def test_same_image_is_cropped_anew_each_time(tmp_path, ray_address):
 
     def places():
         rows = dataset.build_dataset(pairs, 64, [1], [2], seed=0).take_all()
-        return [round((row[f"{kind}_image"][0, 0, 0] + 1) * 127.5) for row in rows for kind in ("instance", "class")]
+        return [int(row[f"{kind}_image"][0, 0, 0]) for row in rows for kind in ("instance", "class")]
 
     found = places()
     assert len(set(found)) >= 7

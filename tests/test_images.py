@@ -104,6 +104,41 @@ def test_damaged_files_are_refused_by_name_or_read(tmp_path, suffix):
     assert refused >= 35  # the last byte or two of some formats are not missed
 
 
+@pytest.mark.parametrize("size", [(200, 100), (100, 201), (64, 64), (31, 50)])
+def test_the_shorter_side_becomes_the_resolution(flat_image, size):
+    """Larger or smaller, in landscape or portrait format; of one colour it stays of that colour."""
+    crop, _ = images.crop_image(flat_image("a.png", (0, 51, 255), size=size), 64, seed=0)
+    assert crop.shape == (3, 64, 64)
+    assert crop.dtype == np.uint8
+    assert (crop == np.array([0, 51, 255])[:, None, None]).all()
+
+
+def test_resizing_is_antialiased(tmp_path):
+    """A fine chequerboard of black and white shrinks to grey, not to a pattern."""
+    board = np.indices((512, 512)).sum(0) % 2 * 255
+    Image.fromarray(board.astype(np.uint8)).save(tmp_path / "board.png")
+    crop, _ = images.crop_image(tmp_path / "board.png", 64, seed=0)
+    assert np.abs(crop.astype(int) - 127.5).max() < 6
+
+
+def test_crop_follows_from_the_seed_and_lies_inside(tmp_path):
+    """Column x has the value x, so that a crop tells its place: any of 0 to 32 in a 96 x 64 photo."""
+    ramp = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    path, places, keys = str(tmp_path / "ramp.png"), set(), set()
+    for seed in range(40):
+        crop, key = images.crop_image(path, 64, seed)
+        place = int(crop[0, 0, 0])
+        assert (crop[0] == np.arange(place, place + 64)).all()
+        assert np.array_equal(crop, images.crop_image(path, 64, seed)[0])
+        places.add(place)
+        keys.add((key, place))
+    assert len(places) > 16
+    assert len({key for key, _ in keys}) == len(keys) == len(places)  # a key a place, a place a key
+    assert min(places) >= 0
+    assert max(places) <= 32
+
+
 def test_junk_is_passed_over(flat_image, tmp_path):
     folder = tmp_path / "photos"
     photos = [flat_image(name, 0, folder=folder) for name in ("b.JPG", "a.png", "c.webp")]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from dreambooth import latents, models
 from dreambooth.checks import UserError
@@ -248,6 +249,28 @@ def test_loaded_pipeline_has_no_safety_checker_and_takes_a_lora(loaded, model_di
     torch.testing.assert_close(said[1.0], predict(denoiser.unet, denoiser.text_encoder), rtol=0, atol=1e-5)
     distance = {scale: (s - said[0.0]).norm() for scale, s in said.items()}
     assert 0 < distance[0.5] < distance[1.0]
+
+
+def test_lora_file_of_another_trainer_is_read(loaded, model_dir, tmp_path):
+    """Under another file name and with kohya's names for the weights, as far as diffusers reads them."""
+    _, denoiser, _ = loaded
+    models.add_lora(denoiser, rank=2)
+    for name, p in denoiser.named_parameters():
+        if "lora_B" in name:
+            p.data.fill_(0.05)
+    models.save_lora(denoiser, tmp_path / "lora")
+    kohya = {}
+    for name, weight in load_file(tmp_path / "lora" / models.LORA_FILE).items():
+        part, _, layer = name.removesuffix(".weight").partition(".")
+        layer, _, end = layer.replace(".lora_linear_layer", "").replace(".lora.", ".").rpartition(".")
+        prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}[part] + "_" + layer.replace(".", "_")
+        kohya |= {f"{prefix}.lora_{end}.weight": weight, f"{prefix}.alpha": torch.tensor(2.0)}
+    (tmp_path / "other").mkdir()
+    save_file(kohya, tmp_path / "other" / "my_car.safetensors")
+    assert any(name.startswith("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down") for name in kohya)
+    pipeline = models.load_pipeline(model_dir, tmp_path / "other", 1.0, "cpu")
+    found, expected = (predict(m.unet, m.text_encoder) for m in (pipeline, denoiser))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def write_one(folder):

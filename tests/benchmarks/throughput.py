@@ -258,8 +258,6 @@ def plain_job(model_dir, instance_dir, class_dir, output_dir, steps, report_ever
     import ray.train
     from ray.train.torch import TorchTrainer, get_device
 
-    from dreambooth import dataset
-
     def train_fn(config):
         settings = argparse.Namespace(**config)
         tokenizer = models.load_tokenizer(settings.model_dir)
@@ -288,7 +286,11 @@ def plain_job(model_dir, instance_dir, class_dir, output_dir, steps, report_ever
 
     def load(folder):
         def to_rows(batch):
-            return {"image": np.stack([dataset.load_image(str(p), resolution, 0)[0].numpy() for p in batch["item"]])}
+            return {
+                "image": np.stack([images.crop_image(str(p), resolution, 0)[0] for p in batch["item"]])
+                / np.float32(127.5)
+                - 1
+            }
 
         return ray.data.from_items([str(p.absolute()) for p in images.find_images(folder)]).map_batches(to_rows)
 
