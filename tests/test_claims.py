@@ -108,7 +108,7 @@ def test_own_photos_are_renewed_for_each_subject(root):
     """Fault 11 of the original: the last subject's photos stayed in the folder of own images. run.sh
     fills it with `python -m dreambooth.images`, which test_images.py holds to that, and removes nothing."""
     text = (root / "run.sh").read_text()
-    assert re.search(r'-m dreambooth\.dataset "?\$INSTANCE_DIR"? "?\$IMAGES_OWN_DIR"?', text)
+    assert re.search(r'-m dreambooth\.images "?\$INSTANCE_DIR"? "?\$IMAGES_OWN_DIR"?', text)
     assert not re.search(r"\brm\b", text)
 
 
@@ -155,7 +155,7 @@ def test_what_is_imported_is_required(root, tracked):
     """Each foreign module that the code imports has its line in requirements.txt."""
     required = {re.split(r"[\[=]", line)[0].lower() for line in (root / "requirements.txt").read_text().splitlines()}
     own = {"dreambooth", "tests", *(script.removesuffix(".py") for script in SCRIPTS)}
-    names = {"PIL": "pillow"}
+    names = {"PIL": "pillow", "optimi": "torch-optimi"}
     for path in tracked:
         if path.endswith(".py") and not path.startswith("tests/benchmarks"):
             for node in ast.walk(ast.parse((root / path).read_text())):

@@ -15,7 +15,6 @@ say where the seconds went.
 """
 
 import argparse
-import importlib.util
 import re
 import statistics
 import subprocess
@@ -24,7 +23,6 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -36,17 +34,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-if importlib.util.find_spec("ray") is None:  # train.py is imported for its flags' defaults; the steps need no Ray
-    sys.modules |= {name: MagicMock() for name in ("ray", "ray.data", "ray.data.collate_fn", "ray.train")}
-    sys.modules["ray.train.torch"] = MagicMock()
-
 import cache_model
-import train
-from dreambooth import checks, images, latents, models
+from dreambooth import checks, latents, models
 from dreambooth.loss import training_loss
 from dreambooth.pocket import pretrain, render
-
-PROMPTS = ("photo of unqtkn car", "photo of a car")
+from tests.benchmarks import published
+from tests.benchmarks.published import PROMPTS, Plain, settings_for
 
 
 def build_sd14(folder):
@@ -92,27 +85,6 @@ class Ours:
         self.optimizer.zero_grad()
 
 
-class Plain:
-    """The step of the published example."""
-
-    def __init__(self, settings, pixels, prompt_ids, device):
-        vae, denoiser, self.scheduler = models.load_models(settings, device)
-        self.vae = vae.to(torch.bfloat16)
-        self.denoiser = denoiser.to(torch.bfloat16, memory_format=torch.contiguous_format)
-        self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), settings.lr)
-        self.pixels, self.prompt_ids = pixels.to(device, torch.bfloat16), prompt_ids.to(device)
-
-    def step(self):
-        x = self.vae.encode(self.pixels).latent_dist.sample() * self.vae.config.scaling_factor
-        noise, timesteps = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device=x.device)
-        prediction = self.denoiser(self.scheduler.add_noise(x, noise, timesteps), timesteps, self.prompt_ids)
-        instance, other = (prediction.float() - noise.float()).square().chunk(2)
-        (instance.mean() + other.mean()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.last = prediction.float().mean().item()  # a report at every step waits for the device
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are alive, and their peak: what torch.cuda.max_memory_allocated
     does on a GPU, without the workspaces of its libraries."""
@@ -155,13 +127,6 @@ def peak_memory(side, device):
         counter.peak = counter.now
         side.step()
     return counter.peak / 2**30
-
-
-def settings_for(model_dir, output_dir, *flags):
-    """train.py's settings: its defaults but for `flags`."""
-    paths = {"model_dir": model_dir, "output_dir": output_dir, "instance_images_dir": "-", "class_images_dir": "-"}
-    prompts = dict(zip(("instance_prompt", "class_prompt"), PROMPTS, strict=True))
-    return train.parse_args([*(f"--{name}={value}" for name, value in {**paths, **prompts}.items()), *flags])
 
 
 def compare_steps(args, model_dir, device):
@@ -252,69 +217,6 @@ def time_steps(side, steps, device):
     return (time.perf_counter() - start) / steps
 
 
-def plain_job(model_dir, instance_dir, class_dir, output_dir, steps, report_every_step):
-    """The published example as a whole: zip, repartition and shuffle in Ray Data; a report at every step, or none."""
-    import ray
-    import ray.train
-    from ray.train.torch import TorchTrainer, get_device
-
-    def train_fn(config):
-        settings = argparse.Namespace(**config)
-        tokenizer = models.load_tokenizer(settings.model_dir)
-        ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
-        prompt_ids = torch.tensor(ids).repeat_interleave(2, 0)
-        side, step, device, start = None, 0, get_device(), time.time()
-        while step < settings.steps:
-            for batch in ray.train.get_dataset_shard("train").iter_torch_batches(batch_size=2, drop_last=True):
-                pixels = torch.cat([batch["image"], batch["image_1"]]).float()
-                if side is None:
-                    side = Plain(settings, pixels, prompt_ids, device)
-                side.pixels = pixels.to(device, torch.bfloat16)
-                side.step()
-                step += 1
-                if step == 1:
-                    first = time.time()
-                if settings.report_every_step:
-                    ray.train.report({"loss": side.last})
-                if step == settings.steps:
-                    break
-        rate = 4 * (steps - 1) / (time.time() - first)
-        print(f"first step after {first - start:.1f} s, then {rate:.2f} images/s, ready to save", flush=True)
-        models.save_pipeline(side.denoiser, settings.model_dir, settings.output_dir)
-
-    resolution, _ = models.model_resolution(model_dir)
-
-    def load(folder):
-        def to_rows(batch):
-            return {
-                "image": np.stack([images.crop_image(str(p), resolution, 0)[0] for p in batch["item"]])
-                / np.float32(127.5)
-                - 1
-            }
-
-        return ray.data.from_items([str(p.absolute()) for p in images.find_images(folder)]).map_batches(to_rows)
-
-    ray.init(include_dashboard=False)
-    on_gpu = bool(ray.cluster_resources().get("GPU"))
-    others = load(class_dir).materialize()
-    count = others.count()
-    instances = load(instance_dir).repartition(1)
-    repeated = instances
-    while repeated.count() < count:
-        repeated = repeated.union(instances)
-    pairs = repeated.limit(count).zip(others).repartition(8).random_shuffle(seed=0)
-    settings = settings_for(model_dir, output_dir)
-    TorchTrainer(
-        train_fn,
-        train_loop_config={**vars(settings), "steps": steps, "report_every_step": report_every_step},
-        datasets={"train": pairs},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=1, use_gpu=on_gpu, resources_per_worker={"GPU": 1} if on_gpu else {"CPU": 1}
-        ),
-        run_config=ray.train.RunConfig(storage_path=str(Path(output_dir).parent / "runs")),
-    ).fit()
-
-
 def compare_jobs(args, model_dir, folder):
     """Print the seconds of each whole job, and what its own lines say of speed and of where the seconds went."""
     instance_dir, class_dir = ROOT / "images" / "lego-car", folder / "class"
@@ -330,9 +232,9 @@ def compare_jobs(args, model_dir, folder):
         f"train.py, {n} worker(s)": [ROOT / "train.py", *common, "--num_workers", n, "--output_dir", folder / f"out{n}"]
         for n in workers
     }
-    plain = [Path(__file__).resolve(), "--plain_job", model_dir, instance_dir, class_dir]
-    jobs["published, no report at a step"] = [*plain, folder / "plain", args.job_steps, 0]
-    jobs["published"] = [*plain, folder / "published", args.job_steps, 1]
+    plain = [published.__file__, *common[: common.index("--num_epochs")], "--max_train_steps", args.job_steps]
+    jobs["published, no report at a step"] = [*plain, "--output_dir", folder / "plain", "--no_report"]
+    jobs["published"] = [*plain, "--output_dir", folder / "published"]
     for name, command in jobs.items():
         start = time.perf_counter()
         done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
@@ -357,9 +259,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--plain_job"]:
-        plain_job(*sys.argv[2:6], *map(int, sys.argv[6:8]))
-        sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
     parser.add_argument("--model", choices=["pocket", "sd14"], default="pocket", help="sd14 for a GPU")
     parser.add_argument("--no_ray", action="store_true", help="the steps alone")
