@@ -86,7 +86,7 @@ def load_models(args, device):
         denoiser.text_encoder.requires_grad_(False)
     if args.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
-        denoiser.text_encoder.gradient_checkpointing_enable()
+        denoiser.text_encoder.activation_checkpointing_enable()
     if args.compile:
         denoiser.unet.compile_repeated_blocks()
     scheduler = DDPMScheduler.from_pretrained(args.model_dir, subfolder="scheduler")

@@ -3,7 +3,7 @@
     python tests/benchmarks/throughput.py --model pocket              # steps alone, then whole jobs on Ray
     python tests/benchmarks/throughput.py --model sd14 --no_ray       # Stable Diffusion 1.4's architecture at
                                                                       # random weights, for a GPU; Ray may be missing
-    python tests/benchmarks/throughput.py --model sd14 --no_ray --turns 0      # its memory alone: also without a GPU
+    python tests/benchmarks/throughput.py --model sd14 --memory       # the memory of its step, counted on any machine
 
 Steps: each side trains its own copy of the model; the sides take turns, so that a busy machine slows
 them alike. "plain" is the published loop: bfloat16 weights and noise schedule, VAE and text encoder
@@ -27,6 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,6 +66,7 @@ class Ours:
     """The step of train.py, with some of its features switched off by name."""
 
     def __init__(self, settings, pixels, prompt_ids, device, off=()):
+        self.settings = settings
         vae, self.denoiser, self.scheduler = models.load_models(settings, device)
         if "channels_last" in off:
             self.denoiser.unet.to(memory_format=torch.contiguous_format)
@@ -86,51 +89,52 @@ class Ours:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and their peak: what torch.cuda.max_memory_allocated
-    does on a GPU, without the workspaces of its libraries."""
+    """Counts the bytes of the tensors that are alive, and their peak."""
 
-    def __init__(self):
+    def __init__(self, tensors):
         super().__init__()
         self.now = self.peak = 0
         self.known = set()
+        self.add(tensors)
 
-    def _add(self, tensor):
-        storage = tensor.untyped_storage()
-        if (key := storage.data_ptr()) not in self.known and key:
-            self.known.add(key)
-            self.now += (size := storage.nbytes())
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, key, size)
+    def add(self, tensors):
+        for tensor in (leaf for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if id(storage) not in self.known:
+                self.known.add(id(storage))
+                self.now += (size := storage.nbytes())
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.drop, id(storage), size)
 
-    def _drop(self, key, size):
+    def drop(self, key, size):
         self.known.discard(key)
         self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)):
-            self._add(tensor)  # what was there before
-        out = func(*args, **(kwargs or {}))
-        for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
-            self._add(tensor)
+        self.add(out := func(*args, **(kwargs or {})))
         return out
 
 
-def peak_memory(side, device):
-    """GiB at the peak of the second step, when the optimizer's state is there."""
-    if device.type == "cuda":
-        side.step()
-        torch.cuda.reset_peak_memory_stats()
-        side.step()
-        return torch.cuda.max_memory_allocated() / 2**30
-    with LiveBytes() as counter:
-        side.step()
-        counter.peak = counter.now
-        side.step()
+def counted_memory(side):
+    """GiB of weights, gradients, optimizer and activations at the peak of the second step of one of our sides,
+    counted on fake tensors, which have sizes and no numbers: no GPU is needed, and no time. What a GPU's
+    libraries take for themselves comes on top, 1 to 2 GiB."""
+    denoiser = side.denoiser
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {name: mode.from_tensor(p) for name, p in [*denoiser.named_parameters(), *denoiser.named_buffers()]}
+        side.denoiser = lambda *inputs: functional_call(denoiser, fakes, inputs)
+        side.parameters = [p for p in fakes.values() if p.requires_grad]
+        side.optimizer = models.build_optimizer(side.parameters, side.settings)
+        side.batch = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in side.batch.items()}
+        with LiveBytes(fakes) as counter:
+            side.step()
+            counter.peak = counter.now
+            side.step()
     return counter.peak / 2**30
 
 
-def compare_steps(args, model_dir, device):
-    """Print for each side: seconds of the first step, seconds a step, images/s, the ratio to "plain", peak memory."""
+def list_sides(args, model_dir, device):
+    """By name, how to build each side: "plain", "ours", ours without one of its features, ours with an option."""
     settings = settings_for(model_dir, "-")
     resolution, _ = models.model_resolution(model_dir)
     tokenizer = models.load_tokenizer(model_dir)
@@ -141,54 +145,55 @@ def compare_steps(args, model_dir, device):
     features = ["cached latents"] + (["channels_last", "fused AdamW"] if device.type == "cuda" else [])
     options = [["--gradient_checkpointing"], ["--precision=bf16"], ["--precision=bf16", "--gradient_checkpointing"]]
     options += [["--use_lora"], ["--use_lora", "--gradient_checkpointing"]] + ([["--compile"]] if args.compile else [])
-    sides = {
+    return {
         "plain": lambda: Plain(settings, *inputs),
         "ours": lambda: Ours(settings, *inputs),
         **{f"ours without {name}": lambda name=name: Ours(settings, *inputs, off=(name,)) for name in features},
         **{f"ours {' '.join(flags)}": lambda flags=flags: Ours(settings_for(model_dir, "-", *flags), *inputs)
            for flags in options},
     }  # fmt: skip
-    seconds, first, peaks = {name: [] for name in sides}, {}, {}
-    # On a GPU, and for memory alone, one side at a time has room; on a CPU they alternate.
-    alternate = device.type == "cpu" and args.turns
-    for group in [list(sides)] if alternate else [[name] for name in sides]:
+
+
+def compare_steps(args, model_dir, device):
+    """Print for each side: seconds of the first step, seconds a step, images/s, the ratio to "plain"; on a GPU its
+    peak memory. There one side at a time has room; on a CPU they alternate."""
+    sides, seconds, first, peaks = list_sides(args, model_dir, device), {}, {}, {}
+    on_gpu = device.type == "cuda"
+    for group in [[name] for name in sides] if on_gpu else [list(sides)]:
         built = {name: sides[name]() for name in group}
-        for name, side in built.items():
-            first[name] = time_steps(side, 1, device) if args.turns else 0.0
-            peaks[name] = peak_memory(side, device) if "--compile" not in name else 0.0
+        first |= {name: time_steps(side, 1, device) for name, side in built.items()}
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(args.turns):
             for name, side in built.items():
-                seconds[name].append(time_steps(side, args.steps, device))
-        if group == ["ours"] or alternate:
+                seconds.setdefault(name, []).append(time_steps(side, args.steps, device))
+        if on_gpu:
+            peaks[group[0]] = torch.cuda.max_memory_allocated() / 2**30
+        if "ours" in group:
             print_arithmetic(built["ours"], seconds["ours"], device)
         built.clear()
-        side = None
         torch.cuda.empty_cache()
-        if not alternate:
-            print_side(args, group[0], first, seconds, peaks)
-    for name in sides if alternate else []:
-        print_side(args, name, first, seconds, peaks)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in middle.items():
+        rate = f"{2 * args.batch_size / value:7.1f} images/s {middle['plain'] / value:5.2f} x"
+        peak = f"  peak {peaks[name]:5.2f} GiB" if name in peaks else ""
+        print(f"{name:50} first {first[name]:5.1f} s, then {value:6.3f} s a step {rate}{peak}", flush=True)
     if args.compile:
-        ours, compiled = (statistics.median(seconds[name]) for name in ("ours", "ours --compile"))
-        extra, gain = first["ours --compile"] - first["ours"], ours - compiled
-        print(f"--compile: {extra:.1f} s once, {gain:.3f} s saved a step:", end=" ")
-        print(f"pays from {extra / gain:.0f} steps on" if gain > 0 else "never pays")
+        extra = first["ours --compile"] - first["ours"]
+        gain = middle["ours"] - middle["ours --compile"]
+        pays = f"pays from {extra / gain:.0f} steps on" if gain > 0 else "never pays"
+        print(f"--compile: {extra:.1f} s once, {gain:.3f} s saved a step: {pays}")
 
 
-def print_side(args, name, first, seconds, peaks):
-    peak = f"peak {peaks[name]:5.2f} GiB"
-    if not args.turns:
-        print(f"{name:50} {peak}", flush=True)
-        return
-    plain, middle = statistics.median(seconds["plain"]), statistics.median(seconds[name])
-    rate = f"{2 * args.batch_size / middle:7.1f} images/s {plain / middle:5.2f} x"
-    print(f"{name:50} first {first[name]:5.1f} s, then {middle:6.3f} s a step {rate} {peak}", flush=True)
+def count_memory(args, model_dir):
+    """Print the memory that each of our sides takes, as counted."""
+    for name, build in list_sides(args, model_dir, torch.device("cpu")).items():
+        if name.startswith("ours") and "without" not in name:
+            print(f"{name:50} {counted_memory(build()):5.1f} GiB", flush=True)
 
 
 def print_arithmetic(side, seconds, device):
     """The floating point operations of a step, and the share of the device's own bfloat16 matrix rate."""
-    if not seconds:
-        return
     with FlopCounterMode(display=False) as counter:
         side.step()
     flops, n = counter.get_total_flops(), 8192 if device.type == "cuda" else 2048
@@ -252,6 +257,8 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model_dir = build_sd14(folder / "sd14") if args.model == "sd14" else cache_model.POCKET_DIR
+        if args.memory:
+            return count_memory(args, model_dir)
         if not args.jobs_only:
             compare_steps(args, model_dir, device)
         if not args.no_ray:
@@ -263,9 +270,10 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=["pocket", "sd14"], default="pocket", help="sd14 for a GPU")
     parser.add_argument("--no_ray", action="store_true", help="the steps alone")
     parser.add_argument("--jobs_only", action="store_true", help="the jobs alone")
+    parser.add_argument("--memory", action="store_true", help="count the memory of a step, on any machine; no timing")
     parser.add_argument("--compile", action="store_true", help="also with --compile, and when that pays")
     parser.add_argument("--batch_size", type=int, default=2, help="pairs a step")
     parser.add_argument("--steps", type=int, default=5, help="steps a turn")
-    parser.add_argument("--turns", type=int, default=5, help="turns measured; 0: peak memory alone")
+    parser.add_argument("--turns", type=int, default=5, help="turns measured")
     parser.add_argument("--job_steps", type=int, default=60, help="steps of a job")
     main(parser.parse_args())
