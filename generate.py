@@ -19,11 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
 from tqdm import tqdm
 
-from dreambooth import checks, models, pictures
+from dreambooth import checks, files, pictures
 from dreambooth.seeds import seed_for
 
 # On a CPU each forward pass takes so many pictures, the last ones filled up: the arithmetic of a
@@ -41,7 +40,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("model")
     group.add_argument("--model_dir", required=True, help="diffusers pipeline directory")
-    group.add_argument("--lora_weights_dir", help=f"directory with {models.LORA_FILE}, to apply on top")
+    group.add_argument("--lora_weights_dir", help=f"directory with {files.LORA_FILE}, to apply on top")
     group.add_argument("--lora_scale", type=float, default=1.0, help="strength of the LoRA")
     group.add_argument("--compare_to", help="a second model: its pictures, from the same noise, go below on the sheet")
 
@@ -98,11 +97,11 @@ def check_args(args):
         raise checks.UserError("no prompt: give --prompts or --prompts_file")
     if len(set(args.prompts)) < len(args.prompts):
         raise checks.UserError("a prompt is given twice: use --num_samples_per_prompt for more pictures of it")
-    tokenizer = models.load_tokenizer(args.model_dir)
+    tokenizer = files.load_tokenizer(args.model_dir)
     for prompt in args.prompts:
         checks.check_prompt(tokenizer, prompt)
     if args.lora_weights_dir and not list(Path(args.lora_weights_dir).glob("*.safetensors")):
-        raise checks.UserError(f"--lora_weights_dir {args.lora_weights_dir}: no {models.LORA_FILE} there")
+        raise checks.UserError(f"--lora_weights_dir {args.lora_weights_dir}: no {files.LORA_FILE} there")
 
 
 def plan(args):
@@ -158,6 +157,10 @@ class Painter:
     """Loads the pipeline once and paints records, in batches; also the callable of Ray Data's actors."""
 
     def __init__(self, args):
+        from diffusers import DPMSolverMultistepScheduler  # here: with Ray, and with nothing to make, not needed
+
+        from dreambooth import models
+
         models.quiet()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":  # Ray gives an actor one thread; and the number of threads shows in the last bits
@@ -216,7 +219,7 @@ class Painter:
 
     def save(self, record, picture):
         """Write one picture; returns its record with its digest."""
-        image = to_pil_image(picture)
+        image = to_image(picture)
         finished = {**record, "digest": pictures.pixel_digest(image)}
         pictures.save_picture(image, finished, self.folder / record["file"])
         return finished
@@ -251,9 +254,14 @@ class Painter:
 
 def batch_that_fits(model_dir):
     """The number of pictures for which the GPU's free memory should suffice, MAX_BATCH at the most."""
-    side, _ = models.model_resolution(model_dir)
+    side, _ = files.model_resolution(model_dir)
     free, _ = torch.cuda.mem_get_info()
     return max(1, min(MAX_BATCH, free // (side * side * BYTES_A_PIXEL)))
+
+
+def to_image(picture):
+    """A (3, H, W) picture in [0, 1] as an image of 8 bits."""
+    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def has_content(picture):

@@ -20,12 +20,10 @@ from pathlib import Path
 import ray
 import ray.train
 import torch
-from diffusers.optimization import get_scheduler
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from dreambooth import checks, cluster, dataset, images, latents, models
-from dreambooth.files import check_replaceable
+from dreambooth import checks, cluster, dataset, files, images, latents
 from dreambooth.loss import training_loss
 from dreambooth.report import Report
 
@@ -90,7 +88,7 @@ def check_args(args):
     checks.check_at_least(args, 0, "lr", "lr_warmup_steps", "prior_loss_weight", "snr_gamma", "max_grad_norm", "seed")
     checks.check_at_least(args, 0, "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
     checks.check_model_dir(args.model_dir)
-    check_replaceable(args.output_dir, models.RESULT_NAMES)
+    files.check_replaceable(args.output_dir, files.RESULT_NAMES)
     for name in ("model_dir", "output_dir"):  # the workers may run in another directory
         setattr(args, name, str(Path(getattr(args, name)).resolve()))
     if args.output_dir == args.model_dir:
@@ -103,10 +101,10 @@ def check_args(args):
         raise checks.UserError("--precision bf16 is for full fine-tuning: a LoRA's frozen weights are bfloat16 anyway")
     if args.instance_prompt == args.class_prompt:
         raise checks.UserError("--instance_prompt and --class_prompt are equal: put the identifier before the class")
-    tokenizer = models.load_tokenizer(args.model_dir)
+    tokenizer = files.load_tokenizer(args.model_dir)
     for prompt in (args.instance_prompt, args.class_prompt):
         checks.check_prompt(tokenizer, prompt)
-    own_size, latent_pixels = models.model_resolution(args.model_dir)
+    own_size, latent_pixels = files.model_resolution(args.model_dir)
     args.resolution = own_size if args.resolution is None else args.resolution
     if args.resolution < latent_pixels or args.resolution % latent_pixels:
         raise checks.UserError(f"--resolution {args.resolution}: this model takes multiples of {latent_pixels}")
@@ -132,6 +130,10 @@ def forward_backward(denoiser, scheduler, batches, args):
 
 def train_fn(config):
     """What each worker runs: load the models, encode its shard of the images, train, save (rank 0)."""
+    from diffusers.optimization import get_scheduler  # here: only the workers wait for diffusers
+
+    from dreambooth import models
+
     args, context, device = argparse.Namespace(**config), ray.train.get_context(), get_device()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     cluster.quiet()
@@ -229,7 +231,7 @@ def main(args):
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise models.explain(error) from error
+        raise checks.explain(error) from error
     finally:
         shutil.rmtree(run_dir(args), ignore_errors=True)
     if not Path(args.output_dir).is_dir():

@@ -121,3 +121,13 @@ def check_gpus(num_workers, num_gpus, num_cpus):
 def cores():
     """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def explain(error):
+    """What a user can mend in a failed training, as a UserError; any other `error` is raised again."""
+    for cause in getattr(error, "worker_failures", {}).values():
+        if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
+            return UserError("out of GPU memory: give a smaller --train_batch_size or --resolution, or --use_lora")
+        if message := user_error_in(cause):
+            return UserError(message)
+    raise error

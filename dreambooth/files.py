@@ -1,10 +1,15 @@
-"""Directories that are replaced whole: a crash never leaves half of one, nor harms the last one."""
+"""A model's directory: what it says without the models being loaded, which would take seconds; and how it is
+replaced whole, so that a crash never leaves half of one, nor harms the last one."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 from dreambooth.checks import UserError, check_output_dir
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+RESULT_NAMES = ["model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler", LORA_FILE]
 
 
 def check_replaceable(folder, own_names, name="--output_dir"):
@@ -39,3 +44,17 @@ def replace_dir(folder, write):
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def load_tokenizer(model_dir):
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer  # here: not every script needs it
+
+    return AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
+
+
+def model_resolution(model_dir):
+    """The size of the model's pictures and the pixels along a side of one latent, both from its configuration."""
+    unet, vae = (json.loads((Path(model_dir) / part / "config.json").read_text()) for part in ("unet", "vae"))
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    return unet["sample_size"] * scale, scale

@@ -13,9 +13,6 @@ smaller than half its last digit and round to nothing. With `--precision bf16`, 
 memory, Kahan summation keeps what is rounded off and adds it later.
 """
 
-import json
-from pathlib import Path
-
 import diffusers
 import optimi
 import torch
@@ -25,13 +22,10 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import CLIPTextModel
 
-from dreambooth.checks import UserError, user_error_in
 from dreambooth.files import replace_dir
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-RESULT_NAMES = ["model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler", LORA_FILE]
 LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
@@ -49,17 +43,6 @@ class Denoiser(torch.nn.Module):
     def forward(self, noisy_latents, timesteps, prompt_ids):
         """Shapes: noisy_latents (2B, C, h, w), timesteps (2B,), prompt_ids (2B, L). Returns (2B, C, h, w)."""
         return self.unet(noisy_latents, timesteps, self.text_encoder(prompt_ids)[0]).sample
-
-
-def load_tokenizer(model_dir):
-    return AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
-
-
-def model_resolution(model_dir):
-    """The size of the model's pictures and the pixels along a side of one latent, both from its configuration."""
-    unet, vae = (json.loads((Path(model_dir) / part / "config.json").read_text()) for part in ("unet", "vae"))
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return unet["sample_size"] * scale, scale
 
 
 def load_models(args, device):
@@ -198,13 +181,3 @@ def save_lora(denoiser, output_dir):
         )
 
     replace_dir(output_dir, write)
-
-
-def explain(error):
-    """What a user can mend in a failed training, as a UserError; any other `error` is raised again."""
-    for cause in getattr(error, "worker_failures", {}).values():
-        if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
-            return UserError("out of GPU memory: give a smaller --train_batch_size or --resolution, or --use_lora")
-        if message := user_error_in(cause):
-            return UserError(message)
-    raise error

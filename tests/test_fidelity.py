@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTImageProcessor, ViTModel
 
-from dreambooth import models
+from dreambooth import files
 from dreambooth.pocket import render
 from tests.benchmarks import encoders, fidelity
 
@@ -67,7 +67,7 @@ def tiny_encoders(tmp_path_factory, model_dir):
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ViTModel(ViTConfig(**small, image_size=32, patch_size=8)).save_pretrained(dino)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(dino)
-    tokenizer = models.load_tokenizer(model_dir)
+    tokenizer = files.load_tokenizer(model_dir)
     text = {**small, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     vision = {**small, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(clip)

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from dreambooth import latents, models
+from dreambooth import checks, files, latents, models
 from dreambooth.checks import UserError
 from dreambooth.files import check_replaceable, replace_dir
 from dreambooth.loss import training_loss
@@ -221,7 +221,7 @@ def test_saved_lora_does_in_a_fresh_pipeline_what_it_did_in_training(loaded, mod
             torch.nn.init.normal_(p, std=0.1)
     trained = predict(denoiser.unet, denoiser.text_encoder)
     models.save_lora(denoiser, tmp_path / "lora")
-    assert os.listdir(tmp_path / "lora") == [models.LORA_FILE]
+    assert os.listdir(tmp_path / "lora") == [files.LORA_FILE]
     pipeline = StableDiffusionPipeline.from_pretrained(model_dir, dtype=torch.float32)
     pipeline.load_lora_weights(tmp_path / "lora")
     again = predict(pipeline.unet, pipeline.text_encoder)
@@ -260,7 +260,7 @@ def test_lora_file_of_another_trainer_is_read(loaded, model_dir, tmp_path):
             p.data.fill_(0.05)
     models.save_lora(denoiser, tmp_path / "lora")
     kohya = {}
-    for name, weight in load_file(tmp_path / "lora" / models.LORA_FILE).items():
+    for name, weight in load_file(tmp_path / "lora" / files.LORA_FILE).items():
         part, _, layer = name.removesuffix(".weight").partition(".")
         layer, _, end = layer.replace(".lora_linear_layer", "").replace(".lora.", ".").rpartition(".")
         prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}[part] + "_" + layer.replace(".", "_")
@@ -321,14 +321,14 @@ def test_save_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
 def test_folders_with_other_files_are_not_replaced(tmp_path):
     """A new, an empty and an earlier result's directory may be replaced; one with anything else may not,
     even beside an earlier result."""
-    check_replaceable(tmp_path / "new", models.RESULT_NAMES)
-    check_replaceable(tmp_path, models.RESULT_NAMES)
+    check_replaceable(tmp_path / "new", files.RESULT_NAMES)
+    check_replaceable(tmp_path, files.RESULT_NAMES)
     (tmp_path / "model_index.json").write_text("")
     (tmp_path / "unet").mkdir()
-    check_replaceable(tmp_path, models.RESULT_NAMES)
+    check_replaceable(tmp_path, files.RESULT_NAMES)
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="thesis.tex"):
-        check_replaceable(tmp_path, models.RESULT_NAMES)
+        check_replaceable(tmp_path, files.RESULT_NAMES)
 
 
 def test_a_link_stays_a_link_to_the_new_result(tmp_path):
@@ -345,16 +345,16 @@ def test_a_link_stays_a_link_to_the_new_result(tmp_path):
 def test_what_a_user_caused_in_a_worker_is_one_line():
     """Ray wraps a worker's error in its stack trace; a fault of ours keeps it."""
     wrapped = "UserDefinedError: ray::map()\n  File x.py\ndreambooth.checks.UserError: a.png: truncated image\n\nmore"
-    told = models.explain(SimpleNamespace(worker_failures={0: RuntimeError(wrapped)}))
+    told = checks.explain(SimpleNamespace(worker_failures={0: RuntimeError(wrapped)}))
     assert isinstance(told, UserError)
     assert str(told) == "a.png: truncated image"
-    assert str(models.explain(SimpleNamespace(worker_failures={1: UserError("a.png: gone")}))) == "a.png: gone"
+    assert str(checks.explain(SimpleNamespace(worker_failures={1: UserError("a.png: gone")}))) == "a.png: gone"
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    assert "--train_batch_size" in str(models.explain(SimpleNamespace(worker_failures={0: memory})))
+    assert "--train_batch_size" in str(checks.explain(SimpleNamespace(worker_failures={0: memory})))
     ours = RuntimeError("shape mismatch")
     ours.worker_failures = {0: ValueError("shape mismatch")}
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        models.explain(ours)
+        checks.explain(ours)
 
 
 def test_seeds_are_equal_for_equal_numbers_only():

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import generate
-from dreambooth import models, pictures
+from dreambooth import files, pictures
 
 PROMPT = "photo of unqtkn car at night"
 
@@ -79,7 +79,7 @@ def test_lora_training_gives_a_file_that_changes_pictures(
         changes |= {"class_images_dir": instance_dir, "instance_images_dir": class_dir}
         changes |= {"gradient_accumulation_steps": 2}
     out, _ = tuned(f"lora{num_workers}", **changes)
-    assert [f.name for f in out.iterdir()] == [models.LORA_FILE]
+    assert [f.name for f in out.iterdir()] == [files.LORA_FILE]
     weights = StableDiffusionPipeline.lora_state_dict(out)[0]
     for part in ("unet", "text_encoder"):
         second = [

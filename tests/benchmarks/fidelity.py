@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -114,7 +113,7 @@ class Sampler:
         key = prompt, count or self.args.num_samples
         if key not in self.drawn:
             records = [{"prompt": prompt, "seed": self.args.seed, "index": i} for i in range(key[1])]
-            images = [to_pil_image(picture) for _, picture in self.painter.draw_all(records, 0)]
+            images = [generate.to_image(picture) for _, picture in self.painter.draw_all(records, 0)]
             self.drawn[key] = np.stack([np.asarray(image) for image in images])
         return self.drawn[key]
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import cache_model
-from dreambooth import checks, images, latents, models
+from dreambooth import checks, files, images, latents, models
 from dreambooth.loss import training_loss
 from dreambooth.pocket import render
 from tests.benchmarks.published import PROMPTS, settings_for
@@ -34,7 +34,7 @@ def build_batches(count, pairs, vae):
     scenes = [render.sample_scene(rng) for _ in range(400)]
     others = [np.asarray(render.render(scene, rng)).transpose(2, 0, 1) for scene in scenes if scene.kind == "car"]
     instance, class_ = (latents.encode(vae, torch.from_numpy(np.stack(half)) / 127.5 - 1) for half in (crops, others))
-    tokenizer = models.load_tokenizer(cache_model.POCKET_DIR)
+    tokenizer = files.load_tokenizer(cache_model.POCKET_DIR)
     ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
     for step in range(count):
         halves = [half[rng.integers(len(half), size=pairs)] for half in (instance, class_)]

@@ -27,7 +27,7 @@ import ray.train
 from ray.train.torch import TorchTrainer, get_device
 
 import train
-from dreambooth import images, models
+from dreambooth import files, images, models
 
 PROMPTS = ("photo of unqtkn car", "photo of a car")
 
@@ -64,7 +64,7 @@ def train_fn(config):
     """What its worker runs."""
     settings = argparse.Namespace(**config)
     torch.manual_seed(0)  # it had none, and other results each time
-    tokenizer = models.load_tokenizer(settings.model_dir)
+    tokenizer = files.load_tokenizer(settings.model_dir)
     ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
     prompt_ids = torch.tensor(ids).repeat_interleave(settings.train_batch_size, 0)
     side, step, device, start = None, 0, get_device(), time.time()
@@ -110,7 +110,7 @@ def build_pairs(instance_dir, class_dir, resolution):
 def main(args, report):
     ray.init(include_dashboard=False)
     on_gpu = bool(ray.cluster_resources().get("GPU"))
-    resolution, _ = models.model_resolution(args.model_dir)
+    resolution, _ = files.model_resolution(args.model_dir)
     TorchTrainer(
         train_fn,
         train_loop_config={**vars(args), "report": report},

@@ -37,7 +37,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import cache_model
-from dreambooth import checks, latents, models
+from dreambooth import checks, files, latents, models
 from dreambooth.loss import training_loss
 from dreambooth.pocket import pretrain, render
 from tests.benchmarks import published
@@ -48,7 +48,7 @@ def build_sd14(folder):
     """Write a pipeline directory with Stable Diffusion 1.4's architecture and random weights: 860 M
     U-Net, 123 M text encoder, 84 M VAE; a tokenizer of pocket's, filled up to 77 tokens."""
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer(cache_model.POCKET_DIR)
+    tokenizer = files.load_tokenizer(cache_model.POCKET_DIR)
     tokenizer.model_max_length = 77
     text_encoder = CLIPTextModel(
         CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -136,8 +136,8 @@ def counted_memory(side):
 def list_sides(args, model_dir, device):
     """By name, how to build each side: "plain", "ours", ours without one of its features, ours with an option."""
     settings = settings_for(model_dir, "-")
-    resolution, _ = models.model_resolution(model_dir)
-    tokenizer = models.load_tokenizer(model_dir)
+    resolution, _ = files.model_resolution(model_dir)
+    tokenizer = files.load_tokenizer(model_dir)
     ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
     prompt_ids = torch.tensor(ids).repeat_interleave(args.batch_size, 0)
     pixels = torch.rand(2 * args.batch_size, 3, resolution, resolution) * 2 - 1
