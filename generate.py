@@ -27,7 +27,7 @@ from dreambooth.seeds import seed_for
 
 # On a CPU each forward pass takes so many pictures, the last ones filled up: the arithmetic of a
 # picture, to the last bit, may depend on the size of the batch that it is in, never on the others.
-CPU_BATCH = 8
+CPU_BATCH = 16
 OWN_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")  # prompt, picture and seed
 MAX_BATCH = 16  # on a GPU: larger ones are hardly faster
 BYTES_A_PIXEL = 4096  # of GPU memory that a picture in the making takes; an estimate, halved batches mend it

@@ -6,8 +6,7 @@ prior-preserving loss (Ruiz et al. 2022, arXiv 2208.12242) on Ray Data and Ray T
         --class_images_dir $IMAGES_REG_DIR --class_prompt "photo of a car" --num_workers 1
 
 The result is a diffusers pipeline directory, or with --use_lora pytorch_lora_weights.safetensors;
-generate.py takes both. Letters: B pairs in a batch, so 2B images; R resolution; C, h, w channels,
-height and width of a latent; L tokens in a prompt.
+generate.py takes both. The diffusion step itself is in dreambooth/loss.py.
 """
 
 import argparse

@@ -30,10 +30,10 @@ def test_killed_drivers_lose_and_repeat_nothing(model_dir, tmp_path):
     """`kill -9` at ten different moments, then a run to the end: every picture whole, none made again
     once it was there, and the same pictures as an undisturbed run's."""
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    generate.main(generate.parse_args(arguments(model_dir, calm, 20)))
-    command = [sys.executable, "generate.py", *arguments(model_dir, killed, 20)]
+    generate.main(generate.parse_args(arguments(model_dir, calm, 48)))
+    command = [sys.executable, "generate.py", *arguments(model_dir, killed, 48)]
     made = {}
-    for at_least in (1, 3, 6, 9, 12, 17, 20, 25, 30, 33):
+    for at_least in (1, 5, 17, 20, 33, 36, 49, 52, 65, 81):  # while a batch of 16 is saved, or at the start
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(killed.glob("0*-seed0.png"))) < at_least:
             time.sleep(0.005)
@@ -42,8 +42,8 @@ def test_killed_drivers_lose_and_repeat_nothing(model_dir, tmp_path):
         for file in killed.glob("0*-seed0.png"):
             assert pictures.read_record(file) is not None, f"{file.name} is unreadable"
             assert made.setdefault(file.name, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "made twice"
-    generate.main(generate.parse_args(arguments(model_dir, killed, 20)))
-    assert len(digests(calm)) == 40
+    generate.main(generate.parse_args(arguments(model_dir, killed, 48)))
+    assert len(digests(calm)) == 96
     assert digests(killed) == digests(calm)
     assert all((killed / name).stat().st_mtime_ns == stamp for name, stamp in made.items())
     lines = [json.loads(line) for line in (killed / pictures.RECORDS).read_text().splitlines()]

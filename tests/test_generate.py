@@ -25,7 +25,7 @@ def digests(folder):
 
 @pytest.fixture(scope="module")
 def painted(generate_argv, tmp_path_factory):
-    """Two prompts, five pictures each, made in this process eight at a time."""
+    """Two prompts, five pictures each, made in this process."""
     folder = tmp_path_factory.mktemp("painted") / "new"
     paint(generate_argv(folder, prompts=PROMPTS, num_samples_per_prompt=5))
     return folder
