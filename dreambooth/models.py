@@ -85,7 +85,7 @@ def build_optimizer(parameters, args):
     }  # fmt: skip
     if args.precision == "bf16":
         return optimi.AdamW(parameters, **settings, kahan_sum=True)
-    return torch.optim.AdamW(parameters, **settings, fused=parameters[0].is_cuda)
+    return torch.optim.AdamW(parameters, **settings, fused=True)
 
 
 def load_pipeline(model_dir, lora_weights_dir, lora_scale, device):
