@@ -45,7 +45,7 @@ def test_any_prompt_is_tokenized(tokenizer, prompt):
 
 
 def test_tokenizer_survives_the_pipeline_directory(tokenizer, model_dir):
-    from dreambooth.models import load_tokenizer
+    from dreambooth.files import load_tokenizer
 
     again = load_tokenizer(model_dir)
     assert again.model_max_length == pretrain.MAX_TOKENS
