@@ -149,6 +149,21 @@ def run_script():
 
 
 @pytest.fixture(scope="session")
+def assert_one_line():
+    """Of a script that refused: exit code 2, and on stderr one line that begins with "error:" and holds the words."""
+
+    def check(result, *words):
+        assert result.returncode == 2, result.stderr
+        assert "Traceback" not in result.stdout + result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        assert result.stderr.startswith("error: ")
+        for word in words:
+            assert word in result.stderr
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def ray_address():
     """One Ray with two cores for all tests that use it in this process; its address for those that don't."""
     os.environ.update(SETTINGS)

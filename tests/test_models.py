@@ -232,13 +232,20 @@ def test_saved_lora_does_in_a_fresh_pipeline_what_it_did_in_training(loaded, mod
     assert (predict(pipeline.unet, pipeline.text_encoder) - trained).abs().max() > 1e-3
 
 
-def test_loaded_pipeline_has_no_safety_checker_and_takes_a_lora(loaded, model_dir, tmp_path):
+@pytest.fixture
+def with_saved_lora(loaded, tmp_path):
+    """A denoiser with a LoRA that shows, which is saved in the folder "lora" as well."""
     _, denoiser, _ = loaded
     models.add_lora(denoiser, rank=2)
     for name, p in denoiser.named_parameters():
         if "lora_B" in name:
             p.data.fill_(0.05)
     models.save_lora(denoiser, tmp_path / "lora")
+    return denoiser
+
+
+def test_loaded_pipeline_has_no_safety_checker_and_takes_a_lora(with_saved_lora, model_dir, tmp_path):
+    denoiser = with_saved_lora
     said = {}
     for scale in (0.0, 0.5, 1.0):
         pipeline = models.load_pipeline(model_dir, tmp_path / "lora", scale, "cpu")
@@ -251,14 +258,9 @@ def test_loaded_pipeline_has_no_safety_checker_and_takes_a_lora(loaded, model_di
     assert 0 < distance[0.5] < distance[1.0]
 
 
-def test_lora_file_of_another_trainer_is_read(loaded, model_dir, tmp_path):
+def test_lora_file_of_another_trainer_is_read(with_saved_lora, model_dir, tmp_path):
     """Under another file name and with kohya's names for the weights, as far as diffusers reads them."""
-    _, denoiser, _ = loaded
-    models.add_lora(denoiser, rank=2)
-    for name, p in denoiser.named_parameters():
-        if "lora_B" in name:
-            p.data.fill_(0.05)
-    models.save_lora(denoiser, tmp_path / "lora")
+    denoiser = with_saved_lora
     kohya = {}
     for name, weight in load_file(tmp_path / "lora" / files.LORA_FILE).items():
         part, _, layer = name.removesuffix(".weight").partition(".")
