@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from dreambooth import dataset
+from dreambooth.checks import UserError
 
 SIZES = [(7, 20), (20, 7), (1, 1)]
 
@@ -137,3 +139,21 @@ def test_same_image_is_cropped_anew_each_time(tmp_path, ray_address):
     found = places()
     assert len(set(found)) >= 7
     assert places() == found
+
+
+def test_reading_begins_before_the_first_batch_is_asked_for():
+    """The models load meanwhile. Nothing is lost or out of order, and what fails still fails for the one who asks."""
+    begun = Event()
+
+    def batches(count):
+        begun.set()
+        yield from range(count)
+        raise UserError("a.png: truncated")
+
+    reading = dataset.start_reading(batches(3))
+    assert begun.wait(timeout=30)
+    assert [next(reading) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="truncated"):
+        next(reading)
+    with pytest.raises(UserError, match="truncated"):
+        next(dataset.start_reading(batches(0)))

@@ -210,6 +210,17 @@ def test_saved_pipeline_loads_bit_for_bit(loaded, load_models, model_dir, tmp_pa
     assert os.listdir(tmp_path) == ["tuned"]
 
 
+def test_saved_files_carry_no_trace_of_compilation(load_models, model_dir, tmp_path):
+    """Elsewhere `_orig_mod` is in the names of compiled weights, and no loader finds them."""
+    names = []
+    for compiled in (False, True):
+        _, denoiser, _ = load_models(compile=compiled)
+        assert any(m._compiled_call_impl is not None for m in denoiser.modules()) == compiled
+        models.save_pipeline(denoiser, model_dir, tmp_path / str(compiled))
+        names.append(load_file(tmp_path / str(compiled) / "unet" / "diffusion_pytorch_model.safetensors").keys())
+    assert names[0] == names[1]
+
+
 def test_saved_lora_does_in_a_fresh_pipeline_what_it_did_in_training(loaded, model_dir, tmp_path):
     """Also fault 12 of the original, whose LoRA was built by hand on private API that is gone."""
     _, denoiser, _ = loaded
