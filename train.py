@@ -159,7 +159,8 @@ def train_fn(config):
     report.models_are_ready(parameters, num_workers, device)
 
     # Encode each image once, and drop the VAE.
-    batches = latents.encode_batches(vae, batches, device, live=args.live_vae)
+    prompt_ids = torch.tensor(args.prompt_ids, device=device)
+    batches = latents.encode_batches(vae, batches, prompt_ids, device, live=args.live_vae)
     report.data_are_ready()
 
     for step in range(args.steps):
@@ -187,14 +188,12 @@ def build_trainer(args, tokenizer, instance_paths, class_paths, num_gpus, num_cp
         f"{len(instance_paths)} instance and {len(class_paths)} class images at {args.resolution} px,"
         f" {args.steps} steps of {pairs_a_step} pairs, {args.num_workers} worker(s); {num_gpus} GPUs, {num_cpus} cores"
     )
-    prompt_ids = [
-        tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length).input_ids
-        for prompt in (args.instance_prompt, args.class_prompt)
-    ]
+    prompts, length = [args.instance_prompt, args.class_prompt], tokenizer.model_max_length
+    args.prompt_ids = tokenizer(prompts, padding="max_length", max_length=length).input_ids
     shards = {}
     for rank in range(args.num_workers):
         own = [pair for pair in pairs if pair["position"] // pairs_a_worker % args.num_workers == rank]
-        shards[f"train_{rank}"] = dataset.build_dataset(own, args.resolution, *prompt_ids, args.seed)
+        shards[f"train_{rank}"] = dataset.build_dataset(own, args.resolution, args.seed)
 
     # On a CPU the workers reserve half of the cores at most: Ray Data's tasks need the rest, and
     # where every core is reserved they wait for ever.

@@ -8,7 +8,7 @@ A column is a pair, and a row of the data set. Every class image is used exactly
 however many instance images there are, and the instance images take turns: over a whole run the
 numbers of times that two of them are used differ by one at the most.
 
-Letters: B pairs in a batch, R resolution in pixels, L tokens in a prompt.
+Letters: B pairs in a batch, R resolution in pixels.
 """
 
 import itertools
@@ -45,23 +45,22 @@ def pair_images(instance_paths, class_paths, num_pairs, seed):
     ]
 
 
-def build_dataset(pairs, resolution, instance_prompt_ids, class_prompt_ids, seed):
+def build_dataset(pairs, resolution, seed):
     """A Ray Dataset with one row for each of `pairs`, in their order, decoded as it is consumed.
 
     Columns: position; instance_image and class_image (3, R, R), uint8; instance_key and class_key, equal for
-    equal crops; instance_prompt_ids and class_prompt_ids (L,).
+    equal crops.
     """
 
     def load(batch):
         columns = {"position": batch["position"]}
-        for half, (kind, prompt_ids) in enumerate({"instance": instance_prompt_ids, "class": class_prompt_ids}.items()):
+        for half, kind in enumerate(["instance", "class"]):
             crops = [
                 crop_image(path, resolution, seed_for(seed, int(position), half))
                 for path, position in zip(batch[kind], batch["position"], strict=True)
             ]
             columns[f"{kind}_image"] = np.stack([image for image, _ in crops])
             columns[f"{kind}_key"] = np.array([key for _, key in crops])
-            columns[f"{kind}_prompt_ids"] = np.tile(prompt_ids, (len(crops), 1))
         return columns
 
     blocks = math.ceil(len(pairs) / PAIRS_A_BLOCK)
@@ -71,17 +70,13 @@ def build_dataset(pairs, resolution, instance_prompt_ids, class_prompt_ids, seed
 def collate(batch):
     """Stack B rows, a dict of numpy columns, instance half first.
 
-    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), prompt_ids (2B, L), and the
-    pairs' positions in the run (B integers).
+    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), and the pairs' positions in
+    the run (B integers).
     """
-    both = {
-        name: np.concatenate([batch[f"instance_{name}"], batch[f"class_{name}"]])
-        for name in ("image", "prompt_ids", "key")
-    }
+    both = {name: np.concatenate([batch[f"instance_{name}"], batch[f"class_{name}"]]) for name in ("image", "key")}
     return {
-        "images": torch.from_numpy(both["image"]) / 127.5 - 1,
+        "images": torch.from_numpy(both["image"] / np.float32(127.5) - 1),  # torch would start a second thread pool
         "keys": both["key"].tolist(),
-        "prompt_ids": torch.from_numpy(both["prompt_ids"]),
         "positions": batch["position"].tolist(),
     }
 

@@ -4,7 +4,7 @@ The frozen VAE's posterior of an image, a mean and a standard deviation for each
 change during a run: it is computed once for each crop. What a step trains on is drawn anew from it
 (no frozen sample), as if the VAE ran at every step.
 
-Letters: B pairs in a batch; R resolution; C, h, w channels, height and width of a latent.
+Letters: B pairs in a batch; R resolution; C, h, w channels, height and width of a latent; L tokens in a prompt.
 """
 
 import torch
@@ -27,14 +27,19 @@ def sample(posteriors, noise):
     return posteriors[:, 0] + posteriors[:, 1] * noise
 
 
-def encode_batches(vae, batches, device, live=False):
-    """Replace the images of each of `batches` by their posteriors; returns an iterator of batches on `device`.
+def encode_batches(vae, batches, prompt_ids, device, live=False):
+    """Replace the images of each of `batches` by their posteriors (2B, 2, C, h, w), and add `prompt_ids` (2, L);
+    returns an iterator of batches on `device`.
 
     Each crop is encoded once, all of them before this returns, and then the VAE's memory is free for
     training. With `live`, a batch is encoded when its step needs it, as in the published example.
     """
+
+    def whole(batch, posteriors):
+        return {"posteriors": posteriors, "prompt_ids": prompt_ids, "positions": batch["positions"]}
+
     if live:
-        return (_on_device(batch, encode(vae, batch["images"].to(device)), device) for batch in batches)
+        return (whole(batch, encode(vae, batch["images"].to(device))) for batch in batches)
     number_of, parts, rows = {}, [], []  # crop -> its row in the table of posteriors
     for batch in batches:
         new = {key: i for i, key in enumerate(batch["keys"]) if key not in number_of}
@@ -45,12 +50,7 @@ def encode_batches(vae, batches, device, live=False):
         del batch["images"]
     table = torch.cat(parts)
     vae.to("meta")  # it has done its work
-    return (_on_device(batch, table[numbers], device) for batch, numbers in rows)
-
-
-def _on_device(batch, posteriors, device):
-    prompt_ids = batch["prompt_ids"].to(device, non_blocking=True)
-    return {"posteriors": posteriors, "prompt_ids": prompt_ids, "positions": batch["positions"]}
+    return (whole(batch, table[numbers]) for batch, numbers in rows)
 
 
 def draw(seed, batch, num_timesteps):

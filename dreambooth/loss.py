@@ -4,8 +4,6 @@ Letters: 2B images in a batch, B of the instance first and then B of the class; 
 h, w height and width of a latent; L tokens in a prompt; T timesteps of the noise schedule.
 """
 
-import torch
-
 from dreambooth.latents import sample
 
 
@@ -13,7 +11,8 @@ def training_loss(denoiser, scheduler, batch, draws, prior_loss_weight, snr_gamm
     """The loss of one batch, a scalar.
 
     batch: posteriors (2B, 2, C, h, w), mean and standard deviation of each image's latents, and
-    prompt_ids (2B, L). draws: posterior_noise and noise (2B, C, h, w), and timesteps (2B,).
+    prompt_ids (2, L), of the instance and of the class prompt. draws: posterior_noise and noise
+    (2B, C, h, w), and timesteps (2B,).
     """
     # A sample of each image's posterior, another one at every step, stands for the image.
     x = sample(batch["posteriors"], draws["posterior_noise"])  # (2B, C, h, w)
@@ -22,9 +21,8 @@ def training_loss(denoiser, scheduler, batch, draws, prior_loss_weight, snr_gamm
     noise, timesteps = draws["noise"], draws["timesteps"]
     noisy = scheduler.add_noise(x, noise, timesteps)
 
-    # The U-Net predicts the noise from the noisy latents and the prompt, in bfloat16.
-    with torch.autocast(x.device.type, torch.bfloat16):
-        prediction = denoiser(noisy, timesteps, batch["prompt_ids"])
+    # Text encoder and U-Net predict the noise from the noisy latents and the prompts: on a GPU in bfloat16.
+    prediction = denoiser(noisy, timesteps, batch["prompt_ids"])
 
     # The instance half learns the subject, the class half keeps what the model knew of its class.
     prediction_type, alphas_cumprod = scheduler.config.prediction_type, scheduler.alphas_cumprod

@@ -7,7 +7,7 @@ What is frozen and what is trained, and in which precision, is decided here:
     text encoder     trained              frozen + trained LoRA matrices
     U-Net            trained              frozen + trained LoRA matrices
 
-Trained weights are float32, and so is the optimizer's state; the forward pass runs under bfloat16
+Trained weights are float32, and so is the optimizer's state; on a GPU the forward pass runs under bfloat16
 autocast. A bfloat16 weight would hardly learn: at a learning rate of 5e-6 most of its updates are
 smaller than half its last digit and round to nothing. With `--precision bf16`, for cards with little
 memory, Kahan summation keeps what is rounded off and adds it later.
@@ -33,38 +33,55 @@ LORA_TARGETS = {
 
 
 class Denoiser(torch.nn.Module):
-    """Text encoder and U-Net as one module, so that DDP sees one forward pass and one set of gradients."""
+    """Text encoder and U-Net as one module, so that DDP sees one forward pass and one set of gradients.
 
-    def __init__(self, text_encoder, unet):
+    With `autocast` their matrix products and convolutions run in bfloat16.
+    """
+
+    def __init__(self, text_encoder, unet, autocast):
         super().__init__()
         self.text_encoder = text_encoder
         self.unet = unet
+        self.autocast = autocast
 
     def forward(self, noisy_latents, timesteps, prompt_ids):
-        """Shapes: noisy_latents (2B, C, h, w), timesteps (2B,), prompt_ids (2B, L). Returns (2B, C, h, w)."""
-        return self.unet(noisy_latents, timesteps, self.text_encoder(prompt_ids)[0]).sample
+        """What the U-Net predicts. A prompt is encoded once, however many images in a row it belongs to.
+
+        Shapes: noisy_latents (2B, C, h, w), timesteps (2B,), prompt_ids (P, L) of 2B / P images each. Returns
+        (2B, C, h, w).
+        """
+        with torch.autocast(noisy_latents.device.type, torch.bfloat16, enabled=self.autocast):
+            words = self.text_encoder(prompt_ids)[0]  # (P, L, width)
+            words = words.repeat_interleave(len(noisy_latents) // len(prompt_ids), 0)  # (2B, L, width)
+            return self.unet(noisy_latents, timesteps, words).sample
 
 
-def load_models(args, device):
+def load_models(args, device, autocast=None):
     """The frozen VAE, the denoiser (U-Net and text encoder) and the noise schedule of `args.model_dir`.
 
     All on `device`, straight from the file; what `args` says is trained requires gradients. safetensors are
     read; a pickle only with weights-only loading, which is what torch does for diffusers and transformers.
+
+    `autocast`: whether the forward pass is in bfloat16; by default on a GPU, and for bfloat16 weights. On a CPU
+    it gains nothing: its bfloat16 attention takes five times as long to go backward as float32's.
     """
     quiet()
+    autocast = device.type == "cuda" or args.precision == "bf16" if autocast is None else autocast
 
     def load(cls, part, dtype=torch.float32):
         return cls.from_pretrained(args.model_dir, subfolder=part, dtype=dtype, device_map=device)
 
     vae = load(AutoencoderKL, "vae").eval().requires_grad_(False)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-    denoiser = Denoiser(load(CLIPTextModel, "text_encoder", dtype), load(UNet2DConditionModel, "unet", dtype)).train()
+    text_encoder = load(CLIPTextModel, "text_encoder", dtype if args.train_text_encoder else torch.float32)
+    denoiser = Denoiser(text_encoder, load(UNet2DConditionModel, "unet", dtype), autocast).train()
     if device.type == "cuda":  # on a CPU it costs a few per cent
         denoiser.unet.to(memory_format=torch.channels_last)
     if args.use_lora:
         torch.manual_seed(args.seed)
         add_lora(denoiser, args.lora_rank, LORA_TARGETS if args.train_text_encoder else ["unet"])
-        halve_frozen_layers(denoiser)
+        if autocast:
+            halve_frozen_layers(denoiser)
     elif not args.train_text_encoder:
         denoiser.text_encoder.requires_grad_(False)
     if args.gradient_checkpointing:

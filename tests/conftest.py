@@ -98,11 +98,12 @@ def train_argv(model_dir, instance_dir, class_dir):
 
 @pytest.fixture(scope="session")
 def load_models(train_argv, model_dir):
-    """VAE, denoiser and noise schedule as a worker of train.py loads them: load_models(use_lora=True)."""
+    """VAE, denoiser and noise schedule as a worker of train.py loads them: load_models(use_lora=True); with
+    autocast=True as on a GPU."""
 
-    def load(folder=model_dir, **changes):
+    def load(folder=model_dir, autocast=None, **changes):
         args = train.parse_args(train_argv("out", model_dir=folder, **changes))
-        return models.load_models(args, torch.device("cpu"))
+        return models.load_models(args, torch.device("cpu"), autocast)
 
     return load
 

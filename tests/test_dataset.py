@@ -63,7 +63,6 @@ def test_each_epoch_is_another_shuffle():
 def test_pixels_become_numbers_from_minus_one_to_one():
     """Of 8 bit values 0, 51 and 255: -1, -0.6 and 1."""
     columns = {"image": np.tile(np.array([0, 51, 255], np.uint8)[:, None, None], (2, 1, 4, 4)), "key": ["a", "b"]}
-    columns["prompt_ids"] = np.zeros((2, 3), int)
     batch = {f"{kind}_{name}": column for kind in ("instance", "class") for name, column in columns.items()}
     images = dataset.collate({**batch, "position": np.arange(2)})["images"]
     assert images.shape == (4, 3, 4, 4)
@@ -82,7 +81,7 @@ def rows(tmp_path_factory, ray_address):
         for i, path in enumerate(paths[kind]):
             Image.new("RGB", (80, 64), (10 + i, green, 0)).save(path)
     pairs = dataset.pair_images(paths["instance"], paths["class"], 37, seed=5)
-    data = dataset.build_dataset(pairs, 64, [1, 2, 3], [7, 8, 9], seed=5)
+    data = dataset.build_dataset(pairs, 64, seed=5)
     batches = list(data.iter_torch_batches(batch_size=4, collate_fn=dataset.Collate(), prefetch_batches=1))
     return pairs, batches
 
@@ -91,18 +90,15 @@ def test_batches_have_the_promised_shapes(rows):
     _, batches = rows
     sizes = [4] * 9 + [1]
     assert [b["images"].shape for b in batches] == [(2 * size, 3, 64, 64) for size in sizes]
-    assert [b["prompt_ids"].shape for b in batches] == [(2 * size, 3) for size in sizes]
     assert {b["images"].dtype for b in batches} == {torch.float32}
-    assert {b["prompt_ids"].dtype for b in batches} == {torch.int64}
 
 
-def test_prompt_ids_stay_with_their_own_half(rows):
+def test_instance_images_come_first(rows):
     """Green tells the halves apart: -1 of an instance image, 1 of a class image."""
     _, batches = rows
     for batch in batches:
         half = len(batch["images"]) // 2
         assert batch["images"][:, 1, 0, 0].tolist() == [-1] * half + [1] * half
-        assert batch["prompt_ids"].tolist() == [[1, 2, 3]] * half + [[7, 8, 9]] * half
 
 
 def test_positions_and_keys_stay_with_their_rows(rows):
@@ -133,7 +129,7 @@ def test_same_image_is_cropped_anew_each_time(tmp_path, ray_address):
     pairs = dataset.pair_images([tmp_path / "ramp.png"], [tmp_path / "ramp.png"], 5, seed=0)
 
     def places():
-        rows = dataset.build_dataset(pairs, 64, [1], [2], seed=0).take_all()
+        rows = dataset.build_dataset(pairs, 64, seed=0).take_all()
         return [int(row[f"{kind}_image"][0, 0, 0]) for row in rows for kind in ("instance", "class")]
 
     found = places()

@@ -120,7 +120,7 @@ def test_frozen_layers_in_bfloat16_change_no_bit_of_the_loss(load_models):
     """Autocast would round them at every step. Norms and embeddings, which it leaves in float32, stay so."""
     losses = []
     for halved in (True, False):
-        _, denoiser, scheduler = load_models(use_lora=True)
+        _, denoiser, scheduler = load_models(use_lora=True, autocast=True)
         frozen = {p.dtype for p in denoiser.parameters() if not p.requires_grad}
         assert frozen == {torch.bfloat16, torch.float32}
         if not halved:
@@ -146,7 +146,7 @@ def test_lora_trains_low_rank_matrices_on_both_and_nothing_else(loaded, load_mod
     _, denoiser, _ = loaded
     before = {name: p.clone() for name, p in denoiser.named_parameters()}
     prediction = under_autocast(denoiser)
-    vae, denoiser, _ = load_models(use_lora=True, lora_rank=3)
+    vae, denoiser, _ = load_models(use_lora=True, lora_rank=3, autocast=True)
     assert not any(p.requires_grad for p in vae.parameters())
     trained = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
@@ -162,11 +162,49 @@ def test_lora_trains_low_rank_matrices_on_both_and_nothing_else(loaded, load_mod
     assert torch.equal(under_autocast(denoiser), prediction)
 
 
-@pytest.mark.parametrize("use_lora", [False, True])
-def test_text_encoder_can_be_left_as_it_is(load_models, use_lora):
-    _, denoiser, _ = load_models(use_lora=use_lora, no_train_text_encoder=True)
+@pytest.mark.parametrize("changes", [{}, {"use_lora": True}, {"precision": "bf16"}])
+def test_text_encoder_can_be_left_as_it_is(load_models, changes):
+    """Also to the last bit: trained weights in bfloat16 are no reason to round those that stay."""
+    original = load_models()[1].text_encoder.state_dict()
+    _, denoiser, _ = load_models(**changes, no_train_text_encoder=True)
     assert not any(p.requires_grad for p in denoiser.text_encoder.parameters())
     assert any(p.requires_grad for p in denoiser.unet.parameters())
+    kept = denoiser.text_encoder.state_dict()
+    assert kept.keys() == original.keys()
+    assert all(kept[name].dtype == torch.float32 and torch.equal(kept[name], w) for name, w in original.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [({}, torch.float32), ({"autocast": True}, torch.bfloat16), ({"precision": "bf16"}, torch.bfloat16)],
+)
+def test_forward_pass_is_bfloat16_where_asked_for_or_needed(load_models, changes, dtype):
+    """On a GPU it is asked for; on a CPU it gains nothing, and only bfloat16 weights need it."""
+    _, denoiser, _ = load_models(**changes)
+    seen = []
+    denoiser.unet.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.no_grad():
+        denoiser(torch.ones(2, 4, 16, 16), torch.tensor([10, 900]), torch.arange(96).view(2, 48))
+    assert seen == [dtype]
+
+
+def test_each_prompt_is_encoded_once_however_many_images_it_has(load_models):
+    """Six images and two prompts: the same prediction and gradients as with a prompt for each image."""
+    x = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    two = torch.randint(0, 500, (2, 48), generator=torch.Generator().manual_seed(1))
+    results = []
+    for ids in (two, two.repeat_interleave(3, 0)):
+        _, denoiser, _ = load_models()
+        rows = []
+        denoiser.text_encoder.register_forward_pre_hook(lambda module, inputs, rows=rows: rows.append(len(inputs[0])))
+        prediction = denoiser(x, torch.tensor([10, 300, 500, 600, 800, 900]), ids)
+        (prediction * torch.linspace(-1, 1, 6).view(6, 1, 1, 1)).sum().backward()
+        gradients = [p.grad.flatten() for p in denoiser.text_encoder.encoder.parameters()]
+        results.append((rows, prediction.detach(), torch.cat(gradients)))
+    (few, first, gradient), (many, second, other) = results
+    assert (few, many) == ([2], [6])
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+    assert (gradient - other).norm() < 1e-5 * other.norm()
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
@@ -174,15 +212,14 @@ def test_gradient_checkpointing_changes_no_gradient(load_models, use_lora):
     """Nor does it lose that of a LoRA behind frozen layers."""
     gradients = []
     for checkpointing in (False, True):
-        _, denoiser, _ = load_models(use_lora=use_lora, gradient_checkpointing=checkpointing)
+        _, denoiser, _ = load_models(use_lora=use_lora, gradient_checkpointing=checkpointing, autocast=True)
         torch.manual_seed(0)
         for name, p in denoiser.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.1)
         generator = torch.Generator().manual_seed(0)
         x, ids = torch.randn(2, 4, 16, 16, generator=generator), torch.randint(0, 500, (2, 48), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            prediction = denoiser(x, torch.tensor([10, 900]), ids)
+        prediction = denoiser(x, torch.tensor([10, 900]), ids)
         prediction.float().square().mean().backward()
         gradients.append({name: p.grad for name, p in denoiser.named_parameters() if p.requires_grad})
     plain, checkpointed = gradients

@@ -39,8 +39,7 @@ def build_batches(count, pairs, vae):
     for step in range(count):
         halves = [half[rng.integers(len(half), size=pairs)] for half in (instance, class_)]
         positions = list(range(step * pairs, (step + 1) * pairs))
-        prompt_ids = torch.tensor(ids).repeat_interleave(pairs, 0)
-        yield {"posteriors": torch.cat(halves), "prompt_ids": prompt_ids, "positions": positions}
+        yield {"posteriors": torch.cat(halves), "prompt_ids": torch.tensor(ids), "positions": positions}
 
 
 def gradients_of_two_workers(denoiser, scheduler, batch, draws, pairs):
@@ -48,7 +47,7 @@ def gradients_of_two_workers(denoiser, scheduler, batch, draws, pairs):
     parameters, total = list(denoiser.parameters()), None
     for half in torch.arange(2 * pairs).view(2, 2, -1).unbind(1):  # of the instance and of the class half
         rows = half.flatten()
-        part = {name: value[rows] for name, value in batch.items() if name != "positions"}
+        part = {**batch, "posteriors": batch["posteriors"][rows]}
         loss = training_loss(denoiser, scheduler, part, {name: value[rows] for name, value in draws.items()}, 1.0)
         share = [g.bfloat16() / 2 for g in torch.autograd.grad(loss, parameters)]
         total = share if total is None else [a + b for a, b in zip(total, share, strict=True)]
@@ -60,7 +59,7 @@ def run(variant, args, batches):
     """Train one variant; returns its update as one vector, seconds a step, and bytes held a weight."""
     low = variant not in ("float32", "bfloat16 all-reduce")
     settings = settings_for(cache_model.POCKET_DIR, "-", f"--lr={args.lr}", f"--precision={'bf16' if low else 'fp32'}")
-    _, denoiser, scheduler = models.load_models(settings, torch.device("cpu"))
+    _, denoiser, scheduler = models.load_models(settings, torch.device("cpu"), autocast=True)  # as on a GPU
     parameters = list(denoiser.parameters())
     start = [p.detach().double() for p in parameters]
     optimizer = models.build_optimizer(parameters, settings)

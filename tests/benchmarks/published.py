@@ -43,11 +43,12 @@ class Plain:
     """The step of the published example."""
 
     def __init__(self, settings, pixels, prompt_ids, device):
-        vae, denoiser, self.scheduler = models.load_models(settings, device)
+        vae, denoiser, self.scheduler = models.load_models(settings, device, autocast=False)
         self.vae = vae.to(torch.bfloat16)
         self.denoiser = denoiser.to(torch.bfloat16, memory_format=torch.contiguous_format)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), settings.lr)
-        self.pixels, self.prompt_ids = pixels.to(device, torch.bfloat16), prompt_ids.to(device)
+        self.pixels = pixels.to(device, torch.bfloat16)
+        self.prompt_ids = prompt_ids.repeat_interleave(len(pixels) // 2, 0).to(device)  # one for each image
 
     def step(self):
         x = self.vae.encode(self.pixels).latent_dist.sample() * self.vae.config.scaling_factor
@@ -66,7 +67,7 @@ def train_fn(config):
     torch.manual_seed(0)  # it had none, and other results each time
     tokenizer = files.load_tokenizer(settings.model_dir)
     ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
-    prompt_ids = torch.tensor(ids).repeat_interleave(settings.train_batch_size, 0)
+    prompt_ids = torch.tensor(ids)
     side, step, device, start = None, 0, get_device(), time.time()
     while step < settings.max_train_steps:
         shard = ray.train.get_dataset_shard("train")

@@ -65,9 +65,9 @@ def build_sd14(folder):
 class Ours:
     """The step of train.py, with some of its features switched off by name."""
 
-    def __init__(self, settings, pixels, prompt_ids, device, off=()):
+    def __init__(self, settings, pixels, prompt_ids, device, off=(), autocast=None):
         self.settings = settings
-        vae, self.denoiser, self.scheduler = models.load_models(settings, device)
+        vae, self.denoiser, self.scheduler = models.load_models(settings, device, autocast)
         if "channels_last" in off:
             self.denoiser.unet.to(memory_format=torch.contiguous_format)
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
@@ -75,6 +75,8 @@ class Ours:
         if "fused AdamW" in off:
             self.optimizer = torch.optim.AdamW(self.parameters, settings.lr)
         self.batch = {"prompt_ids": prompt_ids.to(device), "positions": list(range(len(pixels) // 2))}
+        if "prompts encoded once" in off:
+            self.batch["prompt_ids"] = self.batch["prompt_ids"].repeat_interleave(len(pixels) // 2, 0)
         self.batch["posteriors"] = latents.encode(vae, pixels.to(device))
         self.live = (vae, pixels.to(device)) if "cached latents" in off else None
 
@@ -134,22 +136,27 @@ def counted_memory(side):
 
 
 def list_sides(args, model_dir, device):
-    """By name, how to build each side: "plain", "ours", ours without one of its features, ours with an option."""
+    """By name, how to build each side: "plain", "ours", ours without one of its features, ours with an option.
+    On a CPU, "bfloat16 autocast" is one; and memory is counted as on a GPU, with it."""
     settings = settings_for(model_dir, "-")
     resolution, _ = files.model_resolution(model_dir)
     tokenizer = files.load_tokenizer(model_dir)
     ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
-    prompt_ids = torch.tensor(ids).repeat_interleave(args.batch_size, 0)
+    prompt_ids = torch.tensor(ids)
     pixels = torch.rand(2 * args.batch_size, 3, resolution, resolution) * 2 - 1
     inputs = (pixels, prompt_ids, device)
-    features = ["cached latents"] + (["channels_last", "fused AdamW"] if device.type == "cuda" else [])
+    autocast = True if args.memory else None
+    features = ["cached latents", "prompts encoded once"]
+    features += ["channels_last", "fused AdamW"] if device.type == "cuda" else []
     options = [["--gradient_checkpointing"], ["--precision=bf16"], ["--precision=bf16", "--gradient_checkpointing"]]
     options += [["--use_lora"], ["--use_lora", "--gradient_checkpointing"]] + ([["--compile"]] if args.compile else [])
     return {
         "plain": lambda: Plain(settings, *inputs),
-        "ours": lambda: Ours(settings, *inputs),
+        "ours": lambda: Ours(settings, *inputs, autocast=autocast),
         **{f"ours without {name}": lambda name=name: Ours(settings, *inputs, off=(name,)) for name in features},
-        **{f"ours {' '.join(flags)}": lambda flags=flags: Ours(settings_for(model_dir, "-", *flags), *inputs)
+        "ours with bfloat16 autocast": lambda: Ours(settings, *inputs, autocast=True),
+        **{f"ours {' '.join(flags)}":
+           lambda flags=flags: Ours(settings_for(model_dir, "-", *flags), *inputs, autocast=autocast)
            for flags in options},
     }  # fmt: skip
 
@@ -188,7 +195,7 @@ def compare_steps(args, model_dir, device):
 def count_memory(args, model_dir):
     """Print the memory that each of our sides takes, as counted."""
     for name, build in list_sides(args, model_dir, torch.device("cpu")).items():
-        if name.startswith("ours") and "without" not in name:
+        if name.startswith("ours") and "with" not in name:
             print(f"{name:50} {counted_memory(build()):5.1f} GiB", flush=True)
 
 
