@@ -9,9 +9,9 @@ Steps: each side trains its own copy of the model; the sides take turns, so that
 them alike. "plain" is the published loop: bfloat16 weights and noise schedule, VAE and text encoder
 live at every step. The sides below "ours" have one of its features switched off or an option on.
 
-Jobs: 60 steps, 64 class images, start to saved model, as processes of their own: train.py with 1, 2 (and
-on four GPUs 4) workers, and the published loop with and without its report at every step. Their own lines
-say where the seconds went.
+Jobs: 60 steps, 64 class images, start to saved model, as processes of their own, in turns: train.py with 1, 2
+(and on four GPUs 4) workers, and the published loop without its report at every step and, once, with it. Their
+own lines say where the seconds went.
 """
 
 import argparse
@@ -230,7 +230,8 @@ def time_steps(side, steps, device):
 
 
 def compare_jobs(args, model_dir, folder):
-    """Print the seconds of each whole job, and what its own lines say of speed and of where the seconds went."""
+    """Print the seconds of each whole job and what its own lines say of speed and of where the seconds went; then
+    the images/s of each (median), and the middle of its turns' ratios to the published loop without its report."""
     instance_dir, class_dir = ROOT / "images" / "lego-car", folder / "class"
     class_dir.mkdir()
     rng = np.random.default_rng(0)
@@ -245,15 +246,22 @@ def compare_jobs(args, model_dir, folder):
         for n in workers
     }
     plain = [published.__file__, *common[: common.index("--num_epochs")], "--max_train_steps", args.job_steps]
-    jobs["published, no report at a step"] = [*plain, "--output_dir", folder / "plain", "--no_report"]
-    jobs["published"] = [*plain, "--output_dir", folder / "published"]
-    for name, command in jobs.items():
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
-        print(f"{name:32} {time.perf_counter() - start:6.1f} s in all, exit code {done.returncode}")
-        told = [line for line in (done.stdout + done.stderr).splitlines() if re.search(r"images/s|save ", line)]
-        for line in told[-2:]:
-            print(f"    {re.sub(r'.*?pid=[^)]*[)]', '', line).strip()}", flush=True)
+    base = "published, no report at a step"
+    jobs[base] = [*plain, "--output_dir", folder / "plain", "--no_report"]
+    with_report = {"published": [*plain, "--output_dir", folder / "published"]}
+    rates = {}
+    for turn in range(args.job_turns):
+        for name, command in (jobs | (with_report if turn == 0 else {})).items():
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
+            print(f"{name:32} {time.perf_counter() - start:6.1f} s in all, exit code {done.returncode}")
+            told = [line for line in (done.stdout + done.stderr).splitlines() if re.search(r"images/s|save ", line)]
+            for line in told[-2:]:
+                print(f"    {re.sub(r'.*?pid=[^)]*[)]', '', line).strip()}", flush=True)
+            rates.setdefault(name, []).append(float(re.findall(r"([\d.]+) images/s", "".join(told))[-1]))
+    for name, values in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(values, rates[base], strict=False))
+        print(f"{name:32} {statistics.median(values):6.2f} images/s {ratio:5.2f} x")
 
 
 def main(args):
@@ -282,5 +290,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=2, help="pairs a step")
     parser.add_argument("--steps", type=int, default=5, help="steps a turn")
     parser.add_argument("--turns", type=int, default=5, help="turns measured")
+    parser.add_argument("--job_turns", type=int, default=3, help="times each job is run")
     parser.add_argument("--job_steps", type=int, default=60, help="steps of a job")
     main(parser.parse_args())
