@@ -89,7 +89,7 @@ done_with() { echo "--- $1: $SECONDS s"; SECONDS=0; }
 done_with "step 1, cache the model"
 
 # Step 2: get the photos of the subject, into a folder that is renewed for each subject (seconds).
-[[ "$INSTANCE_DIR" == images/dog ]] && "$PYTHON" download_example_dataset.py images/dog
+[[ "$(realpath -m "$INSTANCE_DIR")" == "$(realpath -m images/dog)" ]] && "$PYTHON" download_example_dataset.py images/dog
 "$PYTHON" -m dreambooth.images "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 done_with "step 2, get the photos"
 

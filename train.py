@@ -60,7 +60,7 @@ def parse_args(argv=None):
     recipe.add_argument("--snr_gamma", type=float, help="min-SNR weighting, 5.0 is usual (default: off)")
     recipe.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are clipped to this length")
     recipe.add_argument("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
-    recipe.add_argument("--adam_beta2", type=float, default=0.999, help="decay of AdamW's second moment")
+    recipe.add_argument("--adam_beta2", type=float, help="decay of AdamW's second moment (default: 0.999, bf16 0.99)")
     recipe.add_argument("--adam_weight_decay", type=float, default=1e-2, help="weight decay of AdamW")
     recipe.add_argument("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
     recipe.add_argument("--seed", type=int, default=0, help="of pairs, crops, noise and timesteps")
@@ -84,7 +84,7 @@ def check_args(args):
         args, 1, "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps", "num_workers",
         "lora_rank", "log_every",
     )  # fmt: skip
-    checks.check_at_least(args, 0, "lr", "lr_warmup_steps", "prior_loss_weight", "snr_gamma", "max_grad_norm", "seed")
+    checks.check_at_least(args, 0, "lr", "lr_warmup_steps", "prior_loss_weight", "max_grad_norm", "seed")
     checks.check_at_least(args, 0, "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
     checks.check_model_dir(args.model_dir)
     files.check_replaceable(args.output_dir, files.RESULT_NAMES)
@@ -94,10 +94,14 @@ def check_args(args):
         raise checks.UserError("--output_dir is --model_dir, which would be replaced: name another directory")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         raise checks.UserError("--lr_warmup_steps: the constant scheduler has none, give constant_with_warmup")
-    if not max(args.adam_beta1, args.adam_beta2) < 1:
+    if args.snr_gamma is not None and not args.snr_gamma > 0:
+        raise checks.UserError(f"--snr_gamma must be above 0, not {args.snr_gamma:g}: 5.0 is usual")
+    if not max(args.adam_beta1, args.adam_beta2 or 0) < 1:
         raise checks.UserError("--adam_beta1 and --adam_beta2 must be below 1")
+    if args.precision == "bf16" and (args.adam_beta2 or 0) > 0.995:
+        raise checks.UserError(f"--adam_beta2 {args.adam_beta2}: bfloat16 cannot decay so slowly, give 0.99")
     if args.use_lora and args.precision == "bf16":
-        raise checks.UserError("--precision bf16 is for full fine-tuning: a LoRA's frozen weights are bfloat16 anyway")
+        raise checks.UserError("--precision bf16 is for full fine-tuning: a LoRA's frozen weights need no optimizer")
     if args.instance_prompt == args.class_prompt:
         raise checks.UserError("--instance_prompt and --class_prompt are equal: put the identifier before the class")
     tokenizer = files.load_tokenizer(args.model_dir)

@@ -127,7 +127,10 @@ def explain(error):
     """What a user can mend in a failed training, as a UserError; any other `error` is raised again."""
     for cause in getattr(error, "worker_failures", {}).values():
         if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
-            return UserError("out of GPU memory: give a smaller --train_batch_size or --resolution, or --use_lora")
+            return UserError(
+                "out of GPU memory: give --gradient_checkpointing, --precision bf16, --use_lora,"
+                " or a smaller --train_batch_size or --resolution"
+            )
         if message := user_error_in(cause):
             return UserError(message)
     raise error

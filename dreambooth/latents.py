@@ -57,7 +57,7 @@ def draw(seed, batch, num_timesteps):
     """The random numbers of one batch: posterior_noise and noise (2B, C, h, w), timesteps (2B,).
 
     Those of a pair follow from the run's seed and the pair's position in the run alone: so they are
-    the same however pairs are dealt to workers, batches and accumulation, and after a resume.
+    the same however pairs are dealt to workers, batches and accumulation.
     """
     posteriors, positions = batch["posteriors"], batch["positions"]
     generator = torch.Generator(posteriors.device)

@@ -9,8 +9,8 @@ from dreambooth.checks import UserError
 
 
 class Report:
-    """Kept by each worker, printed by rank 0. Nothing in an ordinary step waits for the device:
-    losses stay on it until a line of log is due, every `args.log_every` steps."""
+    """Kept by each worker, printed by rank 0. Nothing in an ordinary step waits for the device (but for the
+    images of --live_vae): losses stay on it until a line of log is due, every `args.log_every` steps."""
 
     def __init__(self, args, enabled):
         self.args, self.enabled = args, enabled
@@ -40,7 +40,8 @@ class Report:
 
     def step_is_done(self, step, loss, grad_norm, lr):
         """Call after each step. UserError, with the step: a loss that is not finite."""
-        if step == 0:  # the first batch waits for the images to be decoded and encoded, the first step for compilation
+        if step == 0:  # it alone waits: for compilation, and for the device, whose work is not to count as the others'
+            loss.item()
             self._phase("first step")
             self.first_step = time.time()
         self.waiting.append(loss)

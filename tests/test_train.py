@@ -122,7 +122,7 @@ def test_gradients_are_clipped_before_the_optimizer_sees_them(tuned, movement):
 
 def test_two_workers_make_the_updates_of_one_with_twice_the_pairs(tuned, load_models):
     """Gradients are averaged over the workers, and a pair's random numbers are its own: so the same
-    weights come out, to the rounding of bfloat16, and not those of one worker with half of the pairs."""
+    weights come out, to rounding, and not those of one worker with half of the pairs."""
     start = load_models()[1]
 
     def update(folder):

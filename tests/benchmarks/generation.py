@@ -101,7 +101,7 @@ def main(args):
 
 def compare_commands(args):
     """Print the seconds of generate.py as a command, start-up included."""
-    workers = [n for n in (1, 2, 4) if n <= max(2, torch.cuda.device_count())]
+    workers = [n for n in (1, 2, 4) if n <= (torch.cuda.device_count() or 2)]
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in [
             ("alone", []),

@@ -23,14 +23,16 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -63,10 +65,11 @@ def build_sd14(folder):
 
 
 class Ours:
-    """The step of train.py, with some of its features switched off by name."""
+    """The step of train.py, with some of its features switched off by name. With `keep_gradients` their memory is
+    held from step to step, as DDP's buckets are."""
 
-    def __init__(self, settings, pixels, prompt_ids, device, off=(), autocast=None):
-        self.settings = settings
+    def __init__(self, settings, pixels, prompt_ids, device, off=(), autocast=None, keep_gradients=False):
+        self.settings, self.keep_gradients = settings, keep_gradients
         vae, self.denoiser, self.scheduler = models.load_models(settings, device, autocast)
         if "channels_last" in off:
             self.denoiser.unet.to(memory_format=torch.contiguous_format)
@@ -87,7 +90,7 @@ class Ours:
         training_loss(self.denoiser, self.scheduler, self.batch, draws, 1.0).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -117,12 +120,23 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
+def in_float32(function):
+    """`function` as CUDA's autocast runs it, which computes norms and interpolation in float32; a CPU's does not."""
+
+    def run(*args, **kwargs):
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return run
+
+
 def counted_memory(side):
     """GiB of weights, gradients, optimizer and activations at the peak of the second step of one of our sides,
     counted on fake tensors, which have sizes and no numbers: no GPU is needed, and no time. What a GPU's
     libraries take for themselves comes on top, 1 to 2 GiB."""
     denoiser = side.denoiser
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    as_on_cuda = {name: in_float32(getattr(F, name)) for name in ("group_norm", "layer_norm", "interpolate")}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, patch.multiple(F, **as_on_cuda):
         fakes = {name: mode.from_tensor(p) for name, p in [*denoiser.named_parameters(), *denoiser.named_buffers()]}
         side.denoiser = lambda *inputs: functional_call(denoiser, fakes, inputs)
         side.parameters = [p for p in fakes.values() if p.requires_grad]
@@ -135,28 +149,32 @@ def counted_memory(side):
     return counter.peak / 2**30
 
 
-def list_sides(args, model_dir, device):
-    """By name, how to build each side: "plain", "ours", ours without one of its features, ours with an option.
-    On a CPU, "bfloat16 autocast" is one; and memory is counted as on a GPU, with it."""
-    settings = settings_for(model_dir, "-")
+OPTIONS = [
+    ["--gradient_checkpointing"], ["--precision=bf16"], ["--precision=bf16", "--gradient_checkpointing"],
+    ["--use_lora"], ["--use_lora", "--gradient_checkpointing"],
+]  # fmt: skip
+
+
+def build_inputs(args, model_dir, device):
+    """The pixels of a batch, the two prompts, and the device."""
     resolution, _ = files.model_resolution(model_dir)
     tokenizer = files.load_tokenizer(model_dir)
     ids = tokenizer(list(PROMPTS), padding="max_length", max_length=tokenizer.model_max_length).input_ids
-    prompt_ids = torch.tensor(ids)
-    pixels = torch.rand(2 * args.batch_size, 3, resolution, resolution) * 2 - 1
-    inputs = (pixels, prompt_ids, device)
-    autocast = True if args.memory else None
-    features = ["cached latents", "prompts encoded once"]
-    features += ["channels_last", "fused AdamW"] if device.type == "cuda" else []
-    options = [["--gradient_checkpointing"], ["--precision=bf16"], ["--precision=bf16", "--gradient_checkpointing"]]
-    options += [["--use_lora"], ["--use_lora", "--gradient_checkpointing"]] + ([["--compile"]] if args.compile else [])
+    return torch.rand(2 * args.batch_size, 3, resolution, resolution) * 2 - 1, torch.tensor(ids), device
+
+
+def list_sides(args, model_dir, device):
+    """By name, how to build each side: "plain", "ours", ours without one of its features, ours with an option."""
+    settings, inputs = settings_for(model_dir, "-"), build_inputs(args, model_dir, device)
+    on_gpu = device.type == "cuda"
+    features = ["cached latents", "prompts encoded once"] + (["channels_last", "fused AdamW"] if on_gpu else [])
+    options = OPTIONS + ([["--compile"]] if args.compile else [])
     return {
         "plain": lambda: Plain(settings, *inputs),
-        "ours": lambda: Ours(settings, *inputs, autocast=autocast),
+        "ours": lambda: Ours(settings, *inputs),
         **{f"ours without {name}": lambda name=name: Ours(settings, *inputs, off=(name,)) for name in features},
-        "ours with bfloat16 autocast": lambda: Ours(settings, *inputs, autocast=True),
-        **{f"ours {' '.join(flags)}":
-           lambda flags=flags: Ours(settings_for(model_dir, "-", *flags), *inputs, autocast=autocast)
+        **({} if on_gpu else {"ours with bfloat16 autocast": lambda: Ours(settings, *inputs, autocast=True)}),
+        **{f"ours {' '.join(flags)}": lambda flags=flags: Ours(settings_for(model_dir, "-", *flags), *inputs)
            for flags in options},
     }  # fmt: skip
 
@@ -193,18 +211,24 @@ def compare_steps(args, model_dir, device):
 
 
 def count_memory(args, model_dir):
-    """Print the memory that each of our sides takes, as counted."""
-    for name, build in list_sides(args, model_dir, torch.device("cpu")).items():
-        if name.startswith("ours") and "with" not in name:
-            print(f"{name:50} {counted_memory(build()):5.1f} GiB", flush=True)
+    """Print the memory that our step takes on a GPU, as counted: on the only one, and on each of several."""
+    inputs = build_inputs(args, model_dir, torch.device("cpu"))
+    for flags in [[], *OPTIONS]:
+        settings = settings_for(model_dir, "-", *flags)
+        alone, several = (
+            counted_memory(Ours(settings, *inputs, autocast=True, keep_gradients=keep)) for keep in (False, True)
+        )
+        name = " ".join(["ours", *flags])
+        print(f"{name:50} {alone:5.1f} GiB, on each of several GPUs {several:5.1f} GiB", flush=True)
 
 
 def print_arithmetic(side, seconds, device):
-    """The floating point operations of a step, and the share of the device's own bfloat16 matrix rate."""
+    """The floating point operations of a step, and the share of the device's own matrix rate."""
     with FlopCounterMode(display=False) as counter:
         side.step()
     flops, n = counter.get_total_flops(), 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    dtype = torch.bfloat16 if side.denoiser.autocast else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
     class Matrices:
         def step(self):
@@ -215,7 +239,7 @@ def print_arithmetic(side, seconds, device):
     achieved = flops / statistics.median(seconds)
     print(
         f"ours: {flops / 1e12:.3f} TFLOP a step, {achieved / 1e12:.2f} TFLOP/s,"
-        f" {achieved / rate:.0%} of the {rate / 1e12:.2f} TFLOP/s of a large bfloat16 matrix product"
+        f" {achieved / rate:.0%} of the {rate / 1e12:.2f} TFLOP/s of a large matrix product in {dtype}"
     )
 
 
@@ -234,13 +258,13 @@ def compare_jobs(args, model_dir, folder):
     the images/s of each (median), and the middle of its turns' ratios to the published loop without its report."""
     instance_dir, class_dir = ROOT / "images" / "lego-car", folder / "class"
     class_dir.mkdir()
-    rng = np.random.default_rng(0)
+    rng, (size, _) = np.random.default_rng(0), files.model_resolution(model_dir)
     for i in range(64):
-        render.render(render.sample_scene(rng), rng).save(class_dir / f"{i}.png")
+        render.render(render.sample_scene(rng), rng).resize((size, size)).save(class_dir / f"{i}.png")
     common = ["--model_dir", model_dir, "--instance_images_dir", instance_dir, "--instance_prompt", PROMPTS[0],
               "--class_images_dir", class_dir, "--class_prompt", PROMPTS[1], "--train_batch_size", 2,
               "--num_epochs", 4, "--max_train_steps", args.job_steps]  # fmt: skip
-    workers = [n for n in (1, 2, 4) if n <= max(2, torch.cuda.device_count())]
+    workers = [n for n in (1, 2, 4) if n <= (torch.cuda.device_count() or 2)]
     jobs = {
         f"train.py, {n} worker(s)": [ROOT / "train.py", *common, "--num_workers", n, "--output_dir", folder / f"out{n}"]
         for n in workers
@@ -258,7 +282,7 @@ def compare_jobs(args, model_dir, folder):
             told = [line for line in (done.stdout + done.stderr).splitlines() if re.search(r"images/s|save ", line)]
             for line in told[-2:]:
                 print(f"    {re.sub(r'.*?pid=[^)]*[)]', '', line).strip()}", flush=True)
-            rates.setdefault(name, []).append(float(re.findall(r"([\d.]+) images/s", "".join(told))[-1]))
+            rates.setdefault(name, []).extend(map(float, re.findall(r"([\d.]+) images/s", "".join(told))[-1:]))
     for name, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(values, rates[base], strict=False))
         print(f"{name:32} {statistics.median(values):6.2f} images/s {ratio:5.2f} x")
