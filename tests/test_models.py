@@ -3,12 +3,14 @@
 import os
 from itertools import product
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+import train
 from dreambooth import checks, files, latents, models
 from dreambooth.checks import UserError
 from dreambooth.files import check_replaceable, replace_dir
@@ -117,6 +119,25 @@ def test_forward_pass_is_bfloat16_where_asked_for_or_needed(load_models, changes
     with torch.no_grad():
         denoiser(torch.ones(2, 4, 16, 16), torch.tensor([10, 900]), torch.arange(96).view(2, 48))
     assert seen == [dtype]
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_on_a_gpu_the_forward_pass_is_bfloat16(train_argv, monkeypatch, use_lora):
+    """What load_models decides for a CUDA device, with the weights left on the CPU: autocast, channels_last, and a
+    LoRA's frozen layers in bfloat16."""
+
+    def on_cpu(load):
+        return lambda *args, **kwargs: load(*args, **{**kwargs, "device_map": "cpu"})
+
+    for cls in (models.AutoencoderKL, models.CLIPTextModel, models.UNet2DConditionModel):
+        monkeypatch.setattr(cls, "from_pretrained", on_cpu(cls.from_pretrained))
+    monkeypatch.setattr(models.DDPMScheduler, "from_pretrained", MagicMock())
+    args = train.parse_args(train_argv("out", use_lora=use_lora))
+    _, denoiser, _ = models.load_models(args, torch.device("cuda"))
+    assert denoiser.autocast
+    assert denoiser.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert denoiser.unet.conv_in.weight.dtype == (torch.bfloat16 if use_lora else torch.float32)
+    assert {p.dtype for p in denoiser.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_each_prompt_is_encoded_once_however_many_images_it_has(load_models):
