@@ -3,7 +3,7 @@
     python tests/benchmarks/throughput.py --model pocket              # steps alone, then whole jobs on Ray
     python tests/benchmarks/throughput.py --model sd14 --no_ray       # Stable Diffusion 1.4's architecture at
                                                                       # random weights, for a GPU; Ray may be missing
-    python tests/benchmarks/throughput.py --model sd14 --memory       # the memory of its step, counted on any machine
+    python tests/benchmarks/throughput.py --model sd14 --count        # memory and arithmetic of its step, anywhere
 
 Steps: each side trains its own copy of the model; the sides take turns, so that a busy machine slows
 them alike. "plain" is the published loop: bfloat16 weights and noise schedule, VAE and text encoder
@@ -68,8 +68,10 @@ class Ours:
     """The step of train.py, with some of its features switched off by name. With `keep_gradients` their memory is
     held from step to step, as DDP's buckets are."""
 
-    def __init__(self, settings, pixels, prompt_ids, device, off=(), autocast=None, keep_gradients=False):
-        self.settings, self.keep_gradients = settings, keep_gradients
+    keep_gradients = False
+
+    def __init__(self, settings, pixels, prompt_ids, device, off=(), autocast=None):
+        self.settings = settings
         vae, self.denoiser, self.scheduler = models.load_models(settings, device, autocast)
         if "channels_last" in off:
             self.denoiser.unet.to(memory_format=torch.contiguous_format)
@@ -130,25 +132,31 @@ def in_float32(function):
     return run
 
 
-def counted_memory(side):
-    """GiB of weights, gradients, optimizer and activations at the peak of the second step of one of our sides,
-    counted on fake tensors, which have sizes and no numbers: no GPU is needed, and no time. What a GPU's
-    libraries take for themselves comes on top, 1 to 2 GiB."""
-    denoiser = side.denoiser
+def count_step(side):
+    """Of a step of one of our sides: its TFLOP, and at its peak the GiB of weights, gradients, optimizer and
+    activations on the only GPU and on each of several. Counted on fake tensors, which have sizes and no numbers: no
+    GPU is needed. What a GPU's libraries take for themselves comes on top, 1 to 2 GiB."""
+    denoiser, peaks = side.denoiser, []
     as_on_cuda = {name: in_float32(getattr(F, name)) for name in ("group_norm", "layer_norm", "interpolate")}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, patch.multiple(F, **as_on_cuda):
         fakes = {name: mode.from_tensor(p) for name, p in [*denoiser.named_parameters(), *denoiser.named_buffers()]}
         side.denoiser = lambda *inputs: functional_call(denoiser, fakes, inputs)
         side.parameters = [p for p in fakes.values() if p.requires_grad]
-        side.optimizer = models.build_optimizer(side.parameters, side.settings)
         side.batch = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in side.batch.items()}
-        with LiveBytes(fakes) as counter:
+        for keep in (False, True):
+            side.keep_gradients = keep
+            side.optimizer = models.build_optimizer(side.parameters, side.settings)
+            with LiveBytes(fakes) as counter:
+                side.step()
+                counter.peak = counter.now
+                side.step()
+            peaks.append(counter.peak / 2**30)
+        with FlopCounterMode(display=False) as flops:
             side.step()
-            counter.peak = counter.now
-            side.step()
-    return counter.peak / 2**30
+    return flops.get_total_flops() / 1e12, *peaks
 
 
+FEATURES = ["cached latents", "prompts encoded once"]
 OPTIONS = [
     ["--gradient_checkpointing"], ["--precision=bf16"], ["--precision=bf16", "--gradient_checkpointing"],
     ["--use_lora"], ["--use_lora", "--gradient_checkpointing"],
@@ -167,7 +175,7 @@ def list_sides(args, model_dir, device):
     """By name, how to build each side: "plain", "ours", ours without one of its features, ours with an option."""
     settings, inputs = settings_for(model_dir, "-"), build_inputs(args, model_dir, device)
     on_gpu = device.type == "cuda"
-    features = ["cached latents", "prompts encoded once"] + (["channels_last", "fused AdamW"] if on_gpu else [])
+    features = [*FEATURES, "channels_last", "fused AdamW"] if on_gpu else FEATURES
     options = OPTIONS + ([["--compile"]] if args.compile else [])
     return {
         "plain": lambda: Plain(settings, *inputs),
@@ -210,16 +218,14 @@ def compare_steps(args, model_dir, device):
         print(f"--compile: {extra:.1f} s once, {gain:.3f} s saved a step: {pays}")
 
 
-def count_memory(args, model_dir):
-    """Print the memory that our step takes on a GPU, as counted: on the only one, and on each of several."""
+def count_steps(args, model_dir):
+    """Print the arithmetic of our step, and the memory that it takes on a GPU: on the only one, on each of several."""
     inputs = build_inputs(args, model_dir, torch.device("cpu"))
-    for flags in [[], *OPTIONS]:
+    for flags, off in [*((flags, ()) for flags in [[], *OPTIONS]), ([], FEATURES)]:
         settings = settings_for(model_dir, "-", *flags)
-        alone, several = (
-            counted_memory(Ours(settings, *inputs, autocast=True, keep_gradients=keep)) for keep in (False, True)
-        )
-        name = " ".join(["ours", *flags])
-        print(f"{name:50} {alone:5.1f} GiB, on each of several GPUs {several:5.1f} GiB", flush=True)
+        tflop, alone, several = count_step(Ours(settings, *inputs, off=off, autocast=True))
+        name = " ".join(["ours", *flags, *(off and ("without", " and ".join(off)))])
+        print(f"{name:56} {tflop:6.2f} TFLOP, {alone:5.1f} GiB, on each of several GPUs {several:5.1f} GiB", flush=True)
 
 
 def print_arithmetic(side, seconds, device):
@@ -296,8 +302,8 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model_dir = build_sd14(folder / "sd14") if args.model == "sd14" else cache_model.POCKET_DIR
-        if args.memory:
-            return count_memory(args, model_dir)
+        if args.count:
+            return count_steps(args, model_dir)
         if not args.jobs_only:
             compare_steps(args, model_dir, device)
         if not args.no_ray:
@@ -309,7 +315,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=["pocket", "sd14"], default="pocket", help="sd14 for a GPU")
     parser.add_argument("--no_ray", action="store_true", help="the steps alone")
     parser.add_argument("--jobs_only", action="store_true", help="the jobs alone")
-    parser.add_argument("--memory", action="store_true", help="count the memory of a step, on any machine; no timing")
+    parser.add_argument(
+        "--count", action="store_true", help="count memory and arithmetic of a step, on any machine; no timing"
+    )
     parser.add_argument("--compile", action="store_true", help="also with --compile, and when that pays")
     parser.add_argument("--batch_size", type=int, default=2, help="pairs a step")
     parser.add_argument("--steps", type=int, default=5, help="steps a turn")
