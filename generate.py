@@ -10,6 +10,7 @@ second run of the same command makes only what is missing.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -97,9 +98,10 @@ def check_args(args):
         raise checks.UserError("no prompt: give --prompts or --prompts_file")
     if len(set(args.prompts)) < len(args.prompts):
         raise checks.UserError("a prompt is given twice: use --num_samples_per_prompt for more pictures of it")
-    tokenizer = files.load_tokenizer(args.model_dir)
-    for prompt in args.prompts:
-        checks.check_prompt(tokenizer, prompt)
+    for model_dir in filter(None, (args.model_dir, args.compare_to)):
+        tokenizer = files.load_tokenizer(model_dir)
+        for prompt in args.prompts:
+            checks.check_prompt(tokenizer, prompt)
     if args.lora_weights_dir and not list(Path(args.lora_weights_dir).glob("*.safetensors")):
         raise checks.UserError(f"--lora_weights_dir {args.lora_weights_dir}: no {files.LORA_FILE} there")
 
@@ -121,36 +123,25 @@ def plan(args):
     ]
 
 
-def find_missing(planned, folder, overwrite):
-    """The records of the pictures that are not in `folder` yet, whole and made as planned.
+def look_up(args):
+    """What `args` ask for, and what is in its folder already: the records planned; of those whose pictures are there,
+    whole and made as planned, the finished records; the files of pictures that were made otherwise.
 
-    Pictures made otherwise are removed with `overwrite`, else a UserError; files that
-    generate.py has not made are left alone.
+    UserError: there are such, and they may not be replaced. Damaged pictures, and files that generate.py has not
+    made, are neither.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob(".*-seed*.png.*.tmp"), *folder.glob(f".{pictures.RECORDS}.tmp")]:
-        leftover.unlink()
+    folder, planned = Path(args.output_dir), plan(args)
     wanted, done, strange = {record["file"]: record for record in planned}, [], []
-    for file in sorted(f for f in folder.iterdir() if OWN_NAME.fullmatch(f.name)):
-        record = pictures.read_record(file)
-        if record is None and file.name in wanted:
-            file.unlink()  # damaged: made again
-        elif record is None:
-            continue
-        elif {key: record[key] for key in record if key != "digest"} == wanted.get(file.name):
-            done.append(record)
-        else:
-            strange.append(file)
-    if strange and not overwrite:
+    for file in sorted(f for f in folder.glob("*.png") if OWN_NAME.fullmatch(f.name)):
+        if record := pictures.read_record(file):
+            as_planned = {key: record[key] for key in record if key != "digest"} == wanted.get(file.name)
+            done.append(record) if as_planned else strange.append(file)
+    if strange and not args.overwrite:
         raise checks.UserError(
             f"--output_dir {folder} holds {len(strange)} pictures of another prompt, seed, model or setting"
             f" (such as {strange[0].name}): name another directory, or replace them with --overwrite"
         )
-    for file in strange:
-        file.unlink()
-    pictures.write_records(folder, done)
-    found = {record["file"] for record in done}
-    return [record for record in planned if record["file"] not in found]
+    return planned, done, strange
 
 
 class Painter:
@@ -221,6 +212,7 @@ class Painter:
         """Write one picture; returns its record with its digest."""
         image = to_image(picture)
         finished = {**record, "digest": pictures.pixel_digest(image)}
+        self.folder.mkdir(parents=True, exist_ok=True)
         pictures.save_picture(image, finished, self.folder / record["file"])
         return finished
 
@@ -304,26 +296,39 @@ def paint_here(args, missing):
     yield from Painter(args).paint(missing)
 
 
-def make_pictures(args):
-    """Make what is missing of the pictures that `args` ask for; returns the path of each, prompt by prompt."""
-    folder, planned = Path(args.output_dir), plan(args)
-    missing = find_missing(planned, folder, args.overwrite)
+def make_pictures(args, planned, done, strange):
+    """Make what is missing of the pictures that `look_up` found; returns the path of each, prompt by prompt.
+
+    What was there is replaced or removed only when the first new picture is drawn: model, LoRA, GPUs and cluster
+    are right then.
+    """
+    folder = Path(args.output_dir)
+    for leftover in [*folder.glob(".*-seed*.png.*.tmp"), *folder.glob(f".{pictures.RECORDS}.tmp")]:
+        leftover.unlink()
+    finished = {record["file"] for record in done}
+    missing = [record for record in planned if record["file"] not in finished]
     print(f"{len(planned)} pictures of {len(args.prompts)} prompt(s) in {folder}: {len(missing)} to make")
-    if missing:
-        paint = paint_with_ray if args.use_ray_data else paint_here
-        for record in tqdm(paint(args, missing), total=len(missing), unit="picture"):
-            pictures.append_record(folder, record)
+    paint = paint_with_ray if args.use_ray_data else paint_here
+    painted = paint(args, missing) if missing else iter(())
+    first = list(itertools.islice(painted, 1))
+    for file in {file.name for file in strange} - {record["file"] for record in planned}:
+        (folder / file).unlink()
+    pictures.write_records(folder, done)
+    for record in tqdm(itertools.chain(first, painted), total=len(missing), unit="picture", disable=not missing):
+        pictures.append_record(folder, record)
     return {prompt: [folder / r["file"] for r in planned if r["prompt"] == prompt] for prompt in args.prompts}
 
 
 def main(args):
     """Check what the user gave, make what is missing, and lay it all out on a contact sheet."""
     check_args(args)
-    folder = Path(args.output_dir)
-    rows = make_pictures(args)
+    folder, runs = Path(args.output_dir), [args]
     if args.compare_to:
         other = {"model_dir": args.compare_to, "lora_weights_dir": None, "output_dir": str(folder / "compared")}
-        below = make_pictures(argparse.Namespace(**{**vars(args), **other}))
+        runs.append(argparse.Namespace(**{**vars(args), **other}))
+    found = [look_up(run) for run in runs]  # in both folders, before a picture is made
+    rows, *compared = (make_pictures(run, *what) for run, what in zip(runs, found, strict=True))
+    for below in compared:
         name = Path(args.compare_to).name
         rows = {caption: row for p in args.prompts for caption, row in ((p, rows[p]), (f"{p}, by {name}", below[p]))}
     pictures.contact_sheet(rows, folder / pictures.CONTACT_SHEET)

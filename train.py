@@ -84,24 +84,27 @@ def check_args(args):
         args, 1, "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps", "num_workers",
         "lora_rank", "log_every",
     )  # fmt: skip
-    checks.check_at_least(args, 0, "lr", "lr_warmup_steps", "prior_loss_weight", "max_grad_norm", "seed")
+    checks.check_at_least(args, 0, "lr_warmup_steps", "prior_loss_weight", "seed")
     checks.check_at_least(args, 0, "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+    checks.check_above_0(args, "lr", "max_grad_norm", "snr_gamma")  # with 0 nothing would be learned
     checks.check_model_dir(args.model_dir)
     files.check_replaceable(args.output_dir, files.RESULT_NAMES)
+    if not args.use_lora:
+        files.check_space(args.output_dir, args.model_dir)
     for name in ("model_dir", "output_dir"):  # the workers may run in another directory
         setattr(args, name, str(Path(getattr(args, name)).resolve()))
     if args.output_dir == args.model_dir:
         raise checks.UserError("--output_dir is --model_dir, which would be replaced: name another directory")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         raise checks.UserError("--lr_warmup_steps: the constant scheduler has none, give constant_with_warmup")
-    if args.snr_gamma is not None and not args.snr_gamma > 0:
-        raise checks.UserError(f"--snr_gamma must be above 0, not {args.snr_gamma:g}: 5.0 is usual")
     if not max(args.adam_beta1, args.adam_beta2 or 0) < 1:
         raise checks.UserError("--adam_beta1 and --adam_beta2 must be below 1")
     if args.precision == "bf16" and (args.adam_beta2 or 0) > 0.995:
         raise checks.UserError(f"--adam_beta2 {args.adam_beta2}: bfloat16 cannot decay so slowly, give 0.99")
     if args.use_lora and args.precision == "bf16":
         raise checks.UserError("--precision bf16 is for full fine-tuning: a LoRA's frozen weights need no optimizer")
+    if Path(args.instance_images_dir).resolve() == Path(args.class_images_dir).resolve():
+        raise checks.UserError("--instance_images_dir and --class_images_dir are the same: the class needs its own")
     if args.instance_prompt == args.class_prompt:
         raise checks.UserError("--instance_prompt and --class_prompt are equal: put the identifier before the class")
     tokenizer = files.load_tokenizer(args.model_dir)
@@ -187,6 +190,8 @@ def build_trainer(args, tokenizer, instance_paths, class_paths, num_gpus, num_cp
     pairs_a_worker = args.train_batch_size * args.gradient_accumulation_steps
     pairs_a_step = pairs_a_worker * args.num_workers
     args.steps = min(args.max_train_steps, math.ceil(args.num_epochs * len(class_paths) / pairs_a_step))
+    if args.lr_warmup_steps >= args.steps:
+        raise checks.UserError(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has only {args.steps} steps")
     pairs = dataset.pair_images(instance_paths, class_paths, args.steps * pairs_a_step, args.seed)
     print(
         f"{len(instance_paths)} instance and {len(class_paths)} class images at {args.resolution} px,"

@@ -17,7 +17,9 @@ MODEL_FILES = [
     ("scheduler/scheduler_config.json",),
     ("tokenizer/tokenizer.json", "tokenizer/merges.txt"),
     *((f"{part}/config.json",) for part in ("text_encoder", "vae", "unet")),
-    *((f"{part}/*.safetensors", f"{part}/*.bin") for part in ("text_encoder", "vae", "unet")),
+    ("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
+    ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"),
+    ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"),
 ]
 
 
@@ -60,9 +62,17 @@ def check_at_least(args, minimum, *names):
             raise UserError(f"--{name} is {value}: it must be at least {minimum}")
 
 
+def check_above_0(args, *names):
+    """Each of the named arguments that is given must be above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} is {value}: it must be above 0")
+
+
 def missing_part(model_dir):
     """The first file of a diffusers pipeline that `model_dir` lacks; None where it is whole."""
-    lacking = (names[0] for names in MODEL_FILES if not any(any(Path(model_dir).glob(name)) for name in names))
+    lacking = (names[0] for names in MODEL_FILES if not any((Path(model_dir) / name).exists() for name in names))
     return next(lacking, None)
 
 

@@ -5,10 +5,13 @@ python -m dreambooth.cluster    # prints the number of GPUs there
 
 import logging
 import os
+import socket
 
 import ray
 import ray.data
 import torch
+
+from dreambooth.checks import UserError, run_main
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report, and the end of a run, wait for the next check
@@ -23,7 +26,7 @@ SETTINGS = {
 def start_ray():
     """Connect to the cluster at RAY_ADDRESS, or start Ray on this machine without its dashboard.
 
-    Returns the numbers of GPUs and CPU cores that the cluster has.
+    Returns the numbers of GPUs and CPU cores that the cluster has. UserError: no cluster at that address.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -31,13 +34,28 @@ def start_ray():
         address = os.environ.get("RAY_ADDRESS")
         own = {"address": address} if address else {"address": "local", "include_dashboard": False}
         errors_only = ray.LoggingConfig(log_level="CRITICAL")
-        ray.init(logging_level=logging.WARNING, logging_config=errors_only, **own)
+        try:
+            check_address(address)
+            ray.init(logging_level=logging.WARNING, logging_config=errors_only, **own)
+        except OSError as error:
+            if not address:
+                raise
+            raise UserError(
+                f"RAY_ADDRESS={address}: no Ray cluster answers there; start one with `ray start --head`, or unset it"
+            ) from error
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False
     data.execution_options.preserve_order = True  # the same rows in the same order for the same seed
     quiet()
     resources = ray.cluster_resources()
     return int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+
+
+def check_address(address):
+    """An OSError within seconds where nothing listens at `address`, host:port; Ray itself waits for minutes."""
+    host, _, port = (address or "").rpartition("/")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def quiet():
@@ -53,4 +71,4 @@ def count_gpus():
 
 
 if __name__ == "__main__":
-    print(count_gpus())
+    run_main(lambda args: print(count_gpus()), None)

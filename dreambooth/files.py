@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from dreambooth.checks import UserError, check_output_dir
+from dreambooth.checks import MODEL_FILES, UserError, check_output_dir
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 RESULT_NAMES = ["model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler", LORA_FILE]
@@ -38,12 +38,27 @@ def replace_dir(folder, write):
     new, old = (folder.with_name(f".{folder.name}.{word}") for word in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    write(new)
+    try:
+        write(new)
+    except Exception as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if "No space left" in str(error):  # as an OSError or, from safetensors, as an error of its own
+            raise UserError(f"no space left to write {folder}: nothing was saved, the last result is kept") from error
+        raise
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_space(folder, model_dir, name="--output_dir"):
+    """There must be room beside `folder` for a model of the size of `model_dir`."""
+    weights = [file for names in MODEL_FILES for file in names if file.endswith(".safetensors")]
+    needed = sum((Path(model_dir) / file).stat().st_size for file in weights if (Path(model_dir) / file).exists())
+    existing = next(p for p in Path(folder).absolute().parents if p.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise UserError(f"{name} {folder}: {free / 1e9:.1f} GB are free there, the result takes {needed / 1e9:.1f} GB")
 
 
 def load_tokenizer(model_dir):

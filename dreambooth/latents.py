@@ -12,14 +12,16 @@ import torch
 from dreambooth.seeds import seed_for
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+PIXELS_AT_ONCE = 512 * 512  # through the VAE: more need much memory and are hardly faster
 
 
 @torch.no_grad()
 def encode(vae, images):
     """Mean and standard deviation of the posterior of `images` (N, 3, R, R), scaled so that latents have
     about unit variance: (N, 2, C, h, w), float32."""
-    posterior = vae.encode(images).latent_dist
-    return torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor
+    at_once = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+    posteriors = [vae.encode(part).latent_dist for part in images.split(at_once)]
+    return torch.cat([torch.stack([p.mean, p.std], dim=1) for p in posteriors]) * vae.config.scaling_factor
 
 
 def sample(posteriors, noise):

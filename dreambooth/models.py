@@ -24,6 +24,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from dreambooth.checks import UserError
 from dreambooth.files import replace_dir
 
 LORA_TARGETS = {
@@ -125,7 +126,11 @@ def load_pipeline(model_dir, lora_weights_dir, lora_scale, device):
         requires_safety_checker=False,
     )
     if lora_weights_dir:
-        pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
+        try:
+            pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--lora_weights_dir {lora_weights_dir} does not fit --model_dir: {reason}") from error
         pipeline.set_adapters("subject", lora_scale)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)

@@ -4,6 +4,6 @@ import numpy as np
 
 
 def seed_for(*numbers):
-    """A 63 bit seed for, say, (run's seed, step, rank): equal numbers give equal seeds, and any
-    other numbers an unrelated one."""
+    """A 63 bit seed for, say, (run's seed, step, rank): equal numbers give equal seeds, and any others an
+    unrelated one. Zeros at the end do not count: (5,) and (5, 0) are equal."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dreambooth import checks
+from dreambooth import checks, cluster
 from dreambooth.checks import UserError
 
 
@@ -21,6 +21,29 @@ def test_more_workers_than_cores_as_a_command(assert_one_line, run_script, train
     result = run_script("train.py", *train_argv(tmp_path / "out", num_workers=50), RAY_ADDRESS=ray_address)
     assert_one_line(result, "--num_workers 50", "2 CPU cores")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train.py", "dreambooth/cluster.py"])
+def test_address_where_no_cluster_is(assert_one_line, run_script, train_argv, tmp_path, root, script):
+    """Ray itself would try for minutes. Both ways into Ray: a script, and the count of GPUs for run.sh."""
+    argv = train_argv(tmp_path / "out") if script == "train.py" else []
+    result = run_script(script, *argv, RAY_ADDRESS="127.0.0.1:1", PYTHONPATH=str(root))
+    assert_one_line(result, "RAY_ADDRESS=127.0.0.1:1", "ray start --head")
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_cluster_that_ray_does_not_find(monkeypatch):
+    """As RAY_ADDRESS=auto, README's own, before `ray start`."""
+
+    def init(**settings):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(UserError, match="RAY_ADDRESS=auto: no Ray cluster"):
+        cluster.start_ray()
 
 
 def test_generate_as_a_command(assert_one_line, run_script, generate_argv, tmp_path):

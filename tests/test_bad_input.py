@@ -2,6 +2,8 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from PIL import Image
@@ -164,6 +166,15 @@ def test_model_dir_with_half_a_part(refusal, model_without, missing):
     assert "is missing" in message
 
 
+def test_model_dir_with_half_precision_copies_alone(refusal, model_without):
+    """Of this name the loaders would not read them."""
+    folder = model_without("unet/diffusion_pytorch_model.safetensors")
+    shutil.copy(
+        folder / "vae/diffusion_pytorch_model.safetensors", folder / "unet/diffusion_pytorch_model.fp16.safetensors"
+    )
+    assert "unet/diffusion_pytorch_model.safetensors is missing" in refusal(model_dir=folder)
+
+
 def test_equal_prompts(refusal):
     assert "equal" in refusal(instance_prompt="photo of a car", class_prompt="photo of a car")
 
@@ -194,9 +205,42 @@ def test_sizes_below_one(refusal, name, value):
     assert f"--{name} {'is ' if name != 'resolution' else ''}{value}" in message
 
 
-@pytest.mark.parametrize("name", ["lr", "prior_loss_weight", "max_grad_norm", "seed"])
+@pytest.mark.parametrize("name", ["lr_warmup_steps", "prior_loss_weight", "seed"])
 def test_negative_numbers(refusal, name):
     assert f"--{name} is -1" in refusal(**{name: -1})
+
+
+@pytest.mark.parametrize("name", ["lr", "max_grad_norm", "snr_gamma"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_numbers_with_which_nothing_is_learned(refusal, name, value):
+    """A gradient clipped to the length 0 is 0."""
+    assert f"--{name} is {float(value)}: it must be above 0" in refusal(**{name: value})
+
+
+def test_warmup_longer_than_the_run(train_argv, tmp_path, monkeypatch):
+    """Four class images, four epochs, two pairs a step: eight steps, and a warm-up of seven is the longest."""
+
+    def warm_up(steps):
+        recipe = {"train_batch_size": 2, "max_train_steps": 100, "lr_scheduler": "cosine", "lr_warmup_steps": steps}
+        args = train.parse_args(train_argv(tmp_path / "out", **recipe))
+        train.build_trainer(args, *train.check_args(args), num_gpus=0, num_cpus=2)
+
+    monkeypatch.setattr(train.dataset, "pair_images", MagicMock(side_effect=EOFError))  # what comes after the check
+    with pytest.raises(UserError, match="--lr_warmup_steps 8: the run has only 8 steps"):
+        warm_up(8)
+    with pytest.raises(EOFError):
+        warm_up(7)
+
+
+def test_class_images_that_are_the_photos(refusal, instance_dir):
+    assert "the same" in refusal(class_images_dir=instance_dir / ".." / instance_dir.name)
+
+
+def test_disk_too_small_for_the_result(refusal, train_argv, tmp_path, monkeypatch):
+    """13 MB of weights, and 12 MB are free; a LoRA has room there."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12e6))
+    assert "0.0 GB are free" in refusal()
+    train.check_args(train.parse_args(train_argv(tmp_path / "out", use_lora=True)))
 
 
 @pytest.mark.parametrize("name", ["lr", "prior_loss_weight", "max_grad_norm"])

@@ -71,7 +71,7 @@ def test_work_of_a_killed_actor_is_done_by_another(model_dir, ray_address, tmp_p
     args = generate.parse_args([*arguments(model_dir, killed, 24), "--use_ray_data", "--num_workers", "2"])
     generate.check_args(args)
     victims = []
-    for _ in generate.paint_with_ray(args, generate.find_missing(generate.plan(args), killed, overwrite=False)):
+    for _ in generate.paint_with_ray(args, generate.plan(args)):
         if not victims:
             victims = painters()[:1]
             os.kill(victims[0], signal.SIGKILL)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import generate
-from dreambooth import checks, models, pictures
+from dreambooth import checks, files, models, pictures
 
 PROMPTS = ["photo of unqtkn car, in the snow", "photo of a car"]
 
@@ -108,6 +109,47 @@ def test_seed_and_place_decide_on_a_picture(painted, generate_argv, tmp_path):
     assert not set(digests(tmp_path / "other").values()) & set(digests(painted).values())
     paint(generate_argv(tmp_path / "alone", prompts=PROMPTS[1:], num_samples_per_prompt=2))
     assert list(digests(tmp_path / "alone").values()) == list(digests(painted).values())[5:7]
+
+
+def contents(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
+
+
+@pytest.fixture
+def unfit(request, tmp_path):
+    """Flags that only Ray or the model itself can refuse."""
+    (tmp_path / "lora").mkdir()
+    if request.param == "no LoRA":
+        save_file({"a.weight": torch.zeros(1)}, tmp_path / "lora" / files.LORA_FILE)
+    elif request.param == "a LoRA of another model":
+        wide = {f"unet.mid_block.attentions.0.proj_in.lora.{way}.weight": torch.zeros(7, 7) for way in ("up", "down")}
+        save_file(wide, tmp_path / "lora" / files.LORA_FILE)
+    return (
+        {"use_ray_data": True, "num_workers": 9}
+        if request.param == "workers"
+        else {"lora_weights_dir": tmp_path / "lora"}
+    )
+
+
+@pytest.mark.parametrize("unfit", ["workers", "no LoRA", "a LoRA of another model"], indirect=True)
+def test_nothing_is_overwritten_by_a_run_that_makes_nothing(copied, generate_argv, unfit, ray_address, tmp_path):
+    before = contents(copied)
+    with pytest.raises(checks.UserError, match="--num_workers 9|--lora_weights_dir .* does not fit") as error:
+        paint(generate_argv(copied, prompts=["photo of a house"], overwrite=True, **unfit))
+    assert "\n" not in str(error.value)
+    assert contents(copied) == before
+    with pytest.raises(checks.UserError):
+        paint(generate_argv(tmp_path / "fresh", **unfit))
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_both_folders_of_a_comparison_are_checked_before_a_picture(copied, generate_argv, model_dir, tmp_path):
+    """The second one holds pictures of another seed."""
+    (tmp_path / "out").mkdir()
+    copied.rename(tmp_path / "out" / "compared")
+    with pytest.raises(checks.UserError, match="compared holds 10 pictures of another"):
+        paint(generate_argv(tmp_path / "out", seed=1, compare_to=model_dir))
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["compared"]
 
 
 def times(folder):

@@ -1,5 +1,6 @@
 """What is frozen, what trains and in which precision; models into directories and back."""
 
+import errno
 import os
 from itertools import product
 from types import SimpleNamespace
@@ -165,6 +166,9 @@ def test_gradient_checkpointing_changes_no_gradient(load_models, use_lora):
     gradients = []
     for checkpointing in (False, True):
         _, denoiser, _ = load_models(use_lora=use_lora, gradient_checkpointing=checkpointing, autocast=True)
+        calls = []
+        for layer in (denoiser.unet.mid_block.resnets[1].conv1, denoiser.text_encoder.encoder.layers[0].mlp.fc1):
+            layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(0)
         for name, p in denoiser.named_parameters():
             if "lora_B" in name:
@@ -173,6 +177,7 @@ def test_gradient_checkpointing_changes_no_gradient(load_models, use_lora):
         x, ids = torch.randn(2, 4, 16, 16, generator=generator), torch.randint(0, 500, (2, 48), generator=generator)
         prediction = denoiser(x, torch.tensor([10, 900]), ids)
         prediction.float().square().mean().backward()
+        assert len(calls) == (4 if checkpointing else 2)  # both computed again on the way back
         gradients.append({name: p.grad for name, p in denoiser.named_parameters() if p.requires_grad})
     plain, checkpointed = gradients
     for name, gradient in plain.items():
@@ -290,16 +295,27 @@ def test_result_replaces_the_earlier_one_whole(tmp_path):
 def test_failed_save_leaves_the_earlier_result_untouched(tmp_path):
     replace_dir(tmp_path / "tuned", lambda folder: (folder / "model_index.json").write_text("old"))
 
-    def write(folder):
-        write_one(folder)
-        raise OSError("disk full")
+    def fail(error):
+        def write(folder):
+            write_one(folder)
+            raise error
+
+        return write
 
     for name in ("tuned", "first"):
-        with pytest.raises(OSError, match="disk full"):
-            replace_dir(tmp_path / name, write)
+        with pytest.raises(OSError, match="broken"):
+            replace_dir(tmp_path / name, fail(OSError("broken")))
+        with pytest.raises(UserError, match=f"no space left to write {tmp_path / name}"):
+            replace_dir(tmp_path / name, fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     assert (tmp_path / "tuned" / "model_index.json").read_text() == "old"
-    assert not (tmp_path / "first").exists()
-    replace_dir(tmp_path / "tuned", write_one)  # what the failure left is in nobody's way
+    assert os.listdir(tmp_path) == ["tuned"]  # a full disk is not left full
+
+
+def test_what_a_killed_save_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".tuned.new").mkdir()
+    (tmp_path / ".tuned.new" / "half").write_text("a model")
+    replace_dir(tmp_path / "tuned", write_one)
+    assert os.listdir(tmp_path) == ["tuned"]
     assert (tmp_path / "tuned" / "model_index.json").read_text() == "new"
 
 

@@ -1,5 +1,6 @@
 """The real train.py, as a command, and what generate.py makes of its results."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def movement(load_models):
         return torch.cat([(a - b).detach().abs().flatten() for a, b in zip(new, old, strict=True)])
 
     return distance
+
+
+@pytest.fixture(scope="module")
+def update(load_models):
+    """What a run has added to all weights of U-Net and text encoder, as one vector."""
+    start = load_models()[1]
+
+    def difference(folder):
+        pairs = zip(load_models(folder)[1].parameters(), start.parameters(), strict=True)
+        return torch.cat([(new - old).detach().double().flatten() for new, old in pairs])
+
+    return difference
 
 
 def paint(generate_argv, folder, **changes):
@@ -120,17 +133,20 @@ def test_gradients_are_clipped_before_the_optimizer_sees_them(tuned, movement):
         assert movement(clipped, part).max() < 5e-7  # weight decay takes 5e-8 of a weight near 1, thrice
 
 
-def test_two_workers_make_the_updates_of_one_with_twice_the_pairs(tuned, load_models):
+def test_two_workers_make_the_updates_of_one_with_twice_the_pairs(tuned, update):
     """Gradients are averaged over the workers, and a pair's random numbers are its own: so the same
     weights come out, to rounding, and not those of one worker with half of the pairs."""
-    start = load_models()[1]
-
-    def update(folder):
-        pairs = zip(load_models(folder)[1].parameters(), start.parameters(), strict=True)
-        return torch.cat([(new - old).detach().double().flatten() for new, old in pairs])
-
     two = update(tuned("full2", num_workers=2)[0])
     same = update(tuned("batch2", num_workers=1, train_batch_size=2)[0])
     half = update(tuned("full1", own_ray=True, num_workers=1)[0])
     assert torch.cosine_similarity(two, same, dim=0) > 0.99
     assert torch.cosine_similarity(two, half, dim=0) < 0.9
+
+
+def test_accumulating_workers_exchange_their_gradients(tuned, update):
+    """Two workers that accumulate twice make the updates of one with four pairs, at a falling learning rate."""
+    few = {"lr_scheduler": "linear", "max_train_steps": 2}
+    out, lines = tuned("accumulated", num_workers=2, gradient_accumulation_steps=2, **few)
+    four, _ = tuned("batch4", num_workers=1, train_batch_size=4, **few)
+    assert torch.cosine_similarity(update(out), update(four), dim=0) > 0.99
+    assert re.findall(r" lr (\S+)", lines) == ["5.00e-06", "2.50e-06"]
