@@ -141,6 +141,18 @@ def test_on_a_gpu_the_forward_pass_is_bfloat16(train_argv, monkeypatch, use_lora
     assert {p.dtype for p in denoiser.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_the_vae_takes_few_pixels_at_a_time(loaded, monkeypatch):
+    """So that encoding does not need more memory than training; and the latents are the same."""
+    vae, images, sizes = loaded[0], torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)), []
+    whole = latents.encode(vae, images)
+    vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    for pixels, expected in ((3 * 64 * 64 - 1, [2, 2, 1]), (1, [1] * 5)):
+        sizes.clear()
+        monkeypatch.setattr(latents, "PIXELS_AT_ONCE", pixels)
+        torch.testing.assert_close(latents.encode(vae, images), whole, rtol=1e-4, atol=1e-5)
+        assert sizes == expected
+
+
 def test_each_prompt_is_encoded_once_however_many_images_it_has(load_models):
     """Six images and two prompts: the same prediction and gradients as with a prompt for each image."""
     x = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0))
