@@ -1,5 +1,6 @@
 """The training step on latents of noise, the random draws, and images that are encoded once."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 import train
 from dreambooth import latents
+from dreambooth.checks import UserError
 from dreambooth.loss import get_target, min_snr_weights, prior_preserving_loss, training_loss
+from dreambooth.report import Report
 
 
 class Spy:
@@ -199,3 +202,18 @@ def test_posterior_is_the_one_that_diffusers_samples_from(load_models):
         sample = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(0)) * 0.5
     noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(latents.sample(posteriors, noise), sample, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("what", "losses", "last_norm"), [("loss", [1, math.nan, 1, 1], 1), ("gradients", [1] * 4, math.inf)]
+)
+def test_a_number_that_is_not_finite_stops_the_run_and_names_its_step(train_argv, what, losses, last_norm):
+    """At the next line of log, of which there is one every four steps here; also the last step's gradients, which
+    no later loss would show."""
+    args = train.parse_args(train_argv("out", log_every=4))
+    args.steps, args.started = 4, 0
+    report = Report(args, enabled=False)
+    for number, loss in enumerate(losses[:3]):
+        report.step_is_done(number, torch.tensor(float(loss)), torch.tensor(1.0), 1e-3)
+    with pytest.raises(UserError, match=rf"the {what} .* at step {2 if what == 'loss' else 4}: lower --lr"):
+        report.step_is_done(3, torch.tensor(float(losses[3])), torch.tensor(float(last_norm)), 1e-3)
