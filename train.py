@@ -89,7 +89,7 @@ def check_args(args):
     checks.check_above_0(args, "lr", "max_grad_norm", "snr_gamma")  # with 0 nothing would be learned
     checks.check_model_dir(args.model_dir)
     files.check_replaceable(args.output_dir, files.RESULT_NAMES)
-    if not args.use_lora:
+    if args.precision == "fp32" and not args.use_lora:  # else the result is smaller than the model
         files.check_space(args.output_dir, args.model_dir)
     for name in ("model_dir", "output_dir"):  # the workers may run in another directory
         setattr(args, name, str(Path(getattr(args, name)).resolve()))

@@ -237,10 +237,11 @@ def test_class_images_that_are_the_photos(refusal, instance_dir):
 
 
 def test_disk_too_small_for_the_result(refusal, train_argv, tmp_path, monkeypatch):
-    """13 MB of weights, and 12 MB are free; a LoRA has room there."""
+    """13 MB of weights, and 12 MB are free; a LoRA has room there, and a model in bfloat16."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12e6))
     assert "0.0 GB are free" in refusal()
-    train.check_args(train.parse_args(train_argv(tmp_path / "out", use_lora=True)))
+    for smaller in ({"use_lora": True}, {"precision": "bf16"}):
+        train.check_args(train.parse_args(train_argv(tmp_path / "out", **smaller)))
 
 
 @pytest.mark.parametrize("name", ["lr", "prior_loss_weight", "max_grad_norm"])
