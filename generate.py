@@ -91,7 +91,10 @@ def check_args(args):
     if args.prompts_file:
         if not Path(args.prompts_file).is_file():
             raise checks.UserError(f"--prompts_file {args.prompts_file}: no such file")
-        lines = Path(args.prompts_file).read_text().splitlines()
+        try:
+            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise checks.UserError(f"--prompts_file {args.prompts_file} is no UTF-8 text") from None
         args.prompts = args.prompts + [line.strip() for line in lines if line.strip()]
     if not args.prompts:
         raise checks.UserError("no prompt: give --prompts or --prompts_file")
@@ -103,6 +106,8 @@ def check_args(args):
             checks.check_prompt(tokenizer, prompt)
     if args.lora_weights_dir and not list(Path(args.lora_weights_dir).glob("*.safetensors")):
         raise checks.UserError(f"--lora_weights_dir {args.lora_weights_dir}: no {files.LORA_FILE} there")
+    for file in Path(args.lora_weights_dir).glob("*.safetensors") if args.lora_weights_dir else ():
+        checks.check_whole(file, "--lora_weights_dir")
 
 
 def plan(args):

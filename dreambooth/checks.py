@@ -6,10 +6,13 @@ and exit code 2. A fault of ours keeps its stack trace.
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 # What a pipeline directory must have: of each row, one file.
 MODEL_FILES = [
@@ -58,16 +61,16 @@ def check_at_least(args, minimum, *names):
     """Each of the named arguments that is given must be at least `minimum`."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not value >= minimum:  # so nan is refused, too
-            raise UserError(f"--{name} is {value}: it must be at least {minimum}")
+        if value is not None and not minimum <= value < math.inf:  # so nan is refused, too
+            raise UserError(f"--{name} is {value}: it must be at least {minimum}, and finite")
 
 
 def check_above_0(args, *names):
     """Each of the named arguments that is given must be above 0."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} is {value}: it must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} is {value}: it must be above 0, and finite")
 
 
 def missing_part(model_dir):
@@ -85,12 +88,26 @@ def check_model_dir(model_dir, name="--model_dir"):
             f"{name} {model_dir} is no diffusers pipeline directory: {part} is missing"
             " (cache_model.py prints the directory to give)"
         )
+    for file in (Path(model_dir) / file for names in MODEL_FILES for file in names):
+        check_whole(file, name)
     kind = json.loads((Path(model_dir) / "model_index.json").read_text()).get("_class_name")
     if kind != "StableDiffusionPipeline":
         raise UserError(f"{name} {model_dir} is a {kind}; these scripts take Stable Diffusion 1.x and 2.x")
     prediction = json.loads((Path(model_dir) / MODEL_FILES[1][0]).read_text()).get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(f"{name} {model_dir} predicts {prediction}; epsilon and v_prediction are known")
+
+
+def check_whole(file, name):
+    """`file`, where it exists, must be JSON, or safetensors that are not cut off; their weights are not read."""
+    try:
+        if file.suffix == ".json" and file.exists():
+            json.loads(file.read_text())
+        if file.suffix == ".safetensors" and file.exists():
+            with safe_open(file, "np"):
+                pass
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{name}: {file} is damaged ({error}); fetch or copy it again") from None
 
 
 def check_output_dir(output_dir, name="--output_dir"):

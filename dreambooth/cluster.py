@@ -37,7 +37,7 @@ def start_ray():
         try:
             check_address(address)
             ray.init(logging_level=logging.WARNING, logging_config=errors_only, **own)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no address at all
             if not address:
                 raise
             raise UserError(

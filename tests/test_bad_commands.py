@@ -1,6 +1,7 @@
 """What a user gets wrong, as they meet it: the scripts as commands, a line on stderr and exit code 2."""
 
 import shutil
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -34,16 +35,13 @@ def test_address_where_no_cluster_is(assert_one_line, run_script, train_argv, tm
 
 
 def test_cluster_that_ray_does_not_find(monkeypatch):
-    """As RAY_ADDRESS=auto, README's own, before `ray start`."""
-
-    def init(**settings):
-        raise ConnectionError("Could not find any running Ray instance.")
-
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    """As RAY_ADDRESS=auto, README's own, before `ray start`; and what is no address, of which Ray says ValueError."""
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", init)
-    with pytest.raises(UserError, match="RAY_ADDRESS=auto: no Ray cluster"):
-        cluster.start_ray()
+    for address, error in (("auto", ConnectionError("not found")), ("127.0.0.1", ValueError("invalid"))):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(cluster.ray, "init", MagicMock(side_effect=error))
+        with pytest.raises(UserError, match=f"RAY_ADDRESS={address}: no Ray cluster"):
+            cluster.start_ray()
 
 
 def test_generate_as_a_command(assert_one_line, run_script, generate_argv, tmp_path):

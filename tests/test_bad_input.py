@@ -10,7 +10,7 @@ from PIL import Image
 
 import generate
 import train
-from dreambooth import checks
+from dreambooth import checks, files
 from dreambooth.checks import UserError
 
 
@@ -175,6 +175,19 @@ def test_model_dir_with_half_precision_copies_alone(refusal, model_without):
     assert "unet/diffusion_pytorch_model.safetensors is missing" in refusal(model_dir=folder)
 
 
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "unet/config.json", "model_index.json"])
+def test_model_dir_with_a_file_cut_off(refusal, model_dir, tmp_path, file):
+    shutil.copytree(model_dir, tmp_path / "model")
+    whole = (tmp_path / "model" / file).read_bytes()
+    (tmp_path / "model" / file).write_bytes(whole[: len(whole) - 100])
+    assert f"{file} is damaged" in refusal(model_dir=tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["lr", "prior_loss_weight"])
+def test_numbers_without_end(refusal, name):
+    assert f"--{name} is inf" in refusal(**{name: "inf"})
+
+
 def test_equal_prompts(refusal):
     assert "equal" in refusal(instance_prompt="photo of a car", class_prompt="photo of a car")
 
@@ -282,6 +295,18 @@ def test_output_folder_with_files_of_others(refusal, folder_of):
     folder = folder_of(lambda folder: (folder / "thesis.tex").write_text("years"))
     assert "holds other files" in refusal(output_dir=folder)
     assert sorted(f.name for f in folder.iterdir()) == ["good.png", "thesis.tex"]
+
+
+def test_files_of_generate_that_are_no_text_and_no_lora(generate_argv, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfecar")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / files.LORA_FILE).write_bytes(b"\xff" * 5000)
+    for changes, words in (
+        ({"prompts_file": tmp_path / "prompts.txt"}, "prompts.txt is no UTF-8 text"),
+        ({"lora_weights_dir": tmp_path / "lora"}, f"{files.LORA_FILE} is damaged"),
+    ):
+        with pytest.raises(UserError, match=words):
+            generate.check_args(generate.parse_args(generate_argv(tmp_path / "out", **changes)))
 
 
 GENERATE = [

@@ -40,7 +40,7 @@ def test_prediction_types_without_a_loss_are_refused(model_dir, tmp_path):
         ({"lr_warmup_steps": 10}, "constant_with_warmup"),
         ({"adam_beta2": 1.0}, "below 1"),
         ({"adam_beta2": 0.999, "precision": "bf16"}, "give 0.99"),
-        ({"snr_gamma": 0.0}, "--snr_gamma must be above 0"),
+        ({"snr_gamma": 0.0}, "--snr_gamma is 0.0: it must be above 0"),
         ({"use_lora": True, "precision": "bf16"}, "full fine-tuning"),
         ({"adam_epsilon": -1.0}, "--adam_epsilon"),
         ({"lr": float("nan")}, "--lr is nan"),
