@@ -12,7 +12,7 @@ import torch
 from dreambooth.seeds import seed_for
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-PIXELS_AT_ONCE = 512 * 512  # through the VAE: more need much memory and are hardly faster
+PIXELS_AT_ONCE = 512 * 512  # through the VAE: more at once would need more memory than a step of LoRA
 
 
 @torch.no_grad()
