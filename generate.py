@@ -10,6 +10,7 @@ second run of the same command makes only what is missing.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -313,19 +314,13 @@ def make_pictures(args, planned, done, strange):
     missing = [record for record in planned if record["file"] not in finished]
     print(f"{len(planned)} pictures of {len(args.prompts)} prompt(s) in {folder}: {len(missing)} to make")
     paint = paint_with_ray if args.use_ray_data else paint_here
-
-    def begin():
-        for name in {file.name for file in strange} - {record["file"] for record in planned}:
-            (folder / name).unlink()
-        pictures.write_records(folder, done)
-
-    if not missing:
-        begin()
-    else:
-        for number, record in enumerate(tqdm(paint(args, missing), total=len(missing), unit="picture")):
-            if number == 0:
-                begin()
-            pictures.append_record(folder, record)
+    painted = paint(args, missing) if missing else iter(())
+    first = list(itertools.islice(painted, 1))
+    for name in {file.name for file in strange} - {record["file"] for record in planned}:
+        (folder / name).unlink()
+    pictures.write_records(folder, done + first)
+    for record in tqdm(painted, total=len(missing), initial=len(first), unit="picture", disable=not missing):
+        pictures.append_record(folder, record)
     return {prompt: [folder / r["file"] for r in planned if r["prompt"] == prompt] for prompt in args.prompts}
 
 

@@ -86,7 +86,7 @@ def check_args(args):
     )  # fmt: skip
     checks.check_at_least(args, 0, "lr_warmup_steps", "prior_loss_weight", "seed")
     checks.check_at_least(args, 0, "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
-    checks.check_above_0(args, "lr", "max_grad_norm", "snr_gamma")  # with 0 nothing would be learned
+    checks.check_at_least(args, 0, "lr", "max_grad_norm", "snr_gamma", above=True)  # with 0 nothing would be learned
     checks.check_model_dir(args.model_dir)
     files.check_replaceable(args.output_dir, files.RESULT_NAMES)
     if args.precision == "fp32" and not args.use_lora:  # else the result is smaller than the model

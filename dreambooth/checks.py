@@ -57,20 +57,12 @@ def user_error_in(error):
     return message.splitlines()[0] if found else None
 
 
-def check_at_least(args, minimum, *names):
-    """Each of the named arguments that is given must be at least `minimum`."""
+def check_at_least(args, minimum, *names, above=False):
+    """Each of the named arguments that is given must be finite and at least `minimum`, with `above` more than that."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not minimum <= value < math.inf:  # so nan is refused, too
-            raise UserError(f"--{name} is {value}: it must be at least {minimum}, and finite")
-
-
-def check_above_0(args, *names):
-    """Each of the named arguments that is given must be above 0."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} is {value}: it must be above 0, and finite")
+        if value is not None and (not minimum <= value < math.inf or (above and value == minimum)):  # nan is neither
+            raise UserError(f"--{name} is {value}: it must be {'above' if above else 'at least'} {minimum}, and finite")
 
 
 def missing_part(model_dir):

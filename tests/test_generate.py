@@ -132,11 +132,14 @@ def unfit(request, tmp_path):
 
 
 @pytest.mark.parametrize("unfit", ["workers", "no LoRA", "a LoRA of another model"], indirect=True)
-def test_nothing_is_overwritten_by_a_run_that_makes_nothing(copied, generate_argv, unfit, ray_address, tmp_path):
+def test_nothing_is_overwritten_by_a_run_that_makes_nothing(
+    copied, generate_argv, unfit, ray_address, tmp_path, capsys
+):
     before = contents(copied)
     with pytest.raises(checks.UserError, match="--num_workers 9|--lora_weights_dir .* does not fit") as error:
         paint(generate_argv(copied, prompts=["photo of a house"], overwrite=True, **unfit))
     assert "\n" not in str(error.value)
+    assert "0%" not in capsys.readouterr().err  # no bar of progress above the line
     assert contents(copied) == before
     with pytest.raises(checks.UserError):
         paint(generate_argv(tmp_path / "fresh", **unfit))
