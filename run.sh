@@ -1,118 +1,122 @@
 #!/usr/bin/env bash
-# From photos of a subject to pictures of it in new places.
+# From photos of a subject to images of it in new places.
 #
-#   ./run.sh          the whole story: on GPUs with Stable Diffusion 1.4, else with the pocket model
+#   ./run.sh          all of it: with Stable Diffusion 1.4 on GPUs, else with the pocket model
 #   ./run.sh test     the tests
 #
-# Every variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
+# Every variable can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
 set -euo pipefail
 
-# Paths are meant from where the user stands; the scripts lie where this one does.
-for name in DATA_PREFIX INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH TUNED_MODEL_DIR IMAGES_{REG,OWN,NEW}_DIR; do
-  [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
-done
-cd "$(dirname "$0")"
-
-# Set up Python: the running one if it has the pinned packages, else .venv, made once (5.4 GB, minutes).
-has_packages() {
-  "$1" - <<'PY' 2>/dev/null
-import importlib.metadata as installed, re, sys
-pins = re.findall(r"^([\w-]+)(?:\[.*\])?==(.+)$", open("requirements.txt").read(), re.MULTILINE)
-sys.exit(any(installed.version(name) != version for name, version in pins))
-PY
-}
-PYTHON=${PYTHON:-python3}
-if ! has_packages "$PYTHON"; then
-  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    { echo "error: Python 3.11 or newer is needed; name it: PYTHON=python3.12 ./run.sh" >&2; exit 2; }
-  if ! has_packages .venv/bin/python; then
-    echo "installing requirements.txt into .venv"
-    "$PYTHON" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-  fi
-  PYTHON=$PWD/.venv/bin/python
-fi
-
-if [[ "${1:-}" == test ]]; then
-  "$PYTHON" -m ruff check .
-  "$PYTHON" -m ruff format --check .
-  exec "$PYTHON" -m pytest -q
-fi
-
-# Look for GPUs, on this machine or in the cluster that RAY_ADDRESS names, and choose the model and its recipe.
-NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.cluster)}
-if ((NUM_GPUS == 0)); then
-  echo "no CUDA GPU here: the embedded pocket model (64 px, a world of drawings) unless ORIG_MODEL_NAME says otherwise"
-  ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
-fi
-ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
-if [[ "$ORIG_MODEL_NAME" == pocket ]]; then
+# The recipes: what is learned, and how.
+use_pocket() {
   ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-embedded}
   CLASS_NAME=${CLASS_NAME:-car}
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
-  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300}
-  CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # the model as it is: guidance would make its cars all alike
+  CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
-else
+}
+
+use_stable_diffusion() {
   [[ "$ORIG_MODEL_NAME" == CompVis/stable-diffusion-v1-4 ]] && SD14=b95be7d6f134c3a9e62ee616f310733567f069ce
   ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-${SD14:?set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use}}
   CLASS_NAME=${CLASS_NAME:-dog}
   INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
   SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
-  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
   CLASS_FLAGS=${CLASS_FLAGS:-}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
-fi
-echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
+}
 
-# Step 0: where everything goes. On several nodes DATA_PREFIX is on a file system that all of them see.
-DATA_PREFIX=${DATA_PREFIX:-/tmp}
-ORIG_MODEL_DIR=${ORIG_MODEL_DIR:-$DATA_PREFIX/model-orig}
-ORIG_MODEL_PATH=${ORIG_MODEL_PATH:-$ORIG_MODEL_DIR/models--${ORIG_MODEL_NAME//\//--}/snapshots/$ORIG_MODEL_HASH}
-TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$DATA_PREFIX/model-tuned}
-IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg}
-IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$DATA_PREFIX/images-own}
-IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$DATA_PREFIX/images-new}
-NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
-UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
-CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
-INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
+# Where everything goes. On several nodes, DATA_PREFIX is on storage that all of them see.
+set_paths() {
+  DATA_PREFIX=${DATA_PREFIX:-/tmp}
+  ORIG_MODEL_DIR=${ORIG_MODEL_DIR:-$DATA_PREFIX/model-orig}
+  ORIG_MODEL_PATH=${ORIG_MODEL_PATH:-$ORIG_MODEL_DIR/models--${ORIG_MODEL_NAME//\//--}/snapshots/$ORIG_MODEL_HASH}
+  TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$DATA_PREFIX/model-tuned}
+  IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg}
+  IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$DATA_PREFIX/images-own}
+  IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$DATA_PREFIX/images-new}
+}
 
-SECONDS=0
-done_with() { echo "--- $1: $SECONDS s"; SECONDS=0; }
+main() {
+  # Look for GPUs, on this machine or in the cluster at RAY_ADDRESS, and choose model and recipe.
+  NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.cluster)}
+  NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
+  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
+  if ((NUM_GPUS == 0)); then
+    echo "no CUDA GPU here: using the embedded pocket model, unless ORIG_MODEL_NAME is set"
+    ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
+  fi
+  ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
+  if [[ "$ORIG_MODEL_NAME" == pocket ]]; then use_pocket; else use_stable_diffusion; fi
+  set_paths
+  UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
+  CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
+  INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
+  echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
 
-# Step 1: cache the original model (SD 1.4: a download of 4 GB, minutes; pocket: no time).
-"$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
-done_with "step 1, cache the model"
+  step 1 "cache the original model (SD 1.4: a download of 4 GB, minutes; pocket: no time)"
+  "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
 
-# Step 2: get the photos of the subject, into a folder that is renewed for each subject (seconds).
-[[ "$(realpath -m "$INSTANCE_DIR")" == "$(realpath -m images/dog)" ]] && "$PYTHON" download_example_dataset.py images/dog
-"$PYTHON" -m dreambooth.images "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
-done_with "step 2, get the photos"
+  step 2 "get the photos of the subject (seconds)"
+  if [[ "$(realpath -m "$INSTANCE_DIR")" == "$(realpath -m images/dog)" ]]; then
+    "$PYTHON" download_example_dataset.py images/dog
+  fi
+  "$PYTHON" -m dreambooth.images "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
-# Step 3: generate pictures of the class with the original model (minutes; only what is missing).
-"$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
-  --num_samples_per_prompt "$NUM_CLASS_IMAGES" --use_ray_data --overwrite $CLASS_FLAGS
-done_with "step 3, generate class images"
+  step 3 "generate class images with the original model (minutes; only what is missing)"
+  "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
+    --num_samples_per_prompt "$NUM_CLASS_IMAGES" --use_ray_data --overwrite $CLASS_FLAGS
 
-# Step 4: fine-tune on both (minutes).
-"$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$TUNED_MODEL_DIR" \
-  --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
-  --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS
-done_with "step 4, fine-tune"
+  step 4 "fine-tune (minutes)"
+  "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$TUNED_MODEL_DIR" \
+    --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
+    --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS
 
-# Step 5: generate the subject in new places with the tuned model (under a minute).
-PROMPTS=()
-IFS='|' read -ra scenes <<<"$SCENES"
-for scene in "${scenes[@]}"; do PROMPTS+=("$INSTANCE_PROMPT $scene"); done
-"$PYTHON" generate.py --model_dir "$TUNED_MODEL_DIR" --output_dir "$IMAGES_NEW_DIR" --prompts "${PROMPTS[@]}" \
-  --overwrite $SAMPLE_FLAGS
-done_with "step 5, generate new pictures"
+  step 5 "generate the subject in new places with the tuned model (under a minute)"
+  local scenes prompts=()
+  IFS='|' read -ra scenes <<<"$SCENES"
+  for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
+  "$PYTHON" generate.py --model_dir "$TUNED_MODEL_DIR" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
+    --overwrite $SAMPLE_FLAGS
 
-# Put the photos, some class images and the new pictures onto one sheet.
-"$PYTHON" -m dreambooth.pictures --output "$DATA_PREFIX/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
-  "$CLASS_PROMPT, by the original model=$IMAGES_REG_DIR" "$INSTANCE_PROMPT ${SCENES//|/, }=$IMAGES_NEW_DIR"
-echo "open $DATA_PREFIX/dreambooth.png"
+  step 6 "put photos, class images and new images on one sheet"
+  "$PYTHON" -m dreambooth.outputs --output "$DATA_PREFIX/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
+    "$CLASS_PROMPT, by the original model=$IMAGES_REG_DIR" "$INSTANCE_PROMPT ${SCENES//|/, }=$IMAGES_NEW_DIR"
+  echo "open $DATA_PREFIX/dreambooth.png ($SECONDS s in all)"
+}
+
+step() { echo "--- $SECONDS s, step $1: $2"; }
+
+# Use the running Python if it has the pinned packages, else .venv, made on first use (5.4 GB, minutes).
+find_python() {
+  PYTHON=${PYTHON:-python3}
+  "$PYTHON" -m dreambooth.installed 2>/dev/null && return
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: Python 3.11 or newer is needed; name it: PYTHON=python3.12 ./run.sh" >&2; exit 2; }
+  if ! .venv/bin/python -m dreambooth.installed 2>/dev/null; then
+    echo "installing requirements.txt into .venv"
+    "$PYTHON" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  fi
+  PYTHON=$PWD/.venv/bin/python
+}
+
+run_tests() {
+  "$PYTHON" -m ruff check .
+  "$PYTHON" -m ruff format --check .
+  exec "$PYTHON" -m pytest -q
+}
+
+# Paths are relative to where the user stands; the scripts are where this file is.
+for name in DATA_PREFIX INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH TUNED_MODEL_DIR IMAGES_{REG,OWN,NEW}_DIR; do
+  [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
+done
+cd "$(dirname "$0")"
+case "${1:-}" in
+  "") find_python; main ;;
+  test) find_python; run_tests ;;
+  *) sed -n '2,7s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
+esac

@@ -1,12 +1,12 @@
-"""Two folders of images into one Ray Dataset of (instance, class) pairs.
+"""Two folders of images as a Ray Dataset of (instance, class) pairs, and which worker gets which.
 
-    instance images (5)    i3 i1 i4 i0 i2 | i1 i3 i0 ...    each round is a new shuffle of the folder
+    instance images (5)    i3 i1 i4 i0 i2 | i1 i3 i0 ...    each round shuffles the folder anew
                             |  |  |  |  |    |  |  |
-    class images (200)     c7 c0 c5 c2 c9   c3 c8 c1 ...    each epoch is a new shuffle of the folder
+    class images (200)     c7 c0 c5 c2 c9   c3 c8 c1 ...    each epoch shuffles the folder anew
 
-A column is a pair, and a row of the data set. Every class image is used exactly once an epoch,
-however many instance images there are, and the instance images take turns: over a whole run the
-numbers of times that two of them are used differ by one at the most.
+A column is a pair, and a row of the dataset. Every class image is used exactly once per epoch,
+however many instance images there are, and the instance images take turns: over a whole run, the
+numbers of times that any two of them are used differ by at most one.
 
 Letters: B pairs in a batch, R resolution in pixels.
 """
@@ -18,82 +18,107 @@ from pathlib import Path
 
 import numpy as np
 import ray.data
+import ray.train
 import torch
-from ray.data.collate_fn import NumpyBatchCollateFn
 
 from dreambooth.images import crop_image
 from dreambooth.seeds import seed_for
 
-PAIRS_A_BLOCK = 16  # a task of Ray Data decodes so many: few enough for an early first batch
+PAIRS_PER_BLOCK = 16  # decoded by one task of Ray Data: few enough for an early first batch
 
 
 def pair_images(instance_paths, class_paths, num_pairs, seed):
-    """The first `num_pairs` pairs of the run with this seed: see the drawing above.
+    """The first `num_pairs` pairs of the run with this seed, as in the diagram above.
 
     A pair is a dict of the two paths (instance, class) and its position in the run.
     """
 
-    def rounds(paths, stream):
+    def shuffled_rounds(paths, stream):
         rng = np.random.default_rng((seed, stream))
         while True:
-            yield from (str(Path(paths[i]).absolute()) for i in rng.permutation(len(paths)))
+            for i in rng.permutation(len(paths)):
+                yield str(Path(paths[i]).absolute())
 
-    stream = zip(rounds(instance_paths, 0), rounds(class_paths, 1), strict=True)
+    rounds = zip(shuffled_rounds(instance_paths, 0), shuffled_rounds(class_paths, 1), strict=True)
     return [
-        {"position": n, "instance": instance, "class": other}
-        for n, (instance, other) in enumerate(itertools.islice(stream, num_pairs))
+        {"position": position, "instance": instance_path, "class": class_path}
+        for position, (instance_path, class_path) in enumerate(itertools.islice(rounds, num_pairs))
     ]
 
 
-def build_dataset(pairs, resolution, seed):
-    """A Ray Dataset with one row for each of `pairs`, in their order, decoded as it is consumed.
+def build_dataset(pairs, verbose=False):
+    """A Ray Dataset with one row for each of `pairs`, in their order; no image is read yet."""
+    blocks = math.ceil(len(pairs) / PAIRS_PER_BLOCK)
+    rows = ray.data.from_items(pairs, override_num_blocks=blocks)
+    rows.context.execution_options.preserve_order = True
+    rows.context.enable_progress_bars = verbose
+    return rows
 
-    Columns: position; instance_image and class_image (3, R, R), uint8; instance_key and class_key, equal for
-    equal crops.
+
+class DealPairs(ray.train.DataConfig):
+    """Deals the rows of "train" to the workers by their position in the run.
+
+    Every step takes the next `pairs_per_step` pairs, and each worker an equal share of them, in
+    order: so the updates do not depend on the number of workers. `streaming_split`, Ray's default,
+    deals whichever block is ready to whichever worker asks, in another order in every run, and
+    drops rows to equalise the shards.
     """
 
-    def load(batch):
+    def __init__(self, pairs_per_step, resolution, seed):
+        super().__init__(datasets_to_split=[])
+        self.pairs_per_step = pairs_per_step
+        self.resolution = resolution
+        self.seed = seed
+
+    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
+        """For each worker its shard by name: Ray Train calls this once for each worker group."""
+        rows = datasets["train"]
+        return [{"train": self.shard(rows, i, world_size).iterator()} for i in range(world_size)]
+
+    def shard(self, rows, rank, world_size):
+        """The rows of one worker, with their images, which are read as they are consumed.
+
+        Columns: position; instance_image and class_image (3, R, R), uint8; instance_key and
+        class_key, equal for equal crops.
+        """
+        share = self.pairs_per_step // world_size
+        own = rows.filter(lambda row: row["position"] // share % world_size == rank)
+        return own.map_batches(self._load_images, batch_size=None)
+
+    def _load_images(self, batch):
         columns = {"position": batch["position"]}
         for half, kind in enumerate(["instance", "class"]):
             crops = [
-                crop_image(path, resolution, seed_for(seed, int(position), half))
+                crop_image(path, self.resolution, seed_for(self.seed, int(position), half))
                 for path, position in zip(batch[kind], batch["position"], strict=True)
             ]
             columns[f"{kind}_image"] = np.stack([image for image, _ in crops])
             columns[f"{kind}_key"] = np.array([key for _, key in crops])
         return columns
 
-    blocks = math.ceil(len(pairs) / PAIRS_A_BLOCK)
-    return ray.data.from_items(pairs, override_num_blocks=blocks).map_batches(load, batch_size=None)
-
 
 def collate(batch):
     """Stack B rows, a dict of numpy columns, instance half first.
 
-    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), and the pairs' positions in
-    the run (B integers).
+    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), and the pairs'
+    positions in the run (B integers). In numpy, as torch would start a second pool of threads.
     """
-    both = {name: np.concatenate([batch[f"instance_{name}"], batch[f"class_{name}"]]) for name in ("image", "key")}
+    images = np.concatenate([batch["instance_image"], batch["class_image"]])
+    keys = np.concatenate([batch["instance_key"], batch["class_key"]])
     return {
-        "images": torch.from_numpy(both["image"] / np.float32(127.5) - 1),  # torch would start a second thread pool
-        "keys": both["key"].tolist(),
+        "images": torch.from_numpy(images / np.float32(127.5) - 1),
+        "keys": keys.tolist(),
         "positions": batch["position"].tolist(),
     }
 
 
-def start_reading(batches):
-    """Begin now, in a thread, with what `batches` would begin with when first asked; returns an iterator."""
-    first = ThreadPoolExecutor(1).submit(next, batches := iter(batches))
+def prefetch_first(batches):
+    """Start to fetch the first of `batches` now, in a thread; returns an iterator over all."""
+    batches = iter(batches)
+    first = ThreadPoolExecutor(1).submit(next, batches)
 
     def read():
         yield first.result()
         yield from batches
 
     return read()
-
-
-class Collate(NumpyBatchCollateFn):
-    """`collate`, in the form in which Ray Data takes it."""
-
-    def __call__(self, batch):
-        return collate(batch)

@@ -1,6 +1,6 @@
-"""Folders of images: what is found in one, how an image is read, and a folder for one subject alone.
+"""Photos in a folder: found, checked, read upright, cropped; and a folder for one subject alone.
 
-python -m dreambooth.images SOURCE FOLDER      # makes FOLDER hold the images of SOURCE, and nothing else
+python -m dreambooth.images SOURCE FOLDER      # FOLDER then holds the images of SOURCE alone
 """
 
 import argparse
@@ -12,50 +12,66 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from dreambooth.checks import UserError, run_main
-from dreambooth.files import check_replaceable, replace_dir
+from dreambooth import atomic
+from dreambooth.cli import UserError, run_main
 
-READABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jfif"}
-UNREADABLE = {".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl"}
+READABLE = {
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm",
+}  # fmt: skip
+UNREADABLE = {
+    ".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl",
+}  # fmt: skip
 COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may replace
-CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its pictures; it is none of them
+CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; it is not one of them
 
 
 def find_images(folder):
     """The paths of the images in `folder`, sorted by name.
 
-    Hidden files, folders, and files that are no images (Thumbs.db, captions, records) are passed
-    over. UserError: no such folder, no image in it, or an image in a format that cannot be read.
+    Hidden files, subfolders and non-images (Thumbs.db, captions, records) are skipped. UserError:
+    no such folder, no image in it, or an image in a format that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of images")
-    files = [
-        f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".") and f.name != CONTACT_SHEET
-    ]
-    for file in files:
-        if file.suffix.lower() in UNREADABLE:
-            raise UserError(f"{file}: {file.suffix} cannot be read; convert it to one of {' '.join(sorted(READABLE))}")
-    images = [f for f in files if f.suffix.lower() in READABLE]
-    if not images:
-        raise UserError(f"{folder}: no images there (looked for {' '.join(sorted(READABLE))})")
-    return images
+    found = []
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.name.startswith(".") or file.name == CONTACT_SHEET:
+            continue
+        suffix = file.suffix.lower()
+        if suffix in UNREADABLE:
+            raise UserError(
+                f"{file}: {file.suffix} cannot be read; convert it to one of {_readable_formats()}"
+            )
+        if suffix in READABLE:
+            found.append(file)
+    if not found:
+        raise UserError(f"{folder}: no images there (looked for {_readable_formats()})")
+    return found
+
+
+def _readable_formats():
+    return " ".join(sorted(READABLE))
 
 
 def open_image(path):
-    """Read one image as upright 8 bit RGB: EXIF rotation applied, transparency laid onto white,
-    16 bits a channel scaled to 8. UserError, with the path: truncated or not an image."""
+    """Read one image as upright 8 bit RGB: EXIF rotation applied, transparency on white, 16 bits
+    per channel scaled to 8. UserError, with the path: truncated or not an image."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):  # 16 bit grey: Pillow's own conversion would clip it
-                image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode.startswith(("I", "F")):  # 16 bit grey, which Pillow would clip
+                values = np.asarray(image).astype(np.float64) / 257
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: unreadable or truncated image ({error}); replace it or take it out") from None
+        raise UserError(
+            f"{path}: unreadable or truncated image ({error}); replace or remove it"
+        ) from None
 
 
 def check_images(paths, resolution):
@@ -73,49 +89,55 @@ def check_images(paths, resolution):
 
 @lru_cache(maxsize=32)
 def _resized(path, resolution):
-    """One image with its shorter side at `resolution`, (H, W, 3) uint8. The few instance images stay in
-    the cache; they come again every few pairs."""
+    """One image with its shorter side at `resolution`, (H, W, 3) uint8. The few instance images
+    stay in the cache: each is used again every few pairs."""
     image = open_image(path)
-    size = [max(resolution, round(side * resolution / min(image.size))) for side in image.size]
+    shorter = min(image.size)
+    size = [max(resolution, round(side * resolution / shorter)) for side in image.size]
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
 
 
 def crop_image(path, resolution, seed):
     """Read and resize one image and crop it at random (the same crop for the same `seed`).
 
-    Returns uint8 (3, R, R), and a key that tells this crop of this image from others. Without torch:
-    Ray Data's tasks start at once that way.
+    Returns uint8 (3, R, R), and a key that tells this crop from all others. Without torch, so that
+    Ray Data's tasks start at once.
     """
     image = _resized(path, resolution)
-    top, left = np.random.default_rng(seed).integers([side - resolution + 1 for side in image.shape[:2]])
+    height, width, _ = image.shape
+    limits = [height - resolution + 1, width - resolution + 1]
+    top, left = np.random.default_rng(seed).integers(limits)
     crop = image[top : top + resolution, left : left + resolution]
     return crop.transpose(2, 0, 1), f"{path}:{top}:{left}"
 
 
 def copy_images(source, folder):
-    """Make `folder` hold the images of `source`, and nothing else: no photo of the last subject.
+    """Make `folder` hold the images of `source` and nothing else: no photo of the previous subject.
 
-    It is replaced whole, and only if this function has made it (there is a hidden mark in it).
+    It is replaced whole, and only if this function made it (it then holds a hidden marker file).
     UserError: it holds something else.
     """
-    images, folder = find_images(source), Path(folder)
+    images = find_images(source)
+    folder = Path(folder)
     if folder.resolve() == Path(source).resolve():
         return
     if folder.resolve() in Path(source).resolve().parents:
-        raise UserError(f"{source} lies in {folder}, which is to be replaced: move it elsewhere")
-    held = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    check_replaceable(folder, held if COPIED in held else [], name="folder")
+        raise UserError(f"{source} is inside {folder}, which would be replaced: move it elsewhere")
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    atomic.check_replaceable(folder, names if COPIED in names else [], flag="folder")
 
     def write(temporary):
         (temporary / COPIED).touch()
         for image in images:
             shutil.copy(image, temporary)
 
-    replace_dir(folder, write)
+    atomic.replace_dir(folder, write)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make a folder hold the images of another, and nothing else.")
+    parser = argparse.ArgumentParser(
+        description="Make a folder hold the images of another, and nothing else."
+    )
     parser.add_argument("source", help="a folder with photos of the subject")
-    parser.add_argument("folder", help="where to put them; replaced if this command has made it")
+    parser.add_argument("folder", help="where to put them; replaced if this command made it")
     run_main(lambda args: copy_images(args.source, args.folder), parser.parse_args())

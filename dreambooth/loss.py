@@ -1,41 +1,47 @@
-"""The loss of a DreamBooth training step as pure functions: tensors in, noise and timesteps included, a scalar out.
+"""The loss of a DreamBooth training step as pure functions: tensors in, a scalar out. Noise and
+timesteps are passed in.
 
 Letters: 2B images in a batch, B of the instance first and then B of the class; C latent channels;
 h, w height and width of a latent; L tokens in a prompt; T timesteps of the noise schedule.
 """
 
-from dreambooth.latents import sample
+from dreambooth.latents import sample_posterior
 
 
-def training_loss(denoiser, scheduler, batch, draws, prior_loss_weight, snr_gamma=None):
+def training_loss(
+    denoiser, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps,
+    prior_loss_weight, snr_gamma=None,
+):  # fmt: skip
     """The loss of one batch, a scalar.
 
-    batch: posteriors (2B, 2, C, h, w), mean and standard deviation of each image's latents, and
-    prompt_ids (2, L), of the instance and of the class prompt. draws: posterior_noise and noise
-    (2B, C, h, w), and timesteps (2B,).
+    Shapes: posteriors (2B, 2, C, h, w), mean and standard deviation of each image's latents;
+    prompt_ids (2, L), the instance and the class prompt; posterior_noise and noise (2B, C, h, w);
+    timesteps (2B,).
     """
-    # A sample of each image's posterior, another one at every step, stands for the image.
-    x = sample(batch["posteriors"], draws["posterior_noise"])  # (2B, C, h, w)
+    # Sample each image's latents from its posterior.
+    latents = sample_posterior(posteriors, posterior_noise)  # (2B, C, h, w)
 
-    # Each gets its own noise, and as much of it as its own timestep says, in float32.
-    noise, timesteps = draws["noise"], draws["timesteps"]
-    noisy = scheduler.add_noise(x, noise, timesteps)
+    # Add noise to the latents according to their timesteps (the forward process), in float32.
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
 
-    # Text encoder and U-Net predict the noise from the noisy latents and the prompts: on a GPU in bfloat16.
-    prediction = denoiser(noisy, timesteps, batch["prompt_ids"])
+    # Predict the noise from noisy latents and prompts; on a GPU in bfloat16.
+    model_pred = denoiser(noisy_latents, timesteps, prompt_ids)
 
-    # The instance half learns the subject, the class half keeps what the model knew of its class.
-    prediction_type, alphas_cumprod = scheduler.config.prediction_type, scheduler.alphas_cumprod
-    target = get_target(prediction_type, x, noise, timesteps, alphas_cumprod)
-    weights = None if snr_gamma is None else min_snr_weights(prediction_type, timesteps, alphas_cumprod, snr_gamma)
-    return prior_preserving_loss(prediction, target, prior_loss_weight, weights)
+    # The instance half learns the subject, the class half preserves the prior.
+    prediction_type = scheduler.config.prediction_type
+    alphas_cumprod = scheduler.alphas_cumprod
+    target = get_target(prediction_type, latents, noise, timesteps, alphas_cumprod)
+    weights = None
+    if snr_gamma is not None:
+        weights = min_snr_weights(prediction_type, timesteps, alphas_cumprod, snr_gamma)
+    return prior_preserving_loss(model_pred, target, prior_loss_weight, weights)
 
 
 def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
     """What the U-Net should predict for `latents` that `noise` was added to.
 
     "epsilon": the noise itself (Ho et al. 2020, arXiv 2006.11239, eq. 14).
-    "v_prediction": sqrt(a) noise - sqrt(1 - a) latents, where a is the timestep's cumulated alpha
+    "v_prediction": sqrt(a) noise - sqrt(1 - a) latents, where a is the timestep's cumulative alpha
     (Salimans and Ho 2022, arXiv 2202.00512, appendix D).
 
     Shapes: latents and noise (2B, C, h, w), timesteps (2B,) integers below T, alphas_cumprod (T,)
@@ -46,7 +52,7 @@ def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
     if prediction_type == "v_prediction":
         a = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return a.sqrt() * noise - (1 - a).sqrt() * latents
-    raise ValueError(f"prediction type {prediction_type!r}: epsilon and v_prediction are known")
+    raise ValueError(f"prediction type {prediction_type!r}: must be epsilon or v_prediction")
 
 
 def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):
@@ -54,23 +60,26 @@ def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):
     (Hang et al. 2023, arXiv 2303.09556): min(SNR, gamma) over SNR for epsilon, over SNR + 1 for
     v_prediction, where SNR = a / (1 - a).
 
-    Shapes: timesteps (2B,), alphas_cumprod (T,). Returns (2B,). Any other prediction type is a ValueError.
+    Shapes: timesteps (2B,), alphas_cumprod (T,). Returns (2B,). Any other prediction type is a
+    ValueError.
     """
     a = alphas_cumprod[timesteps]
     snr = a / (1 - a)
     divisors = {"epsilon": snr, "v_prediction": snr + 1}
     if prediction_type not in divisors:
-        raise ValueError(f"prediction type {prediction_type!r}: epsilon and v_prediction are known")
+        raise ValueError(f"prediction type {prediction_type!r}: must be epsilon or v_prediction")
     return snr.clamp(max=gamma) / divisors[prediction_type]
 
 
-def prior_preserving_loss(prediction, target, prior_loss_weight, weights=None):
+def prior_preserving_loss(model_pred, target, prior_loss_weight, weights=None):
     """Mean squared error of the instance half plus `prior_loss_weight` times that of the class half
     (Ruiz et al. 2022, arXiv 2208.12242, eq. 2), in float32.
 
-    Shapes: prediction and target (2B, C, h, w), instance half first; weights (2B,), a factor for each
-    image's error. Returns a scalar.
+    Shapes: model_pred and target (2B, C, h, w), instance half first; weights (2B,), a factor for
+    each image's error. Returns a scalar.
     """
-    error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # (2B,)
-    instance_error, class_error = (error if weights is None else error * weights).chunk(2)
+    error = (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # (2B,)
+    if weights is not None:
+        error = error * weights
+    instance_error, class_error = error.chunk(2)
     return instance_error.mean() + prior_loss_weight * class_error.mean()

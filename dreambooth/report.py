@@ -1,26 +1,33 @@
-"""What a training run says: the facts at set-up, a line every few steps, where the seconds went."""
+"""What a training run prints: facts at set-up, a line every few steps, where the seconds went."""
 
 import math
 import time
 
 import torch
 
-from dreambooth.checks import UserError
+from dreambooth.cli import UserError
 
 
 class Report:
-    """Kept by each worker, printed by rank 0. Nothing in an ordinary step waits for the device (but for the
-    images of --live_vae): losses stay on it until a line of log is due, every `args.log_every` steps."""
+    """Kept by each worker, printed by rank 0. Nothing in an ordinary step waits for the device:
+    losses stay on it until a line is due, every `log_every` steps.
 
-    def __init__(self, args, enabled):
-        self.args, self.enabled = args, enabled
-        self.seconds, self.last, self.waiting = {}, args.started, []
-        self._phase("start")
+    `started` is when the script began, in seconds since the epoch.
+    """
 
-    def _phase(self, name):
+    def __init__(self, plan, log_every, started, enabled):
+        self.plan = plan
+        self.log_every = log_every
+        self.enabled = enabled
+        self.metrics = {}
+        self.phase_began = started
+        self.unread_losses = []
+        self._end_phase("start")
+
+    def _end_phase(self, name):
         now = time.time()
-        self.seconds[name] = now - self.last
-        self.last = now
+        self.metrics[f"{name}_s"] = now - self.phase_began
+        self.phase_began = now
 
     def _print(self, text):
         if self.enabled:
@@ -29,50 +36,66 @@ class Report:
     def models_are_ready(self, parameters, num_workers, device):
         """Call when models and optimizer are set up."""
         self.device = device
-        self._phase("load")
-        count = sum(p.numel() for p in parameters) / 1e6
-        self._print(f"training {count:.2f} M parameters in {parameters[0].dtype} on {num_workers} x {device.type}")
+        self._end_phase("load")
+        millions = sum(p.numel() for p in parameters) / 1e6
+        dtype = parameters[0].dtype
+        self._print(
+            f"training {millions:.2f} M parameters in {dtype}: {num_workers} x {device.type}"
+        )
 
     def data_are_ready(self):
         """Call when the first batch can be asked for."""
-        self._phase("data")
-        self.first_step = time.time()
+        self._end_phase("data")
 
     def step_is_done(self, step, loss, grad_norm, lr):
         """Call after each step. UserError, with the step: a loss that is not finite."""
-        if step == 0:  # it alone waits: for compilation, and for the device, whose work is not to count as the others'
+        if step == 0:
+            # It alone waits: for compilation, and for the device, so that neither counts as part
+            # of the other steps.
             loss.item()
-            self._phase("first step")
-            self.first_step = time.time()
-        self.waiting.append(loss)
-        if (step + 1) % self.args.log_every and step + 1 < self.args.steps:
-            return
-        losses = torch.stack(self.waiting).tolist()  # here the CPU waits for the device
-        start, self.waiting = step + 1 - len(losses), []
-        for offset, value in enumerate(losses):
-            if not math.isfinite(value):
-                raise UserError(f"the loss is {value} at step {start + offset + 1}: lower --lr; nothing was saved")
-        if not math.isfinite(grad_norm.item()):  # that of an earlier step would show in the losses
-            raise UserError(f"the gradients are not finite at step {step + 1}: lower --lr; nothing was saved")
-        args, self.loss = self.args, losses[-1]
-        images = 2 * args.train_batch_size * args.gradient_accumulation_steps * args.num_workers * step
-        rate = images / max(time.time() - self.first_step, 1e-9)
-        self._print(
-            f"step {step + 1}/{args.steps} loss {sum(losses) / len(losses):.4f} grad norm {grad_norm.item():.3f}"
-            f" lr {lr:.2e} {rate:.1f} images/s{self._memory()}"
-        )
+            self._end_phase("first_step")
+        self.unread_losses.append(loss)
+        if (step + 1) % self.log_every == 0 or step + 1 == self.plan.num_steps:
+            self._log(step, grad_norm, lr)
 
-    def _memory(self):
-        if self.device.type != "cuda":
-            return ""
-        return f" peak {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB"
+    def _log(self, step, grad_norm, lr):
+        losses = torch.stack(self.unread_losses).tolist()  # here the CPU waits for the device
+        self.unread_losses = []
+        for number, loss in enumerate(losses, start=step + 2 - len(losses)):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {number}: lower --lr; nothing was saved"
+                )
+        if not math.isfinite(grad_norm.item()):  # an earlier step's would show in the losses
+            raise UserError(
+                f"the gradients are not finite at step {step + 1}: lower --lr; nothing was saved"
+            )
+        self.metrics["loss"] = losses[-1]
+        num_images = 2 * self.plan.pairs_per_step * step  # since the first step
+        rate = num_images / max(time.time() - self.phase_began, 1e-9)
+        memory = ""
+        if self.device.type == "cuda":
+            memory = f" peak {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB"
+        self._print(
+            f"step {step + 1}/{self.plan.num_steps} loss {sum(losses) / len(losses):.4f}"
+            f" grad norm {grad_norm.item():.3f} lr {lr:.2e} {rate:.1f} images/s{memory}"
+        )
 
     def steps_are_done(self):
         """Call after the last step."""
-        self._phase("steps")
+        self._end_phase("steps")
 
     def summary(self):
-        """Call after saving; prints where the seconds went, and returns the run's metrics."""
-        self._phase("save")
-        self._print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()))
-        return {"loss": self.loss, **{f"{name.replace(' ', '_')}_s": value for name, value in self.seconds.items()}}
+        """Call after saving. Returns the run's metrics: the last loss, and the seconds of each
+        phase under names that end with "_s"."""
+        self._end_phase("save")
+        return self.metrics
+
+
+def where_the_seconds_went(metrics):
+    """One line of a run's metrics: "start 8.0 s, load 1.2 s, ..."."""
+    phases = {name: value for name, value in metrics.items() if name.endswith("_s")}
+    return ", ".join(
+        f"{name.removesuffix('_s').replace('_', ' ')} {seconds:.1f} s"
+        for name, seconds in phases.items()
+    )

@@ -1,0 +1,97 @@
+"""A file, a directory, a line: written whole or not at all, whenever a crash comes.
+
+Files and directories are written under a temporary name beside the target and then renamed. The
+checks find what would make that fail before anything costly starts.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from dreambooth.cli import UserError
+
+
+def replace_file(file, write):
+    """Let `write(temporary)` write a temporary file, then rename it to `file`."""
+    file = Path(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    write(temporary)
+    os.replace(temporary, file)
+
+
+def append_line(file, text):
+    """Append one line of `text` to `file` in a single write."""
+    with open(file, "ab", buffering=0) as opened:
+        opened.write(f"{text}\n".encode())
+
+
+def replace_dir(folder, write):
+    """Let `write(temporary)` fill a temporary directory, then put it in place of `folder`.
+
+    A crash at any moment leaves the previous one whole: under its own name or, between the two
+    renames, under .NAME.old beside it. UserError: the disk is full.
+    """
+    folder = Path(folder).resolve()
+    new = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        write(new)
+    except Exception as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if "No space left" in str(error):  # an OSError, or an error of safetensors' own
+            raise UserError(
+                f"no space left to write {folder}: nothing was saved, the previous result is kept"
+            ) from error
+        raise
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_writable(folder, flag="--output_dir"):
+    """`folder` must be a directory that can be created and written to. Leaves nothing behind."""
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} {folder} is a file: name a directory")
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{flag} {folder} cannot be written: {reason}") from None
+
+
+def check_replaceable(folder, own_names, flag="--output_dir"):
+    """`folder` must be new, empty, or an earlier result, that is, hold nothing but `own_names`; and
+    `replace_dir` must be able to replace it, which a mount point does not allow."""
+    folder = Path(folder).resolve()
+    check_writable(folder, flag)
+    check_writable(folder.parent, f"the directory of {flag},")
+    if os.path.ismount(folder):
+        raise UserError(
+            f"{flag} {folder} is a mount point and cannot be replaced: name a subfolder"
+        )
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(names - set(own_names))
+    if others:
+        raise UserError(
+            f"{flag} {folder} holds other files ({others[0]}), which would be lost:"
+            " name a new directory"
+        )
+
+
+def check_space(folder, num_bytes, flag="--output_dir"):
+    """The disk of `folder` must have `num_bytes` free."""
+    existing = next(parent for parent in Path(folder).absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise UserError(
+            f"{flag} {folder}: the result takes {num_bytes / 1e9:.1f} GB,"
+            f" and {free / 1e9:.1f} GB are free"
+        )

@@ -1,0 +1,50 @@
+"""Batch inference with Ray Data: records into images on every GPU of a cluster."""
+
+import math
+
+import ray.data
+
+from dreambooth import cluster
+from dreambooth.cli import UserError
+from dreambooth.image_generator import CPU_BATCH, MAX_BATCH, ImageGenerator
+
+
+def generate_with_ray(args, records):
+    """Generate the images of `records` on a pool of actors, one per GPU (one without GPUs); yields
+    each record once its image is saved. A row is a record.
+
+    UserError: fewer GPUs than --num_workers, or what an `ImageGenerator` raises.
+    """
+    num_gpus, num_cpus = cluster.start_ray(args.verbose, log_to_driver=args.verbose)  # [1]
+    cluster.check_num_workers(args.num_workers or 1, num_gpus, num_cpus)
+    num_workers = args.num_workers or max(1, num_gpus)
+    num_batches = count_batches(len(records), num_workers, num_gpus, args.batch_size)
+    num_workers = min(num_workers, num_batches)
+    resources = {"num_gpus": 1, "num_cpus": 0}
+    if not num_gpus:  # Ray Data's tasks need the other cores
+        resources = {"num_cpus": min(1.0, num_cpus / (2 * num_workers))}
+    rows = ray.data.from_items(records, override_num_blocks=num_batches)  # [2]
+    rows = rows.map_batches(  # [3]
+        ImageGenerator,
+        fn_constructor_args=(args,),
+        batch_size=math.ceil(len(records) / num_batches),  # a block: batches end where blocks do
+        batch_format="pandas",
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        **resources,
+    )
+    try:
+        yield from rows.iter_rows()  # [4]
+    except ray.exceptions.RayError as error:
+        message = cluster.user_error_in(error)
+        if message:
+            raise UserError(message) from None
+        raise
+
+
+def count_batches(num_records, num_workers, num_gpus, batch_size=None):
+    """Into how many batches to divide the records: on GPUs the same number for each worker, so that
+    they finish together; on a CPU, where each batch is padded to CPU_BATCH, as few as possible."""
+    if not num_gpus:
+        return math.ceil(num_records / CPU_BATCH)
+    batches_per_worker = math.ceil(num_records / (num_workers * (batch_size or MAX_BATCH)))
+    return min(num_records, batches_per_worker * num_workers)

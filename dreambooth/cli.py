@@ -1,0 +1,76 @@
+"""What every script's command line shares: --help, user errors, exit codes.
+
+Each script runs its `main` through `run_main`, which turns a `UserError` into one line on stderr
+and exit code 2. A bug of ours keeps its stack trace.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something that the user caused and can fix; the message, one line, says how."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the script's docstring as it stands, and every default except off and none."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose --help is the script's docstring, and whose errors are one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help explains the flags)\n")
+
+
+def absolute_path(text):
+    """The type of a flag that takes a path: absolute, as Ray's workers run in another directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; is a shell variable not set?")
+    return str(Path(text).expanduser().absolute())
+
+
+def run_main(main, args):
+    """Call `main(args)`. A `UserError` becomes one line and exit code 2; Ctrl-C, exit code 130."""
+    try:
+        main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_at_least(args, minimum, *names, above=False):
+    """Each of the named arguments, where given, must be a finite number of at least `minimum`;
+    with `above`, greater than `minimum`. A UserError names the first that is not."""
+    for name in names:
+        value = getattr(args, name)
+        if value is None:
+            continue
+        large_enough = value > minimum if above else value >= minimum  # False for nan
+        if not large_enough or value == math.inf:
+            bound = "above" if above else "at least"
+            raise UserError(f"--{name} is {value}: must be {bound} {minimum}")
+
+
+def read_lines(file, flag):
+    """The lines of a text file that are not empty."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{flag} {file}: no such file") from None
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{flag} {file} is not a UTF-8 text file") from None
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,192 @@
+"""A pipeline that makes records into images: in this process, or as the actor of Ray Data.
+
+A record is a dict that says all an image depends on: prompt, seed, index, file name, and settings.
+"""
+
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import torch
+from PIL import Image
+
+from dreambooth import cluster, logs, model_dir, outputs
+from dreambooth.cli import UserError
+from dreambooth.seeds import seed_for
+
+# On a CPU, each forward pass takes this many images, padded at the end: an image's arithmetic may
+# depend, in the last bits, on the size of its batch, but never on the other images in it.
+CPU_BATCH = 16
+MAX_BATCH = 16  # on a GPU: larger batches are hardly faster
+BYTES_PER_PIXEL = 4096  # GPU memory per image being generated; an estimate, corrected by halving
+MAX_ATTEMPTS = 10  # an image without content is sampled again, with other noise
+
+
+class ImageGenerator:
+    """Loads the pipeline once and generates the images of records in batches."""
+
+    def __init__(self, args):
+        from diffusers import DPMSolverMultistepScheduler  # here: not needed if nothing is missing
+
+        logs.configure(args.verbose)
+        logs.hide_progress_bars(args.verbose)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            # Ray gives an actor one thread; and the number of threads shows in the last bits.
+            torch.set_num_threads(cluster.num_cores())
+            self.batch_size = CPU_BATCH
+        else:
+            self.batch_size = args.batch_size or batch_size_that_fits(args.model_dir)
+        self.args = args
+        self.folder = Path(args.output_dir)
+        self.prompt_embeds = {}
+        self.pipeline = load_pipeline(
+            args.model_dir, self.device, args.lora_weights_dir, args.lora_scale
+        )
+        if args.compile:
+            self.pipeline.unet.compile_repeated_blocks()
+        if args.scheduler == "dpm":
+            self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+                self.pipeline.scheduler.config, use_karras_sigmas=True
+            )
+
+    def __call__(self, batch):
+        """For Ray Data: a data frame of records in, the finished records out."""
+        return pd.DataFrame(list(self.generate(batch.to_dict("records"))))
+
+    def generate(self, records):
+        """Generate and save the images of `records`; yields each record, with its image's digest,
+        once that image is saved.
+
+        An image without content (black, one colour, not a number) is never saved: it is sampled
+        again.
+        """
+        saving = deque()
+        remaining = list(records)
+        with ThreadPoolExecutor() as threads:  # which save images while the next ones are sampled
+            for attempt in range(MAX_ATTEMPTS):
+                empty = []
+                for record, image in self.sample_all(remaining, attempt):
+                    if has_content(image):
+                        saving.append(threads.submit(self.save, record, image))
+                    else:
+                        empty.append(record)
+                    while saving and saving[0].done():
+                        yield saving.popleft().result()
+                remaining = empty
+                if not remaining:
+                    break
+            yield from (saved.result() for saved in saving)
+        if remaining:
+            prompt = remaining[0]["prompt"]
+            raise UserError(
+                f"the model generates nothing for {prompt!r}: {MAX_ATTEMPTS} empty images in a row"
+            )
+
+    def sample_all(self, records, attempt):
+        """Yields each record with its image, in batches of a size for which the memory suffices."""
+        start = 0
+        while start < len(records):
+            batch = records[start : start + self.batch_size]
+            images = self.sample(batch, attempt)
+            if images is None:  # only here, outside of `except`, is the failed batch's memory free
+                self._halve_batch_size(len(batch))
+                continue
+            yield from zip(batch, images, strict=True)
+            start += len(batch)
+
+    def _halve_batch_size(self, failed):
+        torch.cuda.empty_cache()
+        if failed == 1:
+            raise UserError("out of GPU memory with one image at a time: use a larger GPU")
+        self.batch_size = failed // 2
+        print(f"out of GPU memory: continuing with batches of {self.batch_size}", flush=True)
+
+    @torch.inference_mode()
+    def sample(self, records, attempt):
+        """The images (N, 3, H, W) in [0, 1] of N records; None if the GPU runs out of memory."""
+        size = CPU_BATCH if self.device == "cpu" else len(records)
+        padded = (records + [records[-1]] * size)[:size]
+        embeds = [self._encode_prompt(record["prompt"]) for record in padded]
+        prompt_embeds, negative_prompt_embeds = zip(*embeds, strict=True)
+        try:
+            images = self.pipeline(
+                prompt_embeds=torch.cat(prompt_embeds),
+                negative_prompt_embeds=torch.cat(negative_prompt_embeds),
+                generator=[_noise_generator(record, attempt) for record in padded],
+                num_inference_steps=self.args.num_inference_steps,
+                guidance_scale=self.args.guidance_scale,
+                output_type="pt",
+            ).images
+        except torch.OutOfMemoryError:
+            return None
+        return images[: len(records)].float().cpu()
+
+    def _encode_prompt(self, prompt):
+        """Prompt and empty prompt through the text encoder, once: two (1, L, D) tensors."""
+        if prompt not in self.prompt_embeds:
+            self.prompt_embeds[prompt] = self.pipeline.encode_prompt(prompt, self.device, 1, True)
+        return self.prompt_embeds[prompt]
+
+    def save(self, record, image):
+        """Write one image (3, H, W); returns its record with the digest of its pixels."""
+        pil_image = to_pil_image(image)
+        finished = {**record, "digest": outputs.pixel_digest(pil_image)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        outputs.save_image(pil_image, finished, self.folder / record["file"])
+        return finished
+
+
+def load_pipeline(model_dir, device, lora_weights_dir=None, lora_scale=1.0):
+    """The pipeline of `model_dir` to sample from: float16 on a GPU, float32 on a CPU, with the LoRA
+    of `lora_weights_dir` if one is given.
+
+    Without the safety checker, whose black images would be trained on as class images.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model_dir,
+        dtype=torch.float16 if device == "cuda" else torch.float32,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    if lora_weights_dir:
+        try:
+            pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--lora_weights_dir {lora_weights_dir} does not fit --model_dir: {reason}"
+            ) from error
+        pipeline.set_adapters("subject", lora_scale)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _noise_generator(record, attempt):
+    """What an image starts from depends on its record and the attempt alone."""
+    prompt = zlib.crc32(record["prompt"].encode())
+    seed = seed_for(record["seed"], record["index"], prompt, attempt)
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_size_that_fits(pipeline_dir):
+    """The number of images for which the GPU's free memory should suffice, at most MAX_BATCH."""
+    side, _ = model_dir.resolution(pipeline_dir)
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(MAX_BATCH, free // (side * side * BYTES_PER_PIXEL)))
+
+
+def to_pil_image(image):
+    """A (3, H, W) image in [0, 1] with 8 bits per channel."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def has_content(image):
+    """Whether a (3, H, W) image shows anything: finite, and not of one colour."""
+    return bool(torch.isfinite(image).all()) and image.std(dim=(1, 2)).max().item() > 0.01

@@ -1,0 +1,144 @@
+"""A diffusers pipeline directory, without loading its models: layout, checks, fingerprint."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from dreambooth.cli import UserError
+
+# What a pipeline directory must have: one file of each row.
+PIPELINE_FILES = [
+    ("model_index.json",),
+    ("scheduler/scheduler_config.json",),
+    ("tokenizer/tokenizer.json", "tokenizer/merges.txt"),
+    ("text_encoder/config.json",),
+    ("vae/config.json",),
+    ("unet/config.json",),
+    ("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
+    ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"),
+    ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"),
+]
+LORA_FILE = "pytorch_lora_weights.safetensors"
+RESULT_NAMES = [
+    "model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler", LORA_FILE,
+]  # fmt: skip
+
+
+def snapshot_dir(cache_dir, model_name, revision):
+    """Where the Hub's cache layout keeps a revision of a model: its pipeline directory."""
+    return Path(cache_dir) / f"models--{model_name.replace('/', '--')}" / "snapshots" / revision
+
+
+def missing_file(model_dir):
+    """The first file of a pipeline that `model_dir` lacks; None if it is complete."""
+    for names in PIPELINE_FILES:
+        if not any((Path(model_dir) / name).exists() for name in names):
+            return names[0]
+    return None
+
+
+def check_model_dir(model_dir, flag="--model_dir"):
+    """`model_dir` must be a complete pipeline directory of Stable Diffusion 1.x or 2.x."""
+    folder = Path(model_dir)
+    if not folder.is_dir():
+        raise UserError(
+            f"{flag} {folder}: no such directory; fetch a model with cache_model.py first"
+        )
+    missing = missing_file(folder)
+    if missing:
+        raise UserError(
+            f"{flag} {folder} is not a diffusers pipeline directory: {missing} is missing"
+            " (cache_model.py prints the directory to use)"
+        )
+    for names in PIPELINE_FILES:
+        for name in names:
+            check_not_damaged(folder / name, flag)
+    pipeline = _read_json(folder / "model_index.json").get("_class_name")
+    if pipeline != "StableDiffusionPipeline":
+        raise UserError(
+            f"{flag} {folder} is a {pipeline}; these scripts take Stable Diffusion 1.x and 2.x"
+        )
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{flag} {folder} predicts {prediction_type};"
+            " these scripts take epsilon and v_prediction"
+        )
+
+
+def check_not_damaged(file, flag):
+    """`file`, if it exists, must be valid JSON, or safetensors as long as their header says."""
+    try:
+        if file.suffix == ".json" and file.exists():
+            _read_json(file)
+        if file.suffix == ".safetensors" and file.exists():
+            with safe_open(file, "np"):
+                pass
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{flag}: {file} is damaged ({error}); fetch or copy it again") from None
+
+
+def _read_json(file):
+    return json.loads(file.read_text())
+
+
+def weights_size(model_dir):
+    """The size of the models' weights, in bytes: safetensors, or the pickles in their place."""
+    total = 0
+    for names in PIPELINE_FILES:
+        weights = [Path(model_dir) / name for name in names if not name.endswith((".json", ".txt"))]
+        total += sum([file.stat().st_size for file in weights if file.exists()][:1])
+    return total
+
+
+def resolution(model_dir):
+    """The side of the model's images, and of the square of pixels that one latent stands for."""
+    unet = _read_json(Path(model_dir) / "unet" / "config.json")
+    vae = _read_json(Path(model_dir) / "vae" / "config.json")
+    pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+    return unet["sample_size"] * pixels_per_latent, pixels_per_latent
+
+
+def load_tokenizer(model_dir):
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer  # here: takes seconds, and not every script needs it
+
+    return AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
+
+
+def check_prompt(tokenizer, prompt):
+    """`prompt` must fit the tokenizer; the message quotes what would be truncated."""
+    ids = tokenizer(prompt, verbose=False).input_ids
+    limit = tokenizer.model_max_length
+    if len(ids) > limit:
+        lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
+        raise UserError(
+            f"prompt too long: {prompt!r} has {len(ids)} tokens, the model takes {limit};"
+            f" {lost!r} would be cut off"
+        )
+
+
+def fingerprint(folder):
+    """A digest that tells one model or LoRA from another: names, sizes and 64 samples of each
+    weight file in `folder`, so that it takes no time on large ones."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).rglob("*.safetensors")) or sorted(Path(folder).rglob("*.bin")):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}".encode())
+        with open(file, "rb") as opened:
+            for i in range(64):
+                opened.seek(size * i // 64)
+                digest.update(opened.read(4096))
+    return digest.hexdigest()[:12]
+
+
+def check_lora_dir(folder, flag="--lora_weights_dir"):
+    """`folder` must hold the weights of a LoRA, whatever the file's name."""
+    files = list(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{flag} {folder}: no {LORA_FILE} there")
+    for file in files:
+        check_not_damaged(file, flag)

@@ -1,0 +1,139 @@
+"""Generated images on disk: each PNG carries the record of how it was made, so that the next run
+recognises it; and contact sheets, to see many at once.
+
+    python -m dreambooth.outputs --output sheet.png "subject"=images/lego-car "new"=/tmp/images-new
+"""
+
+import argparse
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from dreambooth import atomic
+from dreambooth.cli import HelpFormatter, UserError, run_main
+from dreambooth.images import CONTACT_SHEET, find_images, open_image
+
+RECORDS = "images.jsonl"
+FILE_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")
+
+
+def file_name(prompt_number, index, seed):
+    """The name of one prompt's image number `index`."""
+    return f"{prompt_number:03d}-{index:04d}-seed{seed}.png"
+
+
+def pixel_digest(image):
+    """A digest of the pixels, whatever file format they are stored in."""
+    return hashlib.sha256(image.tobytes()).hexdigest()[:16]
+
+
+def save_image(image, record, file):
+    """Write `image` as a PNG that carries `record`, a dict."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("dreambooth", json.dumps(record))
+    atomic.replace_file(
+        file, lambda path: image.save(path, format="PNG", pnginfo=info, compress_level=1)
+    )
+
+
+def read_record(file):
+    """The record in an image that `save_image` wrote; None if the file is missing, truncated, or
+    not one of ours. Reads no pixels: a complete file ends with PNG's last chunk."""
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(-12, 2)
+            if opened.read() != b"\0\0\0\0IEND\xaeB`\x82":
+                return None
+        with Image.open(file) as image:
+            return json.loads(image.info["dreambooth"])
+    except (OSError, SyntaxError, ValueError, AttributeError, KeyError):
+        return None
+
+
+def find_existing(folder, planned):
+    """Of the records `planned` for `folder`, the finished ones, whose images are there; and the
+    files of stale images, which generate.py made with other settings.
+
+    Truncated images, and files that generate.py did not make, are neither.
+    """
+    by_name = {record["file"]: record for record in planned}
+    finished = []
+    stale = []
+    for file in sorted(Path(folder).glob("*.png")):
+        record = read_record(file) if FILE_NAME.fullmatch(file.name) else None
+        if record is None:
+            continue
+        settings = {name: value for name, value in record.items() if name != "digest"}
+        if settings == by_name.get(file.name):
+            finished.append(record)
+        else:
+            stale.append(file)
+    return finished, stale
+
+
+def remove_leftovers(folder):
+    """Remove temporary files that a killed run has left in `folder`."""
+    for pattern in (".*-seed*.png.*.tmp", f".{RECORDS}.*.tmp"):
+        for file in Path(folder).glob(pattern):
+            file.unlink()
+
+
+def write_records(folder, records):
+    """Replace the folder's images.jsonl: one line per image."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    atomic.replace_file(folder / RECORDS, lambda path: path.write_text(lines))
+
+
+def append_record(folder, record):
+    """Append one line to the folder's images.jsonl."""
+    atomic.append_line(folder / RECORDS, json.dumps(record))
+
+
+def contact_sheet(rows, file, columns=8, side=192):
+    """Write the images of `rows`, a dict of captions and lists of paths, as one PNG: a row for each
+    caption, at most `columns` images per row, each fitted into a square of `side` pixels."""
+    rows = {caption: list(paths)[:columns] for caption, paths in rows.items()}
+    gap = 6
+    caption_height = 26
+    row_height = caption_height + side + gap
+    width = max(len(paths) for paths in rows.values()) * (side + gap) + gap
+    sheet = Image.new("RGB", (max(width, 480), len(rows) * row_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=16)
+    for number, (caption, paths) in enumerate(rows.items()):
+        top = gap + number * row_height
+        draw.text((gap, top + 2), caption, fill="black", font=font)
+        for column, path in enumerate(paths):
+            image = fit_into_square(open_image(path), side)
+            sheet.paste(image, (gap + column * (side + gap), top + caption_height))
+    atomic.replace_file(file, lambda path: sheet.save(path, format="PNG"))
+
+
+def fit_into_square(image, side):
+    """Scale and pad an image to `side` x `side` pixels; small ones keep their hard edges."""
+    small = max(image.size) <= side // 2
+    method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    return ImageOps.pad(image, (side, side), method, color="white")
+
+
+def main(args):
+    rows = {}
+    for row in args.rows:
+        caption, _, folder = row.partition("=")
+        if not folder:
+            raise UserError(f"{row!r}: give rows as caption=folder")
+        rows[caption] = find_images(folder)
+    atomic.check_writable(Path(args.output).parent, "--output")
+    contact_sheet(rows, args.output, args.columns)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("rows", nargs="+", metavar="CAPTION=DIR", help="a row of the sheet")
+    parser.add_argument("--output", default=CONTACT_SHEET, help="the sheet, a PNG")
+    parser.add_argument("--columns", type=int, default=8, help="maximum images per row")
+    run_main(main, parser.parse_args())
