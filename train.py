@@ -146,13 +146,11 @@ def train_fn(config):
     lr_schedule = get_scheduler(
         args.lr_scheduler, optimizer, None, args.lr_warmup_steps, plan.num_steps
     )
+    prompt_ids = torch.tensor(plan.prompt_ids, device=device)
     report.models_are_ready(parameters, num_workers, device)
 
-    # Encode each image once, and drop the VAE.
+    # Encode each image once, when a step first needs it.
     batches = latents.encode_batches(vae, batches, device)
-    prompt_ids = torch.tensor(plan.prompt_ids, device=device)
-    report.data_are_ready()
-
     for step in range(plan.num_steps):
         loss = forward_backward(ddp, scheduler, batches, prompt_ids, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

@@ -11,7 +11,6 @@ numbers of times that any two of them are used differ by at most one.
 Letters: B pairs in a batch, R resolution in pixels.
 """
 
-import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,16 +32,17 @@ def pair_images(instance_paths, class_paths, num_pairs, seed):
     A pair is a dict of the two paths (instance, class) and its position in the run.
     """
 
-    def shuffled_rounds(paths, stream):
-        rng = np.random.default_rng((seed, stream))
+    def shuffled_rounds(paths, kind):
+        rng = np.random.default_rng(seed_for(f"{kind} order", seed))
         while True:
             for i in rng.permutation(len(paths)):
                 yield str(Path(paths[i]).absolute())
 
-    rounds = zip(shuffled_rounds(instance_paths, 0), shuffled_rounds(class_paths, 1), strict=True)
+    instances = shuffled_rounds(instance_paths, "instance")
+    classes = shuffled_rounds(class_paths, "class")
     return [
-        {"position": position, "instance": instance_path, "class": class_path}
-        for position, (instance_path, class_path) in enumerate(itertools.islice(rounds, num_pairs))
+        {"position": position, "instance": next(instances), "class": next(classes)}
+        for position in range(num_pairs)
     ]
 
 
@@ -87,9 +87,10 @@ class DealPairs(ray.train.DataConfig):
 
     def _load_images(self, batch):
         columns = {"position": batch["position"]}
-        for half, kind in enumerate(["instance", "class"]):
+        for kind in ("instance", "class"):
+            stream = f"{kind} crop"
             crops = [
-                crop_image(path, self.resolution, seed_for(self.seed, int(position), half))
+                crop_image(path, self.resolution, seed_for(stream, self.seed, int(position)))
                 for path, position in zip(batch[kind], batch["position"], strict=True)
             ]
             columns[f"{kind}_image"] = np.stack([image for image, _ in crops])

@@ -171,7 +171,7 @@ def load_pipeline(model_dir, device, lora_weights_dir=None, lora_scale=1.0):
 def _noise_generator(record, attempt):
     """What an image starts from depends on its record and the attempt alone."""
     prompt = zlib.crc32(record["prompt"].encode())
-    seed = seed_for(record["seed"], record["index"], prompt, attempt)
+    seed = seed_for("image", record["seed"], record["index"], prompt, attempt)
     return torch.Generator().manual_seed(seed)
 
 

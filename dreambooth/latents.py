@@ -18,33 +18,32 @@ PIXELS_PER_PASS = 512 * 512  # through the VAE: more would need more memory than
 @torch.no_grad()
 def encode(vae, images):
     """Mean and standard deviation of the posterior of `images` (N, 3, R, R), scaled so that latents
-    have about unit variance: (N, 2, C, h, w), float32."""
-    images_per_pass = max(1, PIXELS_PER_PASS // (images.shape[2] * images.shape[3]))
+    have about unit variance: (N, 2, C, h, w), float32.
+
+    On a CPU one image at a time: so the last bits do not depend on which images come together.
+    """
+    images_per_pass = 1
+    if images.device.type == "cuda":
+        images_per_pass = max(1, PIXELS_PER_PASS // images[0, 0].numel())
     posteriors = [vae.encode(part).latent_dist for part in images.split(images_per_pass)]
     stacked = torch.cat([torch.stack([p.mean, p.std], dim=1) for p in posteriors])
     return stacked * vae.config.scaling_factor
 
 
 def encode_batches(vae, batches, device):
-    """Replace the images of each of `batches` by their posteriors (2B, 2, C, h, w).
+    """Replace the images of each of `batches` by their posteriors: yields dicts of posteriors
+    (2B, 2, C, h, w), on `device`, and positions.
 
-    Returns an iterator of dicts of posteriors, on `device`, and positions. Each crop is encoded
-    once, all of them before this returns; then the VAE's memory is free for training.
+    Each crop is encoded once, when the first step that trains on it asks for its batch.
     """
-    row_of = {}  # crop -> its row in the table of posteriors
-    parts = []
-    encoded = []
+    posterior_of = {}  # by crop
     for batch in batches:
-        new = {key: i for i, key in enumerate(batch["keys"]) if key not in row_of}
+        new = {key: i for i, key in enumerate(batch["keys"]) if key not in posterior_of}
         if new:
-            images = batch["images"][list(new.values())]
-            parts.append(encode(vae, images.to(device)))
-            row_of.update({key: len(row_of) + n for n, key in enumerate(new)})
-        rows = torch.tensor([row_of[key] for key in batch["keys"]], device=device)
-        encoded.append((rows, batch["positions"]))
-    table = torch.cat(parts)
-    vae.to("meta")  # no longer needed: frees its memory
-    return ({"posteriors": table[rows], "positions": positions} for rows, positions in encoded)
+            images = batch["images"][list(new.values())].to(device)
+            posterior_of.update(zip(new, encode(vae, images), strict=True))
+        posteriors = torch.stack([posterior_of[key] for key in batch["keys"]])
+        yield {"posteriors": posteriors, "positions": batch["positions"]}
 
 
 def sample_posterior(posteriors, noise):
@@ -63,7 +62,7 @@ def sample_noise(seed, positions, latent_shape, device):
     generator = torch.Generator(device)
     noise = []
     for position in positions:
-        generator.manual_seed(seed_for(seed, position))
+        generator.manual_seed(seed_for("noise", seed, position))
         shape = (2, 2, *latent_shape)  # two kinds of noise for each of two images
         noise.append(torch.randn(shape, generator=generator, device=device))
     posterior_noise, latent_noise = torch.stack(noise, dim=2).flatten(1, 2)
@@ -78,7 +77,7 @@ def sample_timesteps(seed, positions, num_train_timesteps):
     The gradient is the same on average and less noisy (a low-discrepancy sampler, as in Kingma et
     al. 2021, arXiv 2107.00630).
     """
-    generator = torch.Generator().manual_seed(seed_for(seed))
+    generator = torch.Generator().manual_seed(seed_for("timesteps", seed))
     starts = torch.rand(2, 1, generator=generator, dtype=torch.float64)
     steps = GOLDEN_RATIO * torch.tensor(positions, dtype=torch.float64)
     fractions = (starts + steps) % 1  # (2, B)

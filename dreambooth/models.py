@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from dreambooth import atomic, logs
+from dreambooth.seeds import seed_for
 
 LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -81,7 +82,7 @@ def load_models(args, device, autocast=None):
     if device.type == "cuda":  # on a CPU it costs a few per cent
         unet.to(memory_format=torch.channels_last)
     if args.use_lora:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed_for("lora", args.seed))
         add_lora(denoiser, args.lora_rank, LORA_TARGETS if args.train_text_encoder else ["unet"])
         if autocast:
             cast_frozen_to_bf16(denoiser)

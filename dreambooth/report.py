@@ -43,10 +43,6 @@ class Report:
             f"training {millions:.2f} M parameters in {dtype}: {num_workers} x {device.type}"
         )
 
-    def data_are_ready(self):
-        """Call when the first batch can be asked for."""
-        self._end_phase("data")
-
     def step_is_done(self, step, loss, grad_norm, lr):
         """Call after each step. UserError, with the step: a loss that is not finite."""
         if step == 0:

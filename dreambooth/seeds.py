@@ -1,9 +1,16 @@
 """Where random numbers come from: each from what it belongs to, never from earlier ones."""
 
+import zlib
+
 import numpy as np
 
 
-def seed_for(*numbers):
-    """A 63 bit seed for, say, (run's seed, step, rank). Equal numbers give equal seeds; different
-    ones give unrelated seeds, but zeros at the end do not count: (5,) and (5, 0) are equal."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+def seed_for(stream, *numbers):
+    """A 63 bit seed for one use of random numbers: the name of its stream, such as "noise", and the
+    numbers that tell its uses apart, such as run's seed and position.
+
+    Equal arguments give equal seeds, different ones unrelated seeds: no two streams share one, and
+    trailing zeros count.
+    """
+    entropy = (zlib.crc32(stream.encode()), len(numbers), *numbers)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
