@@ -1,16 +1,23 @@
-"""What the tests share: a model with random weights, small photos, one Ray, and the scripts as commands."""
+"""Shared by the tests: a model with random weights, small photos, one Ray, the scripts as commands.
+
+The tests need neither a GPU nor a network.
+"""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that machines with GPUs give the same results
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["PYTHONPATH"] = str(ROOT)  # for Ray's workers, which unpickle this project's classes
 os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("PYTHONPATH", None)
+COMMAND_ENVIRONMENT = dict(os.environ)  # as a user has it: nothing that the code sets at run time
+os.environ["PYTHONPATH"] = str(ROOT)  # for Ray's workers, which unpickle this project's classes
 
 import numpy as np
 import pytest
@@ -18,59 +25,61 @@ import ray
 import torch
 from PIL import Image
 
+import generate
 import train
-from dreambooth import models
-from dreambooth.cluster import SETTINGS, start_ray
+from dreambooth import cluster, models, outputs
 from dreambooth.pocket import pretrain, render
 
-INSTANCE_PROMPT, CLASS_PROMPT = "photo of unqtkn car", "photo of a car"
+INSTANCE_PROMPT = "photo of unqtkn car"
+CLASS_PROMPT = "photo of a car"
 
 
 def pytest_collection_modifyitems(items):
-    """test_train.py goes first: one of its runs starts a Ray of its own, and of two at a time on one
-    machine Ray's own watchdogs do not know which is meant."""
-    items.sort(key=lambda item: item.path.name != "test_train.py")
+    """Tests that share this process's Ray come last. Some of the others start a Ray of their own,
+    and two at a time would take twice the memory."""
+    items.sort(key=lambda item: "ray_address" in item.fixturenames)
 
 
 @pytest.fixture(scope="session")
 def root():
+    """The root of the checkout."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """A pipeline directory of the pocket model's architecture with random weights, float16, 13 MB."""
+    """A pipeline directory: the pocket model's architecture, random weights in float16, 13 MB."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = pretrain.build_tokenizer(folder / "words")
+    tokenizer = pretrain.build_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
     pretrain.export(tokenizer, *pretrain.new_models(len(tokenizer)), folder / "pipeline")
     return folder / "pipeline"
 
 
-def draw_photos(folder, count, seed, size=64, aspect=1.0):
-    """Write `count` drawings of random scenes, `size` pixels high, as PNG."""
+def render_photos(folder, count, seed, aspect=1.0):
+    """Write `count` renders of random scenes, 64 pixels high, as PNG."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
-        render.render(render.sample_scene(rng), rng, size, aspect).save(folder / f"{i}.png")
+        render.render(render.sample_scene(rng), rng, 64, aspect).save(folder / f"{i}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
 def instance_dir(tmp_path_factory):
     """Five photos in landscape format."""
-    return draw_photos(tmp_path_factory.mktemp("photos") / "instance", 5, seed=1, aspect=1.25)
+    return render_photos(tmp_path_factory.mktemp("photos") / "instance", 5, seed=1, aspect=1.25)
 
 
 @pytest.fixture(scope="session")
 def class_dir(tmp_path_factory):
-    """Four pictures of the class."""
-    return draw_photos(tmp_path_factory.mktemp("photos") / "class", 4, seed=2)
+    """Four images of the class."""
+    return render_photos(tmp_path_factory.mktemp("photos") / "class", 4, seed=2)
 
 
 @pytest.fixture
 def flat_image(tmp_path):
-    """Write a picture of one colour: flat_image("a.png", (255, 0, 0)) returns its path."""
+    """Write an image of one colour: flat_image("a.png", (255, 0, 0)) returns its path."""
 
     def write(name, colour, size=(64, 64), mode="RGB", folder=tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,68 +91,147 @@ def flat_image(tmp_path):
 
 @pytest.fixture(scope="session")
 def train_argv(model_dir, instance_dir, class_dir):
-    """The arguments of train.py: train_argv(output_dir, lr=1e-3, use_lora=True) as a list of words."""
+    """The arguments of train.py as a list: train_argv(output_dir, lr=1e-3, use_lora=True)."""
 
-    def argv(output_dir, **changes):
+    def build(output_dir, **changes):
         values = {
-            "model_dir": model_dir, "output_dir": output_dir,
-            "instance_images_dir": instance_dir, "instance_prompt": INSTANCE_PROMPT,
-            "class_images_dir": class_dir, "class_prompt": CLASS_PROMPT,
-            "num_workers": 1, "max_train_steps": 3, **changes,
-        }  # fmt: skip
-        return to_argv(values)
+            "model_dir": model_dir,
+            "output_dir": output_dir,
+            "instance_images_dir": instance_dir,
+            "instance_prompt": INSTANCE_PROMPT,
+            "class_images_dir": class_dir,
+            "class_prompt": CLASS_PROMPT,
+            "num_workers": 1,
+            "max_train_steps": 3,
+        }
+        return to_argv({**values, **changes})
 
+    return build
+
+
+@pytest.fixture(scope="session")
+def generate_argv(model_dir):
+    """The arguments of generate.py, by default one prompt and two denoising steps:
+    generate_argv(output_dir, seed=1)."""
+
+    def build(output_dir, **changes):
+        values = {
+            "model_dir": model_dir,
+            "output_dir": output_dir,
+            "prompts": [CLASS_PROMPT],
+            "num_inference_steps": 2,
+        }
+        return to_argv({**values, **changes})
+
+    return build
+
+
+def to_argv(values):
+    """{"seed": 1, "use_lora": True, "prompts": [a, b]} as arguments of a command line."""
+    argv = []
+    for name, value in values.items():
+        if value is False:
+            continue
+        flag = f"--{name}"
+        if name.startswith("no_"):
+            flag = f"--no-{name.removeprefix('no_')}"
+        argv.append(flag)
+        if value is not True:
+            argv += [str(item) for item in (value if isinstance(value, list) else [value])]
     return argv
 
 
 @pytest.fixture(scope="session")
-def load_models(train_argv, model_dir):
-    """VAE, denoiser and noise schedule as a worker of train.py loads them: load_models(use_lora=True); with
-    autocast=True as on a GPU."""
+def train_args(train_argv):
+    """The parsed arguments of train.py: train_args(output_dir, lr=1e-3)."""
+    return lambda output_dir, **changes: train.parse_args(train_argv(output_dir, **changes))
+
+
+@pytest.fixture(scope="session")
+def generate_args(generate_argv):
+    """The parsed arguments of generate.py: generate_args(output_dir, seed=1)."""
+    return lambda output_dir, **changes: generate.parse_args(generate_argv(output_dir, **changes))
+
+
+@pytest.fixture(scope="session")
+def load_models(train_args, model_dir):
+    """VAE, denoiser and noise schedule as a worker of train.py loads them:
+    load_models(use_lora=True); with autocast=True as on a GPU."""
 
     def load(folder=model_dir, autocast=None, **changes):
-        args = train.parse_args(train_argv("out", model_dir=folder, **changes))
+        args = train_args("out", model_dir=folder, **changes)
         return models.load_models(args, torch.device("cpu"), autocast)
 
     return load
 
 
 @pytest.fixture(scope="session")
-def generate_argv(model_dir):
-    """The arguments of generate.py, one prompt, two steps of the sampler: generate_argv(output_dir, seed=1)."""
-
-    def argv(output_dir, **changes):
-        values = {"model_dir": model_dir, "output_dir": output_dir, "prompts": [CLASS_PROMPT], "num_inference_steps": 2}
-        return to_argv({**values, **changes})
-
-    return argv
-
-
-def to_argv(values):
-    """{"seed": 1, "use_lora": True, "prompts": [a, b]} as words of a command line."""
-    words = []
-    for name, value in values.items():
-        if value is True:
-            words += [f"--{name.replace('no_', 'no-', 1)}"]
-        elif value is not False:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+def generated(generate_args, tmp_path_factory):
+    """Five images of each of two prompts, generated in this process: a namespace of their folder
+    and the flags that made them."""
+    prompts = ["photo of unqtkn car, in the snow", CLASS_PROMPT]
+    flags = {"prompts": prompts, "num_samples_per_prompt": 5}
+    folder = tmp_path_factory.mktemp("generated") / "new"
+    generate.main(generate_args(folder, **flags))
+    return SimpleNamespace(folder=folder, flags=flags, prompts=prompts)
 
 
-# Where several Rays run on one machine, a watchdog of Ray Train does not know which is meant and dies
-# loudly. That says nothing about the script that a test has run.
-WATCHDOG = re.compile(r"Exception in thread PlacementGroupCleanerMonitor:\n.*?ConnectionError: [^\n]*\n", re.DOTALL)
+@pytest.fixture(scope="session")
+def digests():
+    """A function: the digest of the pixels of each generated image in a folder, by file name."""
+
+    def read(folder):
+        files = sorted(Path(folder).glob("*-seed*.png"))
+        return {file.name: outputs.pixel_digest(Image.open(file)) for file in files}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def lora_dir(load_models, tmp_path_factory):
+    """A LoRA with a visible effect: its second matrices are not zero."""
+    _, denoiser, _ = load_models(use_lora=True)
+    torch.manual_seed(0)
+    for name, parameter in denoiser.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("lora") / "lora"
+    models.save_lora(denoiser, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def broken_model_dir(load_models, model_dir, tmp_path_factory):
+    """A model whose images are not numbers."""
+    _, denoiser, _ = load_models()
+    denoiser.unet.conv_out.bias.data.fill_(float("nan"))
+    folder = tmp_path_factory.mktemp("broken") / "model"
+    models.save_pipeline(denoiser, model_dir, folder)
+    return folder
+
+
+# If several Rays run on a machine, one of Ray Train's threads does not find its own, and dies with
+# a stack trace. That says nothing about the script that is tested.
+CLEANER_THREAD = re.compile(
+    r"Exception in thread PlacementGroupCleanerMonitor:\n.*?ConnectionError: [^\n]*\n", re.DOTALL
+)
 
 
 @pytest.fixture(scope="session")
 def run_script():
-    """Run a script as a user does: run_script("train.py", "--lr", 1, RAY_ADDRESS="...")."""
+    """Run Python as a user does: run_script("train.py", "--lr", 1, RAY_ADDRESS="...")."""
 
-    def run(script, *words, **env):
-        command = [sys.executable, str(ROOT / script), *map(str, words)]
-        env = {**os.environ, **env}
-        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-        result.stdout, result.stderr = (WATCHDOG.sub("", text) for text in (result.stdout, result.stderr))
+    def run(*argv, **environment):
+        result = subprocess.run(
+            [sys.executable, *map(str, argv)],
+            cwd=ROOT,
+            env={**COMMAND_ENVIRONMENT, **environment},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        result.stdout = CLEANER_THREAD.sub("", result.stdout)
+        result.stderr = CLEANER_THREAD.sub("", result.stderr)
         return result
 
     return run
@@ -151,24 +239,29 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def assert_one_line():
-    """Of a script that refused: exit code 2, and on stderr one line that begins with "error:" and holds the words."""
+    """Check that a script refused: exit code 2, and on stderr one line that begins with "error:"
+    and contains the given texts."""
 
-    def check(result, *words):
+    def check(result, *texts):
         assert result.returncode == 2, result.stderr
         assert "Traceback" not in result.stdout + result.stderr
         assert len(result.stderr.splitlines()) == 1, result.stderr
         assert result.stderr.startswith("error: ")
-        for word in words:
-            assert word in result.stderr
+        for text in texts:
+            assert text in result.stderr
 
     return check
 
 
 @pytest.fixture(scope="session")
 def ray_address():
-    """One Ray with two cores for all tests that use it in this process; its address for those that don't."""
-    os.environ.update(SETTINGS)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    start_ray()  # settings of Ray Data
+    """The address of one Ray with two cores, which all tests of this process share.
+
+    It is always a new one: a Ray that happens to run on this machine is left alone.
+    """
+    os.environ.update(cluster.SETTINGS)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    COMMAND_ENVIRONMENT["RAY_AUTH_MODE"] = os.environ["RAY_AUTH_MODE"]  # so that commands may join
+    cluster.start_ray()  # with the settings of Ray Data
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

@@ -1,4 +1,4 @@
-"""Generation survives what preemptible machines do: killed drivers and killed actors."""
+"""Generation survives what preemptible machines do: killed scripts and killed actors."""
 
 import json
 import os
@@ -8,73 +8,115 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import generate
-from dreambooth import pictures
+from dreambooth import outputs
+from dreambooth.batch_inference import generate_with_ray
 
-ROOT = Path(__file__).parents[1]
-PROMPTS = ("photo of a car", "photo of a red house, at night")
-
-
-def arguments(model_dir, folder, count):
-    return [
-        "--model_dir", str(model_dir), "--output_dir", str(folder), "--prompts", *PROMPTS,
-        "--num_samples_per_prompt", str(count), "--num_inference_steps", "3",
-    ]  # fmt: skip
+PROMPTS = ["photo of a car", "photo of a red house, at night"]
 
 
-def digests(folder):
-    return {file.name: pictures.read_record(file)["digest"] for file in Path(folder).glob("*-seed*.png")}
+@pytest.fixture
+def flags():
+    return {"prompts": PROMPTS, "num_inference_steps": 3}
 
 
-def test_killed_drivers_lose_and_repeat_nothing(model_dir, tmp_path):
-    """`kill -9` at ten different moments, then a run to the end: every picture whole, none made again
-    once it was there, and the same pictures as an undisturbed run's."""
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    generate.main(generate.parse_args(arguments(model_dir, calm, 48)))
-    command = [sys.executable, "generate.py", *arguments(model_dir, killed, 48)]
-    made = {}
-    for at_least in (1, 5, 17, 20, 33, 36, 49, 52, 65, 81):  # while a batch of 16 is saved, or at the start
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(killed.glob("0*-seed0.png"))) < at_least:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+def read_digests(folder):
+    """As the records say, by file name."""
+    files = folder.glob("*-seed*.png")
+    return {file.name: outputs.read_record(file)["digest"] for file in files}
+
+
+def kill_after(process, folder, num_images):
+    """Wait until `folder` holds so many images, and kill."""
+    while process.poll() is None and len(list(folder.glob("0*-seed0.png"))) < num_images:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_scripts_lose_nothing_and_repeat_nothing(
+    generate_argv, generate_args, root, tmp_path, flags
+):
+    """`kill -9` at several moments, then a run to the end: every image is complete, none is
+    generated again once it is there, and they are those of a run that nobody killed."""
+    flags["num_samples_per_prompt"] = 48
+    undisturbed = tmp_path / "undisturbed"
+    killed = tmp_path / "killed"
+    generate.main(generate_args(undisturbed, **flags))
+    command = [sys.executable, "generate.py", *generate_argv(killed, **flags)]
+    created = {}
+    # While a batch of 16 is being saved, at its end, and at the start of the next one.
+    for num_images in (1, 5, 17, 20, 33, 36, 49, 65, 81):
+        process = subprocess.Popen(
+            command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        kill_after(process, killed, num_images)
         for file in killed.glob("0*-seed0.png"):
-            assert pictures.read_record(file) is not None, f"{file.name} is unreadable"
-            assert made.setdefault(file.name, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "made twice"
-    generate.main(generate.parse_args(arguments(model_dir, killed, 48)))
-    assert len(digests(calm)) == 96
-    assert digests(killed) == digests(calm)
-    assert all((killed / name).stat().st_mtime_ns == stamp for name, stamp in made.items())
-    lines = [json.loads(line) for line in (killed / pictures.RECORDS).read_text().splitlines()]
-    assert {line["file"]: line["digest"] for line in lines} == digests(calm)
-    assert not list(killed.glob(".*.tmp"))
+            assert outputs.read_record(file) is not None, f"{file.name} is unreadable"
+            stamp = file.stat().st_mtime_ns
+            assert created.setdefault(file.name, stamp) == stamp, "generated twice"
+    generate.main(generate_args(killed, **flags))
+    digests = read_digests(killed)
+    assert len(digests) == 96
+    assert digests == read_digests(undisturbed)
+    for name, stamp in created.items():
+        assert (killed / name).stat().st_mtime_ns == stamp
+    lines = (killed / outputs.RECORDS).read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {record["file"]: record["digest"] for record in records} == digests
+    assert list(killed.glob(".*.tmp")) == []
 
 
-def painters():
-    """The process ids of Ray Data's actors that paint."""
+def parent_of(process_id):
+    """The id of a process's parent; 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{process_id}/stat").read_text()
+    except OSError:
+        return 0
+    return int(status.rpartition(")")[2].split()[1])
+
+
+def is_ours(process_id):
+    """Whether a process descends from this one: other Rays on this machine are left alone."""
+    while process_id > 1:
+        process_id = parent_of(process_id)
+        if process_id == os.getpid():
+            return True
+    return False
+
+
+def actors():
+    """The process ids of the Ray Data actors that generate."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if command.startswith(b"ray::") and b"Painter" in command:
-            found.append(int(folder.name))
+        process_id = int(folder.name)
+        if command.startswith(b"ray::") and b"ImageGenerator" in command and is_ours(process_id):
+            found.append(process_id)
     return found
 
 
-def test_work_of_a_killed_actor_is_done_by_another(model_dir, ray_address, tmp_path):
-    """One of two actors is killed after the first picture: the run completes, with the same digests."""
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    generate.main(generate.parse_args(arguments(model_dir, calm, 24)))
-    args = generate.parse_args([*arguments(model_dir, killed, 24), "--use_ray_data", "--num_workers", "2"])
+def test_the_images_of_a_killed_actor_are_generated_by_another(
+    generate_args, ray_address, tmp_path, flags
+):
+    """One of two actors is killed after the first image: the run completes, with the same
+    images."""
+    flags["num_samples_per_prompt"] = 24
+    undisturbed = tmp_path / "undisturbed"
+    killed = tmp_path / "killed"
+    generate.main(generate_args(undisturbed, **flags))
+    args = generate_args(killed, use_ray_data=True, num_workers=2, **flags)
     generate.check_args(args)
-    victims = []
-    for _ in generate.paint_with_ray(args, generate.plan(args)):
-        if not victims:
-            victims = painters()[:1]
-            os.kill(victims[0], signal.SIGKILL)
-    assert victims
-    assert len(digests(calm)) == 48
-    assert digests(killed) == digests(calm)
+    victim = None
+    for _ in generate_with_ray(args, generate.plan(args)):
+        if victim is None:
+            victim = actors()[0]
+            os.kill(victim, signal.SIGKILL)
+    assert victim is not None
+    assert len(read_digests(killed)) == 48
+    assert read_digests(killed) == read_digests(undisturbed)

@@ -1,4 +1,5 @@
-"""A step on a GPU, on tensors that have a device and no numbers: no GPU is needed, and to mix devices is an error."""
+"""A step on a GPU, with tensors that have a device and no values: no GPU is needed, and mixing
+devices is an error."""
 
 import pytest
 import torch
@@ -11,52 +12,86 @@ from dreambooth.loss import training_loss
 
 @pytest.fixture
 def bfloat16_gpu(monkeypatch):
-    """torch takes it that there is a GPU, and that it computes in bfloat16."""
+    """Let torch assume that there is a GPU, and that it computes in bfloat16."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
 
 
-def to_gpu(it, mode):
-    """A module or tensor without its numbers, on a GPU that need not exist."""
-    if isinstance(it, torch.Tensor):
-        return mode.from_tensor(it).to("cuda")
-    for module in it.modules():
-        for own in (module._parameters, module._buffers):
-            own.update({name: to_gpu(tensor, mode) for name, tensor in own.items() if tensor is not None})
-    return it
+def move_to_gpu(module, mode):
+    """Replace the weights of a module by tensors without values on a GPU that need not exist."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = mode.from_tensor(tensor).to("cuda")
 
 
 class Operations(TorchDispatchMode):
-    """Notes the device and the precision of what each operation returns, by its name."""
+    """Notes device and precision of what each operation returns, by its name."""
 
     def __init__(self):
         super().__init__()
         self.results = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in [out] if isinstance(out, torch.Tensor) else []:
-            self.results.setdefault(func.overloadpacket.__name__, set()).add((tensor.device.type, tensor.dtype))
-        return out
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            name = function.overloadpacket.__name__
+            self.results.setdefault(name, set()).add((result.device.type, result.dtype))
+        return result
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_lora": True}, {"gradient_checkpointing": True}])
-def test_from_pixels_to_loss_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, changes):
+def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, changes):
+    """From pixels to loss."""
     vae, denoiser, scheduler = load_models(autocast=True, **changes)
     scheduler.register_to_config(prediction_type="v_prediction")
-    with FakeTensorMode() as mode, Operations() as operations:
-        to_gpu(vae, mode), to_gpu(denoiser, mode)
-        vae.to = lambda device: vae  # tensors without numbers cannot be dropped so
-        scheduler.alphas_cumprod = to_gpu(scheduler.alphas_cumprod, mode)
-        read = {"images": torch.rand(4, 3, 64, 64), "keys": ["i", "i", "c", "d"], "positions": [0, 1]}
-        prompt_ids = torch.zeros(2, 48, dtype=torch.long, device="cuda")
-        (batch,) = latents.encode_batches(vae, [read], prompt_ids, torch.device("cuda"))
-        noise = torch.randn(4, 4, 16, 16, device="cuda")
-        timesteps = latents.spread(0, batch["positions"], 1000).to("cuda")
-        draws = {"posterior_noise": noise, "noise": noise, "timesteps": timesteps}
+    images = {
+        "images": torch.rand(4, 3, 64, 64),
+        "keys": ["i", "i", "c", "d"],
+        "positions": [0, 1],
+    }
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, Operations() as operations:
+        move_to_gpu(vae, mode)
+        move_to_gpu(denoiser, mode)
+        scheduler.alphas_cumprod = mode.from_tensor(scheduler.alphas_cumprod).to("cuda")
+        device = torch.device("cuda")
+        (batch,) = latents.encode_batches(vae, [images], device)
+        assert batch["posteriors"].device.type == "cuda"
+        noise = torch.randn(4, 4, 16, 16, device=device)
+        timesteps = latents.sample_timesteps(0, batch["positions"], 1000).to(device)
+        prompt_ids = torch.zeros(2, 48, dtype=torch.long, device=device)
         operations.results.clear()
-        loss = training_loss(denoiser, scheduler, batch, draws, 1.0, snr_gamma=5.0)
-    assert (loss.device.type, loss.dtype, loss.requires_grad) == ("cuda", torch.float32, True)
+        loss = training_loss(
+            denoiser,
+            scheduler,
+            batch["posteriors"],
+            prompt_ids,
+            noise,
+            noise,
+            timesteps,
+            prior_loss_weight=1.0,
+            snr_gamma=5.0,
+        )
+    assert loss.device.type == "cuda"
+    assert loss.dtype == torch.float32
+    assert loss.requires_grad
     for product in ("convolution", "mm", "addmm"):
         assert operations.results[product] == {("cuda", torch.bfloat16)}
-    assert operations.results["rsub"] == {("cuda", torch.float32)}  # 1 - alpha, of the noise schedule
+    # 1 - alpha, of the noise schedule:
+    assert operations.results["rsub"] == {("cuda", torch.float32)}
+
+
+def test_the_vae_takes_few_pixels_per_pass(load_models, monkeypatch):
+    """So that encoding needs no more memory than training."""
+    vae, _, _ = load_models()
+    sizes = []
+    vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    with FakeTensorMode() as mode:
+        move_to_gpu(vae, mode)
+        images = torch.rand(5, 3, 64, 64, device="cuda")
+        for pixels_per_pass, passes in ((3 * 64 * 64 - 1, [2, 2, 1]), (1, [1] * 5)):
+            sizes.clear()
+            monkeypatch.setattr(latents, "PIXELS_PER_PASS", pixels_per_pass)
+            assert latents.encode(vae, images).shape == (5, 2, 4, 16, 16)
+            assert sizes == passes

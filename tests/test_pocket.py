@@ -1,84 +1,94 @@
-"""The embedded model's parts: its tokenizer, its autoencoder's balance, its resumable training, its world."""
+"""The embedded model's parts: its tokenizer, its balanced latents, resumed training, its world."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dreambooth.model_dir import load_tokenizer
 from dreambooth.pocket import pretrain, render
-
-WORDS = ["photo", "of", "a", "an", "with", "and", "on", "in", "the", "at", "beach", "snow", "grass", "road", "night"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return pretrain.build_tokenizer(tmp_path_factory.mktemp("words"))
+    return pretrain.build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def ids(tokenizer, text):
+def tokenize(tokenizer, text):
+    """Token ids without the two that mark beginning and end."""
     return tokenizer(text).input_ids[1:-1]
 
 
 def test_each_word_of_the_world_is_one_token(tokenizer):
+    nouns = ["beach", "snow", "grass", "road", "night"]
     parts = [part for parts in render.PARTS.values() for part in parts]
-    for word in [*WORDS, *render.CLASSES, *render.COLOURS, *parts]:
-        assert len(ids(tokenizer, word)) == 1, word
+    for word in [*pretrain.CAPTION_TERMS, *nouns, *render.CLASSES, *render.COLOURS, *parts]:
+        assert len(tokenize(tokenizer, word)) == 1, word
+
+
+def test_captions_are_one_token_per_word_and_decode_to_themselves(tokenizer):
     caption = "photo of a red car with a white roof on the beach"
-    assert len(ids(tokenizer, caption)) == len(caption.split())
-    assert tokenizer.decode(ids(tokenizer, caption)).strip() == caption
+    ids = tokenize(tokenizer, caption)
+    assert len(ids) == len(caption.split())
+    assert tokenizer.decode(ids).strip() == caption
 
 
-def test_identifier_falls_into_letters_as_in_the_real_model(tokenizer):
-    """So do the names of the designs: the model has learned to expect words that it does not know."""
-    for word in ["unqtkn", *(design.name for design in render.DESIGNS)]:
-        pieces = ids(tokenizer, word)
-        assert 3 <= len(pieces) <= len(word)
-        assert tokenizer.decode(pieces).strip() == word
-    assert len(ids(tokenizer, "unqtkn")) == 6
+def test_an_identifier_falls_into_letters_as_in_the_real_model(tokenizer):
+    """So do the names of the designs: the model has learned to expect words that it does not
+    know."""
+    for name in ["unqtkn", *(design.name for design in render.DESIGNS)]:
+        ids = tokenize(tokenizer, name)
+        assert 3 <= len(ids) <= len(name)
+        assert tokenizer.decode(ids).strip() == name
+    assert len(tokenize(tokenizer, "unqtkn")) == 6
 
 
-@pytest.mark.parametrize("prompt", ["", "Ünïcode straße", "写真 кот", "🚗🚗", "a, b; c!", "\t\n", "x" * 40])
+@pytest.mark.parametrize(
+    "prompt", ["", "Ünïcode straße", "写真 кот", "🚗🚗", "a, b; c!", "\t\n", "x" * 40]
+)
 def test_any_prompt_is_tokenized(tokenizer, prompt):
-    found = ids(tokenizer, prompt)
-    assert all(0 <= i < len(tokenizer) - 2 for i in found)
-    assert bool(found) == bool(prompt.strip())
+    ids = tokenize(tokenizer, prompt)
+    assert all(0 <= i < len(tokenizer) - 2 for i in ids)
+    assert bool(ids) == bool(prompt.strip())
 
 
-def test_tokenizer_survives_the_pipeline_directory(tokenizer, model_dir):
-    from dreambooth.files import load_tokenizer
-
-    again = load_tokenizer(model_dir)
-    assert again.model_max_length == pretrain.MAX_TOKENS
+def test_the_tokenizer_survives_the_pipeline_directory(tokenizer, model_dir):
+    loaded = load_tokenizer(model_dir)
+    assert loaded.model_max_length == pretrain.MAX_TOKENS
     for prompt in ("photo of unqtkn car in the snow", "🚗 straße"):
-        assert ids(again, prompt) == ids(tokenizer, prompt)
+        assert tokenize(loaded, prompt) == tokenize(tokenizer, prompt)
 
 
-def test_balanced_latents_decode_to_the_same_pictures():
+@torch.no_grad()
+def reconstruct(vae, images):
+    """Images through the VAE: by the mean of the posterior, and by a sample of it."""
+    posterior = vae.encode(pretrain.to_batch(images)).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    sample = posterior.mean + posterior.std * noise
+    return vae.decode(posterior.mean).sample, vae.decode(sample).sample
+
+
+def test_balanced_latents_have_unit_variance_and_decode_to_the_same_images():
     torch.manual_seed(0)
-    vae = pretrain.new_models(600)[0].eval()
-    with torch.no_grad():
-        vae.quant_conv.weight[:4] *= torch.tensor([0.3, 1, 2, 3]).view(4, 1, 1, 1)  # as unequal as a trained one's
-    pictures, _ = pretrain.draw_world(32, seed=0)
-    x = pretrain.to_batch(pictures)
-
-    def reconstruct():
-        with torch.no_grad():
-            posterior = vae.encode(x).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
-            return vae.decode(posterior.mean).sample, vae.decode(posterior.mean + posterior.std * noise).sample
-
-    before = reconstruct()
-    assert pretrain.encode(vae, pictures)[0].std((0, 2, 3)).sub(1).abs().max() > 0.1
-    pretrain.balance_latents(vae, pictures)
-    mean, _ = pretrain.encode(vae, pictures)
+    vae, _, _ = pretrain.new_models(600)
+    vae.eval()
+    with torch.no_grad():  # as unequal as a trained one's
+        vae.quant_conv.weight[:4] *= torch.tensor([0.3, 1, 2, 3]).view(4, 1, 1, 1)
+    images, _ = pretrain.render_world(32, seed=0)
+    before = reconstruct(vae, images)
+    mean, _ = pretrain.encode(vae, images)
+    assert mean.std((0, 2, 3)).sub(1).abs().max() > 0.1
+    pretrain.balance_latents(vae, images)
+    mean, _ = pretrain.encode(vae, images)
     torch.testing.assert_close(mean.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
     torch.testing.assert_close(mean.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-3)
-    for old, new in zip(before, reconstruct(), strict=True):
-        torch.testing.assert_close(new, old, rtol=0, atol=1e-4)
+    after = reconstruct(vae, images)
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-4)
 
 
 def train_toy(work_dir, stop_after=None):
-    """Four steps of a linear model, optionally cut off; returns the module."""
+    """Four steps of a linear model, or an interruption after fewer; returns the model."""
     work_dir.mkdir(exist_ok=True)
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
@@ -95,53 +105,71 @@ def train_toy(work_dir, stop_after=None):
     return module
 
 
-def test_interrupted_pretraining_goes_on_as_if_nothing_had_been(tmp_path):
-    whole = train_toy(tmp_path / "whole")
+def test_interrupted_pretraining_resumes_as_if_nothing_had_happened(tmp_path):
+    expected = train_toy(tmp_path / "uninterrupted").state_dict()
     with pytest.raises(KeyboardInterrupt):
-        train_toy(tmp_path / "cut", stop_after=2)
-    resumed = train_toy(tmp_path / "cut")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name])
+        train_toy(tmp_path / "interrupted", stop_after=2)
+    resumed = train_toy(tmp_path / "interrupted").state_dict()
+    for name, value in expected.items():
+        assert torch.equal(resumed[name], value)
     torch.manual_seed(0)
-    assert not torch.equal(whole.weight, torch.nn.Linear(3, 2).weight)
+    untrained = torch.nn.Linear(3, 2)
+    assert not torch.equal(expected["weight"], untrained.weight)
 
 
-def test_drawings_follow_from_the_random_numbers():
-    def draw(seed):
-        rng = np.random.default_rng(seed)
-        scene = render.sample_scene(rng)
-        return render.caption(scene, rng), np.asarray(render.render(scene, rng))
+def render_random_scene(seed):
+    """A caption and an image."""
+    rng = np.random.default_rng(seed)
+    scene = render.sample_scene(rng)
+    return render.caption(scene, rng), np.asarray(render.render(scene, rng))
 
+
+def test_renders_follow_from_the_random_numbers():
     for seed in range(6):
-        (caption, picture), (caption_again, picture_again) = draw(seed), draw(seed)
-        assert caption == caption_again
-        assert np.array_equal(picture, picture_again)
-        assert picture.shape == (64, 64, 3)
-        assert picture.std() > 5
-    assert not np.array_equal(draw(0)[1], draw(1)[1])
+        caption, image = render_random_scene(seed)
+        assert image.shape == (64, 64, 3)
+        assert image.std() > 5
+        caption_again, image_again = render_random_scene(seed)
+        assert caption_again == caption
+        assert np.array_equal(image_again, image)
+    _, first = render_random_scene(0)
+    _, second = render_random_scene(1)
+    assert not np.array_equal(first, second)
 
 
 def test_captions_name_what_is_shown():
-    rng, empty = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
     for _ in range(500):
         scene = render.sample_scene(rng)
         caption = render.caption(scene, rng)
-        empty += caption == ""
-        if caption:
-            assert f" {scene.kind}" in caption
-            assert not any(f" {place}" in caption for place in render.PLACES if place != scene.place)
-            assert scene.name == "" or f"photo of {scene.name} {scene.kind}" in caption
-    assert 30 <= empty <= 70  # one in ten
+        if not caption:
+            continue
+        assert f" {scene.kind}" in caption
+        for place in render.PLACES:
+            assert f" {place}" not in caption or place == scene.place
+        if scene.name:
+            assert f"photo of {scene.name} {scene.kind}" in caption
 
 
-def test_lego_car_comes_in_five_photos(tmp_path):
-    """In three places, so that the snow and the night of the README's prompts are new to it."""
+def test_one_caption_in_ten_is_empty():
+    """Of 500: guidance needs a prediction without a prompt."""
+    rng = np.random.default_rng(0)
+    captions = [render.caption(render.sample_scene(rng), rng) for _ in range(500)]
+    assert 30 <= captions.count("") <= 70
+
+
+def test_the_lego_car_comes_in_five_different_photos(tmp_path):
     render.draw_lego_car(tmp_path)
     photos = sorted(tmp_path.iterdir())
-    assert [p.name for p in photos] == [f"{i}.jpg" for i in range(5)]
-    pictures = [np.asarray(Image.open(p), np.int16) for p in photos]
-    assert {p.shape for p in pictures} == {(512, 640, 3)}
-    for i, one in enumerate(pictures):
-        for other in pictures[i + 1 :]:
-            assert np.abs(one - other).mean() > 5
-    assert "lego" not in render.BODIES["car"]  # no picture of pretraining shows it
+    assert [photo.name for photo in photos] == [f"{i}.jpg" for i in range(5)]
+    images = [np.asarray(Image.open(photo), np.int16) for photo in photos]
+    assert {image.shape for image in images} == {(512, 640, 3)}
+    for i, image in enumerate(images):
+        for other in images[i + 1 :]:
+            assert np.abs(image - other).mean() > 5
+
+
+def test_pretraining_never_shows_the_lego_car():
+    assert render.LEGO_CAR.body == "lego"
+    assert "lego" not in render.BODIES["car"]
+    assert all(design.body != "lego" for design in render.DESIGNS)

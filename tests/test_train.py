@@ -27,7 +27,9 @@ def tuned(run_script, train_argv, tmp_path_factory, request):
             result = run_script("train.py", *argv, **env)
             assert result.returncode == 0, result.stdout + result.stderr
             assert "Traceback" not in result.stdout + result.stderr, result.stdout + result.stderr
-            assert [f.name for f in (base / name).iterdir()] == ["out"]  # nothing else is left there
+            assert [f.name for f in (base / name).iterdir()] == [
+                "out"
+            ]  # nothing else is left there
             results[name] = base / name / "out", result.stdout
         return results[name]
 
@@ -40,7 +42,9 @@ def movement(load_models):
     original = load_models()[1]
 
     def distance(folder, part):
-        new, old = (getattr(denoiser, part).parameters() for denoiser in (load_models(folder)[1], original))
+        new, old = (
+            getattr(denoiser, part).parameters() for denoiser in (load_models(folder)[1], original)
+        )
         return torch.cat([(a - b).detach().abs().flatten() for a, b in zip(new, old, strict=True)])
 
     return distance
@@ -64,7 +68,9 @@ def paint(generate_argv, folder, **changes):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_full_training_changes_the_model_and_its_pictures(tuned, movement, generate_argv, tmp_path, num_workers):
+def test_full_training_changes_the_model_and_its_pictures(
+    tuned, movement, generate_argv, tmp_path, num_workers
+):
     """At the published learning rate of 5e-6. Fault 1 of the original: over 90 % of its bfloat16
     weights never moved. Fault 3: with one worker it trained to the end and died at saving. On two
     cores two workers must not reserve all, or Ray Data waits for ever."""
@@ -72,7 +78,9 @@ def test_full_training_changes_the_model_and_its_pictures(tuned, movement, gener
     assert f"on {num_workers} x" in lines
     assert "step 3/3 loss" in lines
     assert (movement(out, "unet") > 0).float().mean() > 0.99
-    assert (movement(out, "text_encoder") > 0).float().mean() > 0.8  # embeddings of unused words stand still
+    assert (
+        movement(out, "text_encoder") > 0
+    ).float().mean() > 0.8  # embeddings of unused words stand still
     pipeline = StableDiffusionPipeline.from_pretrained(out)
     assert {p.dtype for p in pipeline.unet.parameters()} == {torch.float32}
     new = paint(generate_argv, tmp_path / "new", model_dir=out, num_samples_per_prompt=2)
@@ -108,7 +116,9 @@ def test_lora_training_gives_a_file_that_changes_pictures(
     result = run_script("generate.py", *argv)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "new" / pictures.CONTACT_SHEET).exists()
-    new = {f.name: pictures.pixel_digest(Image.open(f)) for f in (tmp_path / "new").glob("*-seed*.png")}
+    new = {
+        f.name: pictures.pixel_digest(Image.open(f)) for f in (tmp_path / "new").glob("*-seed*.png")
+    }
     assert new.keys() == plain.keys()
     assert new != plain
 
@@ -130,7 +140,9 @@ def test_gradients_are_clipped_before_the_optimizer_sees_them(tuned, movement):
     clipped, _ = tuned("clipped", num_workers=1, max_grad_norm=1e-12)
     for part in ("unet", "text_encoder"):
         assert movement(free, part).max() > 5e-6  # three steps of 5e-6 at the most
-        assert movement(clipped, part).max() < 5e-7  # weight decay takes 5e-8 of a weight near 1, thrice
+        assert (
+            movement(clipped, part).max() < 5e-7
+        )  # weight decay takes 5e-8 of a weight near 1, thrice
 
 
 def test_two_workers_make_the_updates_of_one_with_twice_the_pairs(tuned, update):

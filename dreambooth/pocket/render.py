@@ -1,23 +1,24 @@
-"""The world that the pocket model knows: small drawings with captions, made with Pillow.
+"""The synthetic world of the pocket model: small captioned images, drawn with Pillow.
 
-A scene is an object (class, colour, parts) in a place. `sample_scene` draws one at random,
-`caption` describes it in words ("photo of a red car with a white roof on the beach"), `render`
-paints it. Some scenes show one of forty designs that have a name of their own, a meaningless
-word such as "zgvqbt" in "photo of zgvqbt car in the snow": so the model learns that an unknown
-word before a class stands for one particular object, which is what DreamBooth relies on.
+A scene is an object (class, colour, parts) in a place. `sample_scene` samples one, `caption`
+describes it ("photo of a red car with a white roof on the beach"), `render` turns it into an
+image. Some scenes show one of forty designs that have a name of their own, a meaningless
+identifier such as "bmvdtd" in "photo of bmvdtd car in the snow". From these the model learns that
+an unknown word before a class stands for one particular object, which DreamBooth relies on.
 
-The lego car of images/lego-car is drawn here too, and never shown to the model in pretraining.
+The LEGO car of images/lego-car is defined here too; pretraining never shows it to the model.
 
-    python -m dreambooth.pocket.render --lego_car images/lego-car    # draw the five photos again
+    python -m dreambooth.pocket.render --lego_car images/lego-car    # write the five photos again
     python -m dreambooth.pocket.render --sheet world.png             # look at the world
 """
 
-import argparse
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from dreambooth.cli import ArgumentParser
 
 COLOURS = {
     "red": (205, 35, 35),
@@ -40,15 +41,23 @@ PARTS = {
     "cup": ("stripe", "handle"),
     "tree": ("trunk",),
 }
-BODIES = {"car": ("sedan", "van", "pickup", "beetle"), "house": ("low", "tall"), "tree": ("round", "fir")}
+BODIES = {
+    "car": ("sedan", "van", "pickup", "beetle"),
+    "house": ("low", "tall"),
+    "tree": ("round", "fir"),
+}
 CLASSES = tuple(PARTS)
 NUM_DESIGNS = 40
+CONSONANTS = "bcdfghjklmnpqrstvwxz"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `parts` maps a part's name to its colour; a part not named there has
-    the colour of the body, or is absent (a stripe)."""
+    """What an image shows.
+
+    `parts` maps the name of a part to its colour. A part that is not in it has the colour of the
+    body, or is absent (a stripe).
+    """
 
     kind: str
     colour: str
@@ -59,7 +68,9 @@ class Scene:
     name: str = ""
 
 
-LEGO_CAR = Scene("car", "yellow", "on the grass", "lego", {"roof": "red", "stripe": "blue"}, "green")
+LEGO_CAR = Scene(
+    "car", "yellow", "on the grass", "lego", {"roof": "red", "stripe": "blue"}, "green"
+)
 
 
 def _pick(rng, items):
@@ -71,33 +82,40 @@ def _sample_object(rng, kind):
     others = [c for c in COLOURS if c != colour]
     parts = {part: _pick(rng, others) for part in PARTS[kind] if rng.random() < 0.35}
     body = _pick(rng, BODIES[kind]) if kind in BODIES else ""
-    return Scene(kind, colour, "", body, parts, _pick(rng, list(COLOURS)))
+    hubs = _pick(rng, list(COLOURS))
+    return Scene(kind, colour, "", body, parts, hubs)
 
 
-def _designs():
-    """The forty objects with a name: six consonants each, as unpronounceable as an identifier."""
+def _build_designs():
+    """The forty named objects; a name is six consonants, as unpronounceable as an identifier."""
     rng = np.random.default_rng(7)
     designs = []
     for number in range(NUM_DESIGNS):
-        name = "".join(_pick(rng, "bcdfghjklmnpqrstvwxz") for _ in range(6))
+        name = "".join(_pick(rng, CONSONANTS) for _ in range(6))
         kind = "car" if number % 2 else _pick(rng, CLASSES[1:])
         designs.append(replace(_sample_object(rng, kind), name=name))
     return designs
 
 
-DESIGNS = _designs()
+DESIGNS = _build_designs()
 
 
 def sample_scene(rng):
     """A random scene; one in eight shows a named design. Cars are twice as frequent as the rest."""
-    named = rng.random() < 1 / 8
-    thing = _pick(rng, DESIGNS) if named else _sample_object(rng, _pick(rng, (*CLASSES, "car")))
+    if rng.random() < 1 / 8:
+        thing = _pick(rng, DESIGNS)
+    else:
+        kind = _pick(rng, (*CLASSES, "car"))
+        thing = _sample_object(rng, kind)
     return replace(thing, place=_pick(rng, PLACES))
 
 
 def caption(scene, rng):
-    """A description of `scene` with parts left out at random; one in ten is empty, so that the
-    model learns the unconditional prediction which classifier-free guidance needs."""
+    """A description of `scene` that leaves out parts at random.
+
+    One in ten is empty: the model learns from these the unconditional prediction that
+    classifier-free guidance needs.
+    """
     if rng.random() < 0.1:
         return ""
     place = f" {scene.place}" if rng.random() < 0.7 else ""
@@ -111,20 +129,26 @@ def caption(scene, rng):
 
 
 class _Canvas:
-    """Draws in units of the picture's height, y downwards; after `stand_at`, in tenths of an object's
-    width, x from its middle and y upwards from the ground below it."""
+    """An image and its coordinates.
 
-    def __init__(self, width, height):
-        self.image = Image.new("RGB", (width, height))
+    At first they are in units of the image's height, y downwards. After `stand_at` they are in
+    tenths of an object's width, x from its middle and y upwards from the ground below it.
+    """
+
+    def __init__(self, height, aspect):
+        self.image = Image.new("RGB", (round(height * aspect), height))
         self.draw = ImageDraw.Draw(self.image)
+        self.aspect = aspect
         self.edge = max(1, height // 90)
         self.light = 1.0  # factor on each colour: shade, and darkness at night
-        self.origin, self.unit = (0, 0), (height, height)
+        self.origin = (0, 0)
+        self.unit = (height, height)
 
     def stand_at(self, x, y, width):
-        """Move the origin to the point (x, y), in units of the picture's height."""
+        """Move the origin to the point (x, y), in units of the image's height."""
         scale = self.unit[0]
-        self.origin, self.unit = (x * scale, y * scale), (width / 10 * scale, -width / 10 * scale)
+        self.origin = (x * scale, y * scale)
+        self.unit = (width / 10 * scale, -width / 10 * scale)
 
     def _rgb(self, colour):
         rgb = COLOURS[colour] if isinstance(colour, str) else colour
@@ -133,22 +157,32 @@ class _Canvas:
     def _outline(self, colour):
         return tuple(int(v * 0.45) for v in self._rgb(colour))
 
+    def _style(self, colour, outline):
+        style = {"fill": self._rgb(colour)}
+        if outline:
+            style |= {"outline": self._outline(colour), "width": self.edge}
+        return style
+
     def _pixels(self, points):
-        return [(self.origin[0] + x * self.unit[0], self.origin[1] + y * self.unit[1]) for x, y in points]
+        x0, y0 = self.origin
+        return [(x0 + x * self.unit[0], y0 + y * self.unit[1]) for x, y in points]
 
     def _span(self, x0, y0, x1, y1):
-        corners = self._pixels([(x0, y0), (x1, y1)])
-        xs, ys = (sorted(values) for values in zip(*corners, strict=True))
-        return [(xs[0], ys[0]), (xs[1], ys[1])]
+        (x0, y0), (x1, y1) = self._pixels([(x0, y0), (x1, y1)])
+        return [(min(x0, x1), min(y0, y1)), (max(x0, x1), max(y0, y1))]
 
     def box(self, x0, y0, x1, y1, colour, radius=0.0, outline=True):
-        edge = {"outline": self._outline(colour), "width": self.edge} if outline else {}
-        span, radius = self._span(x0, y0, x1, y1), radius * self.unit[0]
-        self.draw.rounded_rectangle(span, radius, fill=self._rgb(colour), **edge)
+        span = self._span(x0, y0, x1, y1)
+        style = self._style(colour, outline)
+        self.draw.rounded_rectangle(span, radius * self.unit[0], **style)
+
+    def band(self, top, bottom, colour):
+        """A box over the full width of the image, before `stand_at`."""
+        self.box(-0.1, top, self.aspect + 0.1, bottom, colour, outline=False)
 
     def oval(self, x, y, rx, ry, colour, outline=True):
-        edge = {"outline": self._outline(colour), "width": self.edge} if outline else {}
-        self.draw.ellipse(self._span(x - rx, y - ry, x + rx, y + ry), fill=self._rgb(colour), **edge)
+        span = self._span(x - rx, y - ry, x + rx, y + ry)
+        self.draw.ellipse(span, **self._style(colour, outline))
 
     def poly(self, points, colour):
         points = self._pixels(points)
@@ -161,109 +195,115 @@ TYRE = (35, 35, 38)
 WOOD = (110, 75, 45)
 
 
-def _sedan(c, paint, roof):
-    c.poly([(-3.6, 2.7), (-2.2, 4.8), (1.6, 4.8), (3.2, 2.7)], paint)
-    c.poly([(-2.9, 2.8), (-1.9, 4.2), (-0.3, 4.2), (-0.3, 2.8)], GLASS)
-    c.poly([(0.2, 2.8), (0.2, 4.2), (1.4, 4.2), (2.4, 2.8)], GLASS)
-    c.box(-2.5, 5.2, 1.8, 4.3, roof, 0.3)
-    c.box(-5, 3, 5, 0.9, paint, 0.7)
+def _sedan(canvas, body_colour, roof_colour):
+    canvas.poly([(-3.6, 2.7), (-2.2, 4.8), (1.6, 4.8), (3.2, 2.7)], body_colour)
+    canvas.poly([(-2.9, 2.8), (-1.9, 4.2), (-0.3, 4.2), (-0.3, 2.8)], GLASS)
+    canvas.poly([(0.2, 2.8), (0.2, 4.2), (1.4, 4.2), (2.4, 2.8)], GLASS)
+    canvas.box(-2.5, 5.2, 1.8, 4.3, roof_colour, 0.3)
+    canvas.box(-5, 3, 5, 0.9, body_colour, 0.7)
 
 
-def _van(c, paint, roof):
-    c.box(-5, 5.1, 5, 0.9, paint, 0.7)
-    c.box(-5, 5.5, 4.4, 4.4, roof, 0.4)
+def _van(canvas, body_colour, roof_colour):
+    canvas.box(-5, 5.1, 5, 0.9, body_colour, 0.7)
+    canvas.box(-5, 5.5, 4.4, 4.4, roof_colour, 0.4)
     for x in (-4.3, -1.3, 1.7):
-        c.box(x, 4.2, x + 2.4, 2.8, GLASS)
+        canvas.box(x, 4.2, x + 2.4, 2.8, GLASS)
 
 
-def _pickup(c, paint, roof):
-    c.box(-5, 2.9, 5, 0.9, paint, 0.3)
-    c.box(-0.2, 4.9, 3.2, 2.7, paint, 0.4)
-    c.box(0.5, 4.3, 2.7, 2.9, GLASS)
-    c.box(-0.4, 5.3, 3.4, 4.4, roof, 0.3)
+def _pickup(canvas, body_colour, roof_colour):
+    canvas.box(-5, 2.9, 5, 0.9, body_colour, 0.3)
+    canvas.box(-0.2, 4.9, 3.2, 2.7, body_colour, 0.4)
+    canvas.box(0.5, 4.3, 2.7, 2.9, GLASS)
+    canvas.box(-0.4, 5.3, 3.4, 4.4, roof_colour, 0.3)
 
 
-def _beetle(c, paint, roof):
-    c.oval(0, 1.8, 3.7, 3.4, roof)
-    c.poly([(-2.7, 2.5), (-1.7, 4.1), (-0.2, 4.5), (-0.2, 2.5)], GLASS)
-    c.poly([(2.7, 2.5), (1.7, 4.1), (0.3, 4.5), (0.3, 2.5)], GLASS)
-    c.box(-4.8, 2.9, 4.8, 0.9, paint, 0.9)
+def _beetle(canvas, body_colour, roof_colour):
+    canvas.oval(0, 1.8, 3.7, 3.4, roof_colour)
+    canvas.poly([(-2.7, 2.5), (-1.7, 4.1), (-0.2, 4.5), (-0.2, 2.5)], GLASS)
+    canvas.poly([(2.7, 2.5), (1.7, 4.1), (0.3, 4.5), (0.3, 2.5)], GLASS)
+    canvas.box(-4.8, 2.9, 4.8, 0.9, body_colour, 0.9)
 
 
-def _lego(c, paint, roof):
-    """Bricks with studs in two steps, higher to the rear: a shape that no other car has."""
+def _lego(canvas, body_colour, roof_colour):
+    """Bricks with studs in two steps, higher at the rear: a shape that no other car has."""
     for i in range(3):
-        c.box(1.6 + 1.1 * i, 3.6, 2.3 + 1.1 * i, 2.9, paint)
-        c.box(-4.6 + 1.5 * i, 6.5, -3.7 + 1.5 * i, 5.8, roof)
-    c.box(-5, 3.1, 5, 0.9, paint)
-    c.box(-5, 5.1, 1.2, 2.9, paint)
-    c.box(-1.8, 4.8, 1, 3.1, GLASS)
-    c.box(-5.3, 6, 0.2, 4.9, roof)
+        canvas.box(1.6 + 1.1 * i, 3.6, 2.3 + 1.1 * i, 2.9, body_colour)
+        canvas.box(-4.6 + 1.5 * i, 6.5, -3.7 + 1.5 * i, 5.8, roof_colour)
+    canvas.box(-5, 3.1, 5, 0.9, body_colour)
+    canvas.box(-5, 5.1, 1.2, 2.9, body_colour)
+    canvas.box(-1.8, 4.8, 1, 3.1, GLASS)
+    canvas.box(-5.3, 6, 0.2, 4.9, roof_colour)
 
 
-_CARS = {"sedan": _sedan, "van": _van, "pickup": _pickup, "beetle": _beetle, "lego": _lego}
+CARS = {"sedan": _sedan, "van": _van, "pickup": _pickup, "beetle": _beetle, "lego": _lego}
 
 
-def _draw_car(c, scene):
+def _draw_car(canvas, scene):
     """A car seen from its right side."""
-    _CARS[scene.body](c, scene.colour, scene.parts.get("roof", scene.colour))
+    draw_body = CARS[scene.body]
+    draw_body(canvas, scene.colour, scene.parts.get("roof", scene.colour))
     if "stripe" in scene.parts:
-        c.box(-4.9, 2.4, 4.9, 1.6, scene.parts["stripe"], outline=False)
+        canvas.box(-4.9, 2.4, 4.9, 1.6, scene.parts["stripe"], outline=False)
     for x in (-2.8, 2.8):
-        c.oval(x, 1.1, 1.2, 1.2, TYRE)
-        c.oval(x, 1.1, 0.62, 0.62, scene.hubs, outline=False)
+        canvas.oval(x, 1.1, 1.2, 1.2, TYRE)
+        canvas.oval(x, 1.1, 0.62, 0.62, scene.hubs, outline=False)
 
 
-def _draw_house(c, scene):
-    wide, high = (3.4, 5.4) if scene.body == "tall" else (4.6, 3.8)
-    c.box(-wide, high, wide, 0, scene.colour)
+def _draw_house(canvas, scene):
+    tall = scene.body == "tall"
+    wide, high = (3.4, 5.4) if tall else (4.6, 3.8)
+    canvas.box(-wide, high, wide, 0, scene.colour)
     roof = scene.parts.get("roof", (120, 70, 55))
-    c.poly([(-wide - 0.8, high), (0, high + 3.2), (wide + 0.8, high)], roof)
-    c.box(-0.8, 2.5, 0.8, 0, scene.parts.get("door", (110, 75, 50)))
-    for top in (2.9, 5.0) if scene.body == "tall" else (3.0,):
+    canvas.poly([(-wide - 0.8, high), (0, high + 3.2), (wide + 0.8, high)], roof)
+    canvas.box(-0.8, 2.5, 0.8, 0, scene.parts.get("door", (110, 75, 50)))
+    for top in (2.9, 5.0) if tall else (3.0,):
         for x in (1.3 - wide, wide - 1.3):
-            c.box(x - 0.75, top, x + 0.75, top - 1.3, GLASS)
+            canvas.box(x - 0.75, top, x + 0.75, top - 1.3, GLASS)
 
 
-def _draw_boat(c, scene):
+def _draw_boat(canvas, scene):
     sail = scene.parts.get("sail", "white")
-    c.box(-0.2, 8, 0.2, 2, (100, 70, 45), outline=False)
-    c.poly([(0.4, 7.8), (0.4, 2.9), (4, 2.9)], sail)
-    c.poly([(-0.4, 7.2), (-0.4, 2.9), (-2.8, 2.9)], sail)
-    c.poly([(-5, 2.5), (5, 2.5), (3.4, 0), (-3.4, 0)], scene.colour)
+    canvas.box(-0.2, 8, 0.2, 2, (100, 70, 45), outline=False)
+    canvas.poly([(0.4, 7.8), (0.4, 2.9), (4, 2.9)], sail)
+    canvas.poly([(-0.4, 7.2), (-0.4, 2.9), (-2.8, 2.9)], sail)
+    canvas.poly([(-5, 2.5), (5, 2.5), (3.4, 0), (-3.4, 0)], scene.colour)
     if "stripe" in scene.parts:
-        c.poly([(-4.6, 1.8), (4.6, 1.8), (4.1, 1), (-4.1, 1)], scene.parts["stripe"])
+        canvas.poly([(-4.6, 1.8), (4.6, 1.8), (4.1, 1), (-4.1, 1)], scene.parts["stripe"])
 
 
-def _draw_ball(c, scene):
+def _draw_ball(canvas, scene):
     r = 3.3
-    c.oval(0, r, r, r, scene.colour)
+    canvas.oval(0, r, r, r, scene.colour)
     if "stripe" in scene.parts:
-        half, low, high = 0.93 * r, 0.7 * r, 1.3 * r
-        c.poly([(-half, high), (half, high), (half, low), (-half, low)], scene.parts["stripe"])
-    c.oval(-0.4 * r, 1.55 * r, 0.16 * r, 0.1 * r, (255, 255, 255), outline=False)
+        half = 0.93 * r
+        low = 0.7 * r
+        high = 1.3 * r
+        corners = [(-half, high), (half, high), (half, low), (-half, low)]
+        canvas.poly(corners, scene.parts["stripe"])
+    canvas.oval(-0.4 * r, 1.55 * r, 0.16 * r, 0.1 * r, (255, 255, 255), outline=False)
 
 
-def _draw_cup(c, scene):
-    c.oval(2.8, 2.9, 1.7, 1.7, scene.parts.get("handle", scene.colour))
-    c.oval(2.8, 2.9, 0.9, 0.9, (190, 190, 190), outline=False)
-    c.poly([(-2.9, 5.6), (2.9, 5.6), (2.2, 0), (-2.2, 0)], scene.colour)
+def _draw_cup(canvas, scene):
+    canvas.oval(2.8, 2.9, 1.7, 1.7, scene.parts.get("handle", scene.colour))
+    canvas.oval(2.8, 2.9, 0.9, 0.9, (190, 190, 190), outline=False)
+    canvas.poly([(-2.9, 5.6), (2.9, 5.6), (2.2, 0), (-2.2, 0)], scene.colour)
     if "stripe" in scene.parts:
-        c.box(-2.55, 3.4, 2.55, 2.2, scene.parts["stripe"], outline=False)
-    c.oval(0, 5.6, 2.9, 0.7, (90, 60, 45))
+        canvas.box(-2.55, 3.4, 2.55, 2.2, scene.parts["stripe"], outline=False)
+    canvas.oval(0, 5.6, 2.9, 0.7, (90, 60, 45))
 
 
-def _draw_tree(c, scene):
-    c.box(-0.6, 3.2, 0.6, 0, scene.parts.get("trunk", WOOD))
+def _draw_tree(canvas, scene):
+    canvas.box(-0.6, 3.2, 0.6, 0, scene.parts.get("trunk", WOOD))
     if scene.body == "fir":
         for i in range(3):
-            half, base = 3.4 - 0.8 * i, 2 + 1.9 * i
-            c.poly([(-half, base), (0, base + 3.2), (half, base)], scene.colour)
+            half = 3.4 - 0.8 * i
+            base = 2 + 1.9 * i
+            canvas.poly([(-half, base), (0, base + 3.2), (half, base)], scene.colour)
     else:
-        c.oval(0, 5.6, 3.4, 3.1, scene.colour)
+        canvas.oval(0, 5.6, 3.4, 3.1, scene.colour)
 
 
-_DRAW = {
+OBJECT_RENDERERS = {
     "car": _draw_car,
     "house": _draw_house,
     "boat": _draw_boat,
@@ -273,88 +313,121 @@ _DRAW = {
 }
 
 
-def _draw_place(c, place, aspect, rng):
-    """Sky, ground and what marks the place; the horizon lies at 0.5 to 0.62 of the height."""
-    h = rng.uniform(0.5, 0.62)
-    jitter = lambda rgb: tuple(v + rng.uniform(-9, 9) for v in rgb)  # noqa: E731
-    full = lambda y0, y1, rgb: c.box(-0.1, y0, aspect + 0.1, y1, rgb, outline=False)  # noqa: E731
-    dots = lambda n, y0, y1, r, rgb: [  # noqa: E731
-        c.oval(rng.uniform(0, aspect), rng.uniform(y0, y1), r, r, rgb, outline=False) for _ in range(n)
-    ]
-    if place == "on the beach":
-        full(0, h, jitter((140, 205, 245)))
-        full(h - 0.12, h, jitter((30, 110, 190)))
-        full(h, 1.1, jitter((235, 205, 140)))
-        c.oval(rng.uniform(0.1, aspect - 0.1), 0.13, 0.07, 0.07, (255, 235, 110), outline=False)
-    elif place == "in the snow":
-        full(0, h, jitter((185, 200, 215)))
-        full(h, 1.1, jitter((238, 243, 250)))
-        dots(14, 0, 1, 0.012, (255, 255, 255))
-    elif place == "on the grass":
-        full(0, h, jitter((125, 190, 245)))
-        full(h, 1.1, jitter((95, 180, 70)))
-        c.oval(rng.uniform(0.2, aspect - 0.2), h, 0.35, 0.1, jitter((80, 160, 65)), outline=False)
-        dots(8, h + 0.1, 1, 0.012, (245, 240, 120))
-    elif place == "on the road":
-        full(0, h, jitter((195, 210, 220)))
-        full(h - 0.08, h + 0.05, jitter((90, 130, 80)))
-        full(h + 0.05, 1.1, jitter((110, 110, 115)))
-        start = rng.uniform(-0.2, 0)
-        for i in range(8):
-            c.box(start + 0.3 * i, 0.92, start + 0.3 * i + 0.15, 0.95, (240, 240, 235), outline=False)
-    else:
-        full(0, h, jitter((18, 22, 60)))
-        full(h, 1.1, jitter((38, 48, 52)))
-        dots(12, 0, h, 0.008, (250, 250, 220))
-        c.oval(rng.uniform(0.1, aspect - 0.1), 0.14, 0.07, 0.07, (245, 240, 200), outline=False)
+def _jitter(rgb, rng):
+    return tuple(v + rng.uniform(-9, 9) for v in rgb)
+
+
+def _draw_dots(canvas, rng, count, top, bottom, radius, rgb):
+    for _ in range(count):
+        x = rng.uniform(0, canvas.aspect)
+        y = rng.uniform(top, bottom)
+        canvas.oval(x, y, radius, radius, rgb, outline=False)
+
+
+def _draw_beach(canvas, horizon, rng):
+    canvas.band(0, horizon, _jitter((140, 205, 245), rng))
+    canvas.band(horizon - 0.12, horizon, _jitter((30, 110, 190), rng))
+    canvas.band(horizon, 1.1, _jitter((235, 205, 140), rng))
+    sun = rng.uniform(0.1, canvas.aspect - 0.1)
+    canvas.oval(sun, 0.13, 0.07, 0.07, (255, 235, 110), outline=False)
+
+
+def _draw_snow(canvas, horizon, rng):
+    canvas.band(0, horizon, _jitter((185, 200, 215), rng))
+    canvas.band(horizon, 1.1, _jitter((238, 243, 250), rng))
+    _draw_dots(canvas, rng, 14, 0, 1, 0.012, (255, 255, 255))
+
+
+def _draw_grass(canvas, horizon, rng):
+    canvas.band(0, horizon, _jitter((125, 190, 245), rng))
+    canvas.band(horizon, 1.1, _jitter((95, 180, 70), rng))
+    hill = rng.uniform(0.2, canvas.aspect - 0.2)
+    canvas.oval(hill, horizon, 0.35, 0.1, _jitter((80, 160, 65), rng), outline=False)
+    _draw_dots(canvas, rng, 8, horizon + 0.1, 1, 0.012, (245, 240, 120))
+
+
+def _draw_road(canvas, horizon, rng):
+    canvas.band(0, horizon, _jitter((195, 210, 220), rng))
+    canvas.band(horizon - 0.08, horizon + 0.05, _jitter((90, 130, 80), rng))
+    canvas.band(horizon + 0.05, 1.1, _jitter((110, 110, 115), rng))
+    start = rng.uniform(-0.2, 0)
+    for i in range(8):
+        x = start + 0.3 * i
+        canvas.box(x, 0.92, x + 0.15, 0.95, (240, 240, 235), outline=False)
+
+
+def _draw_night(canvas, horizon, rng):
+    canvas.band(0, horizon, _jitter((18, 22, 60), rng))
+    canvas.band(horizon, 1.1, _jitter((38, 48, 52), rng))
+    _draw_dots(canvas, rng, 12, 0, horizon, 0.008, (250, 250, 220))
+    moon = rng.uniform(0.1, canvas.aspect - 0.1)
+    canvas.oval(moon, 0.14, 0.07, 0.07, (245, 240, 200), outline=False)
+
+
+PLACE_RENDERERS = {
+    "on the beach": _draw_beach,
+    "in the snow": _draw_snow,
+    "on the grass": _draw_grass,
+    "on the road": _draw_road,
+    "at night": _draw_night,
+}
 
 
 def render(scene, rng, size=64, aspect=1.0):
-    """Paint `scene` with a jittered position, size and shade.
+    """An image of `scene` with jittered position, size and shade.
 
-    Returns an RGB image `size` pixels high and `size * aspect` wide, drawn at least 4x as large
-    and scaled down, so that edges are smooth.
+    Returns an RGB image `size` pixels high and `size * aspect` wide. It is drawn at least four
+    times as large and scaled down, so that edges are smooth.
     """
-    high = max(256, size * 2)
-    c = _Canvas(round(high * aspect), high)
-    _draw_place(c, scene.place, aspect, rng)
+    canvas = _Canvas(max(256, size * 2), aspect)
+    horizon = rng.uniform(0.5, 0.62)  # as a share of the height
+    PLACE_RENDERERS[scene.place](canvas, horizon, rng)
+    night = scene.place == "at night"
     width = rng.uniform(0.56, 0.72)
     x = aspect / 2 + rng.uniform(-0.09, 0.09)
     y = rng.uniform(0.78, 0.88)
-    c.light = rng.uniform(0.92, 1.05) * (0.8 if scene.place == "at night" else 1.0)
-    shadow = (25, 28, 32) if scene.place == "at night" else (95, 95, 95)
-    c.oval(x, y, width * 0.5, 0.025, shadow, outline=False)
-    c.stand_at(x, y, width)
-    _DRAW[scene.kind](c, scene)
-    return c.image.resize((round(size * aspect), size), Image.Resampling.BOX)
+    canvas.light = rng.uniform(0.92, 1.05) * (0.8 if night else 1.0)
+    shadow = (25, 28, 32) if night else (95, 95, 95)
+    canvas.oval(x, y, width * 0.5, 0.025, shadow, outline=False)
+    canvas.stand_at(x, y, width)
+    OBJECT_RENDERERS[scene.kind](canvas, scene)
+    return canvas.image.resize((round(size * aspect), size), Image.Resampling.BOX)
 
 
 def draw_lego_car(folder, size=512):
-    """Write the five example photos of the lego car, landscape format, into `folder`.
+    """Write the five example photos of the LEGO car, in landscape format, into `folder`.
 
-    They show it in three of the five places; in the snow and at night nobody has ever seen it.
+    They show it in three of the five places; no image shows it in the snow or at night.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     places = ("on the grass", "on the road", "on the beach", "on the grass", "on the road")
     for number, place in enumerate(places):
-        picture = render(replace(LEGO_CAR, place=place), np.random.default_rng(number), size, aspect=1.25)
-        picture.save(Path(folder) / f"{number}.jpg", quality=92)
+        rng = np.random.default_rng(number)
+        image = render(replace(LEGO_CAR, place=place), rng, size, aspect=1.25)
+        image.save(Path(folder) / f"{number}.jpg", quality=92)
 
 
-def _sheet(path, rows=8, columns=16):
+def write_sheet(path, rows=8, columns=16):
+    """Write random scenes, side by side, as one image."""
     rng = np.random.default_rng(0)
     sheet = Image.new("RGB", (columns * 66, rows * 66))
     for i in range(rows * columns):
-        sheet.paste(render(sample_scene(rng), rng), (i % columns * 66, i // columns * 66))
+        image = render(sample_scene(rng), rng)
+        sheet.paste(image, (i % columns * 66, i // columns * 66))
     sheet.save(path)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lego_car", metavar="DIR", help="draw the five photos of the lego car into DIR")
-    parser.add_argument("--sheet", metavar="PNG", help="draw 128 random scenes into one picture")
-    args = parser.parse_args()
+def main(args):
     if args.lego_car:
         draw_lego_car(args.lego_car)
     if args.sheet:
-        _sheet(args.sheet)
+        write_sheet(args.sheet)
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(__doc__)
+    parser.add_argument(
+        "--lego_car", metavar="DIR", help="write five photos of the LEGO car to DIR"
+    )
+    parser.add_argument("--sheet", metavar="PNG", help="write 128 random scenes to one image")
+    main(parser.parse_args())

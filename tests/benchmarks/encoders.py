@@ -1,15 +1,19 @@
-"""The DreamBooth paper's own figures for real models (Ruiz et al. 2022, arXiv 2208.12242, section 4.1), with two
-encoders that the user has as directories: a DINO (ViT-S/16 in the paper) and a CLIP (ViT-B/32).
+"""The DreamBooth paper's own metrics for real models (Ruiz et al. 2022, arXiv 2208.12242, section
+4.1), with two encoders that the user has as directories: a DINO (ViT-S/16 in the paper) and a CLIP
+(ViT-B/32).
 
-    DINO      pictures of the subject in 25 scenes against its photos, mean cosine of DINO's embeddings   higher
-    CLIP-I    the same with CLIP's image embeddings                                                       higher
-    CLIP-T    each picture against the words of its scene, cosine of CLIP's embeddings                    higher
-    PRES      pictures of the class against the photos, mean cosine of DINO's embeddings                  lower
-    DIV       two pictures of one prompt, mean distance                                                   higher
+    DINO      images of the subject in 25 scenes and its photos: mean cosine in DINO       higher
+    CLIP-I    the same with CLIP's image embeddings                                        higher
+    CLIP-T    each image and the text of its scene: cosine in CLIP                         higher
+    PRES      images of the class and the photos: mean cosine in DINO                      lower
+    DIV       two images of one prompt: mean distance                                      higher
 
-Two things differ from the paper: DIV is 1 - cosine of DINO's embeddings where the paper has LPIPS, which
-would take a third network; and in CLIP-T the class's name stands for the subject, as CLIP does not know the
-identifier. The 25 scenes are those of the paper's data set (github.com/google/dreambooth, CC BY 4.0).
+Two things differ from the paper. DIV is 1 - cosine of DINO's embeddings; the paper has LPIPS, which
+would take a third network. In CLIP-T the class name stands for the subject, as CLIP does not know
+the identifier. The 25 scenes are those of the paper's data set (github.com/google/dreambooth,
+CC BY 4.0).
+
+Letters: N images, H and W height and width, D size of an embedding.
 """
 
 import torch
@@ -17,22 +21,46 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 ANY = [
-    "{} in the jungle", "{} in the snow", "{} on the beach", "{} on a cobblestone street", "{} on top of pink fabric",
-    "{} on top of a wooden floor", "{} with a city in the background", "{} with a mountain in the background",
-    "{} with a blue house in the background", "{} on top of a purple rug in a forest",
-    "red {}", "purple {}", "shiny {}", "wet {}", "cube shaped {}",
-]  # fmt: skip
+    "{} in the jungle",
+    "{} in the snow",
+    "{} on the beach",
+    "{} on a cobblestone street",
+    "{} on top of pink fabric",
+    "{} on top of a wooden floor",
+    "{} with a city in the background",
+    "{} with a mountain in the background",
+    "{} with a blue house in the background",
+    "{} on top of a purple rug in a forest",
+    "red {}",
+    "purple {}",
+    "shiny {}",
+    "wet {}",
+    "cube shaped {}",
+]
 OBJECT = ANY + [
-    "{} with a wheat field in the background", "{} with a tree and autumn leaves in the background",
-    "{} with the Eiffel Tower in the background", "{} floating on top of water", "{} floating in an ocean of milk",
-    "{} on top of green grass with sunflowers around it", "{} on top of a mirror",
-    "{} on top of the sidewalk in a crowded street", "{} on top of a dirt road", "{} on top of a white rug",
-]  # fmt: skip
+    "{} with a wheat field in the background",
+    "{} with a tree and autumn leaves in the background",
+    "{} with the Eiffel Tower in the background",
+    "{} floating on top of water",
+    "{} floating in an ocean of milk",
+    "{} on top of green grass with sunflowers around it",
+    "{} on top of a mirror",
+    "{} on top of the sidewalk in a crowded street",
+    "{} on top of a dirt road",
+    "{} on top of a white rug",
+]
 LIVE = ANY + [
-    "{} wearing a red hat", "{} wearing a santa hat", "{} wearing a rainbow scarf",
-    "{} wearing a black top hat and a monocle", "{} in a chef outfit", "{} in a firefighter outfit",
-    "{} in a police outfit", "{} wearing pink glasses", "{} wearing a yellow shirt", "{} in a purple wizard outfit",
-]  # fmt: skip
+    "{} wearing a red hat",
+    "{} wearing a santa hat",
+    "{} wearing a rainbow scarf",
+    "{} wearing a black top hat and a monocle",
+    "{} in a chef outfit",
+    "{} in a firefighter outfit",
+    "{} in a police outfit",
+    "{} wearing pink glasses",
+    "{} wearing a yellow shirt",
+    "{} in a purple wizard outfit",
+]
 
 
 class Encoders:
@@ -42,26 +70,32 @@ class Encoders:
         self.device = device
         self.dino = AutoModel.from_pretrained(dino_dir, dtype=torch.float32).to(device).eval()
         self.clip = CLIPModel.from_pretrained(clip_dir, dtype=torch.float32).to(device).eval()
-        self.processors = {"dino": AutoImageProcessor.from_pretrained(dino_dir)}
-        self.processors["clip"] = AutoImageProcessor.from_pretrained(clip_dir)
+        self.dino_processor = AutoImageProcessor.from_pretrained(dino_dir)
+        self.clip_processor = AutoImageProcessor.from_pretrained(clip_dir)
         self.tokenizer = AutoTokenizer.from_pretrained(clip_dir)
 
-    def _pixels(self, name, pictures):
-        images = [Image.fromarray(picture) for picture in pictures]
-        return self.processors[name](images=images, return_tensors="pt").pixel_values.to(self.device)
+    def _pixel_values(self, processor, images):
+        pil_images = [Image.fromarray(image) for image in images]
+        return processor(images=pil_images, return_tensors="pt").pixel_values.to(self.device)
 
     @torch.inference_mode()
-    def see(self, pictures):
-        """Pictures, each (H, W, 3) uint8, through DINO (its class token) and CLIP."""
-        dino = self.dino(pixel_values=self._pixels("dino", pictures)).last_hidden_state[:, 0]
-        clip = self.clip.get_image_features(pixel_values=self._pixels("clip", pictures)).pooler_output
-        return {"dino": dino / dino.norm(dim=1, keepdim=True), "clip": clip / clip.norm(dim=1, keepdim=True)}
+    def embed_images(self, images):
+        """Embeddings of images, each (H, W, 3) uint8, by DINO (its class token) and by CLIP."""
+        dino_pixels = self._pixel_values(self.dino_processor, images)
+        clip_pixels = self._pixel_values(self.clip_processor, images)
+        dino = self.dino(pixel_values=dino_pixels).last_hidden_state[:, 0]
+        clip = self.clip.get_image_features(pixel_values=clip_pixels).pooler_output
+        return {"dino": _normalize(dino), "clip": _normalize(clip)}
 
     @torch.inference_mode()
-    def read(self, text):
-        words = self.tokenizer([text], padding=True, truncation=True, return_tensors="pt").to(self.device)
-        clip = self.clip.get_text_features(**words).pooler_output
-        return clip / clip.norm(dim=1, keepdim=True)
+    def embed_text(self, text):
+        """CLIP's embedding of one text, (1, D)."""
+        inputs = self.tokenizer([text], padding=True, truncation=True, return_tensors="pt")
+        return _normalize(self.clip.get_text_features(**inputs.to(self.device)).pooler_output)
+
+
+def _normalize(embeddings):
+    return embeddings / embeddings.norm(dim=1, keepdim=True)
 
 
 def mean_cosine(a, b):
@@ -75,16 +109,21 @@ def mean_distance(a):
     return 1 - (((a @ a.T).sum() - n) / (n * (n - 1))).item()
 
 
-def paper_report(draw, encoders, photos, subject, class_name, scenes):
-    """The five figures of one model; `draw(prompt)` gives two or more of its pictures, (N, H, W, 3) uint8;
-    `photos` are the subject's, (H, W, 3) uint8 each; `subject` is as in training, such as "unqtkn dog"."""
-    real, figures = encoders.see(photos), {"DINO": [], "CLIP-I": [], "CLIP-T": [], "DIV": []}
+def paper_report(sample, encoders, photos, subject, class_name, scenes):
+    """The five metrics of one model.
+
+    `sample(prompt)` gives two or more of its images, (N, H, W, 3) uint8; `photos` are the
+    subject's, (H, W, 3) uint8 each; `subject` is as in training, such as "unqtkn dog".
+    """
+    real = encoders.embed_images(photos)
+    values = {"DINO": [], "CLIP-I": [], "CLIP-T": [], "DIV": []}
     for scene in scenes:
-        seen = encoders.see(draw(f"photo of {scene.format(subject)}"))
-        figures["DINO"].append(mean_cosine(seen["dino"], real["dino"]))
-        figures["CLIP-I"].append(mean_cosine(seen["clip"], real["clip"]))
-        figures["CLIP-T"].append(mean_cosine(seen["clip"], encoders.read(f"photo of a {scene.format(class_name)}")))
-        figures["DIV"].append(mean_distance(seen["dino"]))
-    figures = {name: sum(values) / len(values) for name, values in figures.items()}
-    others = encoders.see(draw(f"photo of a {class_name}"))
-    return {**figures, "PRES": mean_cosine(others["dino"], real["dino"])}
+        generated = encoders.embed_images(sample(f"photo of {scene.format(subject)}"))
+        text = encoders.embed_text(f"photo of a {scene.format(class_name)}")
+        values["DINO"].append(mean_cosine(generated["dino"], real["dino"]))
+        values["CLIP-I"].append(mean_cosine(generated["clip"], real["clip"]))
+        values["CLIP-T"].append(mean_cosine(generated["clip"], text))
+        values["DIV"].append(mean_distance(generated["dino"]))
+    others = encoders.embed_images(sample(f"photo of a {class_name}"))
+    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    return {**means, "PRES": mean_cosine(others["dino"], real["dino"])}

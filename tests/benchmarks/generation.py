@@ -1,14 +1,13 @@
-"""Pictures a second: generate.py's painter against the plain loop of the published example.
+"""Images per second: generate.py's ImageGenerator against the plain loop of the published example.
 
     python tests/benchmarks/generation.py --model_dir $ORIG_MODEL_PATH
 
-The plain loop calls the pipeline for one picture at a time, with 50 steps of the model's own
-scheduler. Both sides alternate in one process, so a busy machine slows them alike; the ratios are
-what counts. After that, generate.py as a command: without Ray, again (nothing is left to make), and with
-Ray on one and two workers.
+The plain loop calls the pipeline for one image at a time, with 50 steps of the model's own
+scheduler. All sides take turns in one process, so that a busy machine slows them alike; the ratios
+are what counts. After that, generate.py as a command: without Ray, again (nothing is missing), and
+with Ray on one and two workers.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -23,102 +22,118 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import generate
-from dreambooth import checks, models
+from dreambooth import cluster, logs
+from dreambooth.cli import ArgumentParser
+from dreambooth.image_generator import ImageGenerator
 
 PROMPT = "photo of a car"
 
 
-def plain_loop(model_dir, count, steps):
-    """Returns a function that makes `count` pictures as the published example does."""
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.float16 if on_gpu else torch.float32
-    pipeline = StableDiffusionPipeline.from_pretrained(model_dir, dtype=dtype, safety_checker=None)
-    pipeline = pipeline.to("cuda" if on_gpu else "cpu")
-    pipeline.set_progress_bar_config(disable=True)
+class PlainLoop:
+    """Generates `num_images` images one at a time, as the published example does."""
 
-    def run(folder):
-        for i in range(count):
-            pipeline(PROMPT, num_inference_steps=steps, guidance_scale=7.5).images[0].save(f"{folder}/{i}.png")
+    def __init__(self, model_dir, num_images, num_inference_steps):
+        on_gpu = torch.cuda.is_available()
+        dtype = torch.float16 if on_gpu else torch.float32
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            model_dir, dtype=dtype, safety_checker=None
+        )
+        self.pipeline = pipeline.to("cuda" if on_gpu else "cpu")
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.num_images = num_images
+        self.num_inference_steps = num_inference_steps
 
-    return run
-
-
-def ours(model_dir, count, *flags):
-    """Returns a function that makes `count` pictures with generate.py's painter."""
-    args = generate.parse_args(
-        [
-            "--model_dir",
-            model_dir,
-            "--output_dir",
-            ".",
-            "--prompts",
-            PROMPT,
-            "--num_samples_per_prompt",
-            str(count),
-            *flags,
-        ]
-    )
-    painter, planned = generate.Painter(args), generate.plan(args)
-
-    def run(folder):
-        painter.folder = Path(folder)
-        list(painter.paint(planned))
-
-    return run
+    def run(self, folder):
+        for i in range(self.num_images):
+            output = self.pipeline(
+                PROMPT, num_inference_steps=self.num_inference_steps, guidance_scale=7.5
+            )
+            output.images[0].save(folder / f"{i}.png")
 
 
-def seconds(run):
+class Ours:
+    """Generates `num_images` images with generate.py's ImageGenerator and its default settings, but
+    for `flags`."""
+
+    def __init__(self, model_dir, num_images, *flags):
+        argv = ["--model_dir", model_dir, "--output_dir", ".", "--prompts", PROMPT]
+        argv += ["--num_samples_per_prompt", str(num_images), *flags]
+        args = generate.parse_args(argv)
+        self.num_images = num_images
+        self.generator = ImageGenerator(args)
+        self.records = generate.plan(args)
+
+    def run(self, folder):
+        self.generator.folder = folder
+        for _ in self.generator.generate(self.records):
+            pass
+
+
+def time_run(side):
+    """Seconds of one run."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        run(folder)
+        side.run(Path(folder))
         return time.perf_counter() - start
 
 
-def main(args):
-    models.quiet()
-    torch.set_num_threads(checks.cores())
-    few, many = args.num_pictures // 4, args.num_pictures
+def compare_in_process(args):
+    """Print the images per second of each side, and its ratio to the plain loop."""
+    model_steps = ["--scheduler", "model", "--num_inference_steps", "50"]
+    plain = "plain loop, 50 steps of the model's scheduler"
     sides = {
-        "plain loop, 50 steps of the model's scheduler": (few, plain_loop(args.model_dir, few, 50)),
-        "ours, 50 steps of the model's scheduler": (
-            many,
-            ours(args.model_dir, many, "--scheduler", "model", "--num_inference_steps", "50"),
+        plain: PlainLoop(args.model_dir, args.num_images // 4, 50),
+        "ours, 50 steps of the model's scheduler": Ours(
+            args.model_dir, args.num_images, *model_steps
         ),
-        "ours, defaults (25 steps of DPM-Solver++)": (many, ours(args.model_dir, many)),
+        "ours, defaults (25 steps of DPM-Solver++)": Ours(args.model_dir, args.num_images),
     }
+    for side in sides.values():  # warm up
+        time_run(side)
     rates = {name: [] for name in sides}
-    for turn in range(args.turns + 1):
-        for name, (count, run) in sides.items():
-            rate = count / seconds(run)
-            if turn:  # the first turn warms up
-                rates[name].append(rate)
-    plain = statistics.median(next(iter(rates.values())))
-    for name, values in rates.items():
-        middle = statistics.median(values)
-        print(f"{name:48} {middle:7.3f} pictures/s  {middle / plain:6.2f} x")
-    compare_commands(args)
+    for _ in range(args.turns):
+        for name, side in sides.items():
+            rates[name].append(side.num_images / time_run(side))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, rate in medians.items():
+        print(f"{name:48} {rate:7.3f} images/s  {rate / medians[plain]:6.2f} x", flush=True)
 
 
 def compare_commands(args):
     """Print the seconds of generate.py as a command, start-up included."""
-    workers = [n for n in (1, 2, 4) if n <= (torch.cuda.device_count() or 2)]
+    num_images = 4 * args.num_images
+    runs = [("without Ray", "local", []), ("again", "local", [])]
+    for n in (1, 2, 4):
+        if n <= (torch.cuda.device_count() or 2):
+            flags = ["--use_ray_data", "--num_workers", str(n)]
+            runs.append((f"{n} worker(s)", f"ray-{n}", flags))
     with tempfile.TemporaryDirectory() as folder:
-        for name, flags in [
-            ("alone", []),
-            ("again", []),
-            *((f"ray-{n}", ["--use_ray_data", "--num_workers", n]) for n in workers),
-        ]:
-            output_dir = Path(folder) / name.replace("again", "alone")
-            command = [sys.executable, ROOT / "generate.py", "--model_dir", args.model_dir, "--output_dir", output_dir]
-            command += ["--prompts", PROMPT, "--num_samples_per_prompt", 4 * args.num_pictures, *flags]
+        for name, output_dir, flags in runs:
+            command = [sys.executable, ROOT / "generate.py", "--model_dir", args.model_dir]
+            command += ["--output_dir", Path(folder) / output_dir, "--prompts", PROMPT]
+            command += ["--num_samples_per_prompt", str(num_images), *flags]
             start = time.perf_counter()
-            subprocess.run(list(map(str, command)), check=True, capture_output=True)
-            print(f"generate.py, {4 * args.num_pictures} pictures, {name:6} {time.perf_counter() - start:6.1f} s")
+            subprocess.run(command, check=True, capture_output=True)
+            seconds = time.perf_counter() - start
+            print(f"generate.py, {num_images} images, {name:12} {seconds:6.1f} s", flush=True)
+
+
+def main(args):
+    logs.hide_progress_bars(verbose=False)
+    torch.set_num_threads(cluster.num_cores())
+    compare_in_process(args)
+    compare_commands(args)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--model_dir", required=True, help="a pipeline directory")
+    parser.add_argument(
+        "--num_images", type=int, default=16, help="images per turn; a quarter for the plain loop"
+    )
+    parser.add_argument("--turns", type=int, default=3, help="turns measured, after a warm-up")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=checks.HelpFormatter)
-    parser.add_argument("--model_dir", required=True, help="a pipeline directory")
-    parser.add_argument("--num_pictures", type=int, default=16, help="pictures a turn; the plain loop makes a quarter")
-    parser.add_argument("--turns", type=int, default=3, help="turns measured, after one that warms up")
-    main(parser.parse_args())
+    main(parse_args())

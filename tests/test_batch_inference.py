@@ -1,0 +1,162 @@
+"""Batch inference with Ray Data: the same images as without, on any number of workers."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import generate
+from dreambooth import batch_inference, outputs
+from dreambooth.batch_inference import count_batches, generate_with_ray
+from dreambooth.cli import UserError
+
+
+def batch_sizes(num_records, num_batches):
+    """The numbers of records in the batches: equal, or they differ by one."""
+    ends = [num_records * (i + 1) // num_batches for i in range(num_batches)]
+    return np.diff([0, *ends])
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("batch_size", [None, 1, 4, 7])
+def test_gpus_end_together(num_gpus, batch_size):
+    """Each generates the same number of batches, as few as possible, and none is larger than asked
+    for. (Of single images, some GPUs generate one more.)"""
+    largest = batch_size or batch_inference.MAX_BATCH
+    for num_records in (1, 3, 4, 17, 64, 65, 100, 200, 1000):
+        num_batches = count_batches(num_records, num_gpus, num_gpus, batch_size)
+        sizes = batch_sizes(num_records, num_batches)
+        assert 1 <= min(sizes)
+        assert max(sizes) <= largest
+        batches_per_gpu = math.ceil(num_records / (num_gpus * largest))
+        assert num_batches == min(num_records, batches_per_gpu * num_gpus)
+        images_per_gpu = [sum(sizes[gpu::num_gpus]) for gpu in range(num_gpus)]
+        assert sum(images_per_gpu) == num_records
+        assert max(images_per_gpu) - min(images_per_gpu) <= batches_per_gpu
+
+
+def test_200_images_on_4_gpus():
+    """50 each, in 4 batches of 12 or 13. Batches of 16 would be 13: one GPU with 4, the others
+    with 3."""
+    assert count_batches(200, 4, 4) == 16
+
+
+@pytest.mark.parametrize(
+    ("num_records", "num_batches"), [(1, 1), (16, 1), (17, 2), (32, 2), (200, 13)]
+)
+@pytest.mark.parametrize("num_workers", [1, 2, 8])
+def test_on_a_cpu_there_are_as_few_batches_as_possible(num_records, num_batches, num_workers):
+    """Each is padded to 16 images: a smaller one takes as long."""
+    assert count_batches(num_records, num_workers, 0) == num_batches
+    assert count_batches(num_records, num_workers, 0, batch_size=4) == num_batches
+
+
+@pytest.fixture
+def batches_only(monkeypatch):
+    """In place of an ImageGenerator, a class that gives each record the size of its batch. (Local:
+    Ray's workers do not find the tests' modules.)"""
+
+    class NoteBatch:
+        def __init__(self, args):
+            pass
+
+        def __call__(self, batch):
+            return batch.assign(batch_size=len(batch))
+
+    monkeypatch.setattr(batch_inference, "ImageGenerator", NoteBatch)
+
+
+@pytest.mark.parametrize("num_records", [3, 37])
+def test_a_batch_is_a_block(generate_args, ray_address, batches_only, num_records):
+    """Ray Data neither splits nor joins blocks, and keeps the records' order."""
+    args = generate_args("out", num_samples_per_prompt=num_records)
+    rows = list(generate_with_ray(args, generate.plan(args)))
+    assert [row["index"] for row in rows] == list(range(num_records))
+    sizes = [row["batch_size"] for row in rows]
+    num_batches = sum(1 / size for size in sizes)
+    assert num_batches == pytest.approx(count_batches(num_records, 1, 0))
+    assert max(sizes) <= batch_inference.CPU_BATCH
+
+
+def test_images_are_the_same_with_ray_and_without(
+    generate_args, digests, ray_address, tmp_path, generated
+):
+    """Twenty images, in this process and on two workers of Ray: the same pixels to the last bit,
+    and the same records."""
+    flags = {"prompts": generated.prompts, "num_samples_per_prompt": 10}
+    generate.main(generate_args(tmp_path / "local", **flags))
+    generate.main(generate_args(tmp_path / "ray", use_ray_data=True, num_workers=2, **flags))
+    local = digests(tmp_path / "local")
+    assert len(set(local.values())) == 20
+    assert digests(tmp_path / "ray") == local
+    local_lines = (tmp_path / "local" / outputs.RECORDS).read_text().splitlines()
+    ray_lines = (tmp_path / "ray" / outputs.RECORDS).read_text().splitlines()
+    assert len(local_lines) == 20
+    assert sorted(ray_lines) == sorted(local_lines)
+
+
+def test_fewer_images_than_workers_with_a_lora(
+    generate_args, digests, lora_dir, ray_address, tmp_path
+):
+    """Fault 9 of the published example: with fewer than four samples the batch size was 0, four
+    GPUs were hard-wired, and a LoRA was silently ignored with Ray Data. One image for two workers,
+    with a LoRA: the one generated without Ray, and not the one without the LoRA."""
+    plain = generate_args(tmp_path / "plain")
+    generate.main(plain)
+    local = generate_args(tmp_path / "local", lora_weights_dir=lora_dir)
+    generate.main(local)
+    args = generate_args(tmp_path / "ray", lora_weights_dir=lora_dir, num_workers=2)
+    finished = list(generate_with_ray(args, generate.plan(args)))
+    assert len(finished) == 1
+    assert digests(tmp_path / "ray") == digests(tmp_path / "local")
+    assert digests(tmp_path / "ray") != digests(tmp_path / "plain")
+    # What comes back through Ray is a record like any other: of Python's own types.
+    assert outputs.read_record(tmp_path / "ray" / finished[0]["file"]) == finished[0]
+    assert json.loads(json.dumps(finished[0])) == finished[0]
+
+
+def test_a_worker_that_generates_nothing_is_a_user_error(
+    broken_model_dir, generate_args, digests, ray_address, tmp_path
+):
+    """What an actor of Ray Data raises reaches the user without its stack trace."""
+    args = generate_args(tmp_path / "new", model_dir=broken_model_dir, use_ray_data=True)
+    with pytest.raises(UserError, match="^the model generates nothing for") as error:
+        generate.main(args)
+    assert "\n" not in str(error.value)
+    assert digests(tmp_path / "new") == {}
+
+
+def test_more_workers_than_cores_are_refused(generate_args, ray_address):
+    args = generate_args("out", num_workers=9)
+    with pytest.raises(UserError, match="--num_workers 9: the cluster has 2 CPU cores"):
+        next(generate_with_ray(args, generate.plan(args)))
+
+
+def test_each_gpu_gets_an_actor(generate_args, monkeypatch):
+    """With --num_workers fewer of them. What would run is kept, as there is no GPU here."""
+    calls = []
+
+    class Rows:
+        def map_batches(self, cls, **settings):
+            calls.append(settings)
+            return self
+
+        def iter_rows(self):
+            return iter([])
+
+    monkeypatch.setattr(batch_inference.cluster, "start_ray", lambda *args, **kwargs: (4, 16))
+    monkeypatch.setattr(
+        batch_inference.ray.data, "from_items", lambda records, override_num_blocks: Rows()
+    )
+    monkeypatch.setattr(
+        batch_inference.ray.data, "ActorPoolStrategy", lambda size: SimpleNamespace(size=size)
+    )
+    args = generate_args("out", num_samples_per_prompt=200)
+    list(generate_with_ray(args, generate.plan(args)))
+    args = generate_args("out", num_samples_per_prompt=200, num_workers=2)
+    list(generate_with_ray(args, generate.plan(args)))
+    assert [call["compute"].size for call in calls] == [4, 2]
+    assert [call["num_gpus"] for call in calls] == [1, 1]
+    assert [call["batch_size"] for call in calls] == [13, 15]

@@ -1,0 +1,161 @@
+"""Images to latents, once; noise and timesteps that follow from a pair's position alone."""
+
+import pytest
+import torch
+
+from dreambooth import latents
+
+SHAPE = (4, 8, 8)  # of one image's latents
+
+
+def test_each_image_has_noise_of_its_own():
+    """256 numbers for each of 64 images and both kinds of noise: all unrelated."""
+    noise = torch.cat(latents.sample_noise(0, range(32), SHAPE, "cpu"))
+    assert noise.shape == (128, *SHAPE)
+    correlations = torch.corrcoef(noise.flatten(1)) - torch.eye(128)
+    assert correlations.abs().max() < 0.4
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+
+
+def test_noise_of_a_pair_follows_from_seed_and_position_alone():
+    """However pairs are dealt to workers and batches."""
+    every = latents.sample_noise(3, range(32), SHAPE, "cpu")
+    some = latents.sample_noise(3, [5, 2, 30], SHAPE, "cpu")
+    rows = [5, 2, 30, 32 + 5, 32 + 2, 32 + 30]  # instance half first
+    for kind in range(2):
+        assert torch.equal(some[kind], every[kind][rows])
+
+
+def test_another_seed_gives_other_noise_and_timesteps():
+    _, noise = latents.sample_noise(3, range(32), SHAPE, "cpu")
+    _, other = latents.sample_noise(4, range(32), SHAPE, "cpu")
+    assert (noise.flatten(1) * other.flatten(1)).mean(1).abs().max() < 0.3
+    timesteps = latents.sample_timesteps(3, range(32), 1000)
+    assert (timesteps != latents.sample_timesteps(4, range(32), 1000)).sum() > 55
+
+
+def test_timesteps_of_a_pair_follow_from_seed_and_position_alone():
+    every = latents.sample_timesteps(3, range(32), 1000)
+    some = latents.sample_timesteps(3, [5, 2, 30], 1000)
+    assert torch.equal(some, every[[5, 2, 30, 32 + 5, 32 + 2, 32 + 30]])
+
+
+def test_each_image_has_a_timestep_of_its_own():
+    timesteps = latents.sample_timesteps(0, range(32), 1000)
+    assert timesteps.shape == (64,)
+    assert timesteps.dtype == torch.long
+    assert len(set(timesteps.tolist())) > 50
+    assert timesteps.min() >= 0
+    assert 900 < timesteps.max() < 1000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_timesteps_of_consecutive_pairs_are_spread_evenly(seed):
+    """High and low noise in every step: any eight consecutive pairs have one or more timesteps in
+    each quarter, and of a whole run each tenth of the timesteps gets its tenth."""
+    halves = latents.sample_timesteps(seed, range(1000), 1000).view(2, 1000)
+    quarters = halves.unfold(1, 8, 1) // 250  # (2, 993, 8)
+    for quarter in range(4):
+        assert (quarters == quarter).any(2).all()
+    for timesteps in halves:
+        counts = torch.bincount(timesteps // 100, minlength=10)
+        assert (counts - 100).abs().max() <= 2
+
+
+def test_independent_timesteps_would_not_be_spread_evenly():
+    """They miss a quarter in about every third step: the test above can fail."""
+    generator = torch.Generator().manual_seed(0)
+    quarters = torch.randint(4, (993, 8), generator=generator)
+    misses = torch.stack([(quarters != quarter).all(1) for quarter in range(4)]).any(0)
+    assert misses.float().mean() > 0.2
+
+
+def test_over_seeds_a_timestep_is_uniform():
+    """Mean 499.5, standard deviation 288.7; and the two halves start independently."""
+    first = torch.stack([latents.sample_timesteps(seed, [7], 1000) for seed in range(500)])
+    first = first.double()  # (500, 2)
+    assert (first.mean(0) - 499.5).abs().max() < 4 * 288.7 / 500**0.5
+    assert (first.std(0) - 288.7).abs().max() < 30
+    assert torch.corrcoef(first.T)[0, 1].abs() < 0.2
+
+
+@pytest.fixture
+def vae(load_models):
+    vae, _, _ = load_models()
+    return vae
+
+
+def random_images(count):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, 64, 64, generator=generator).clamp(-1, 1)
+
+
+@pytest.fixture
+def pass_sizes(vae):
+    """The number of images in each forward pass of the VAE so far."""
+    sizes = []
+    vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    return sizes
+
+
+def test_a_posterior_does_not_depend_on_the_images_beside_it(vae, pass_sizes):
+    """Not in its last bit: on a CPU the VAE takes one image per pass."""
+    images = random_images(3)
+    together = latents.encode(vae, images)
+    assert pass_sizes == [1, 1, 1]
+    for i in range(3):
+        assert torch.equal(latents.encode(vae, images[i : i + 1]), together[i : i + 1])
+
+
+def batches_of_five_images():
+    """Six batches of two pairs, made of five images; a key stands for an image."""
+    pool = random_images(5)
+    for number in range(6):
+        numbers = [(number * 4 + i * (number + 1)) % 5 for i in range(4)]
+        yield {
+            "images": pool[numbers],
+            "keys": [f"image{i}" for i in numbers],
+            "positions": [2 * number, 2 * number + 1],
+        }
+
+
+def test_each_crop_is_encoded_once_with_the_same_result(vae, pass_sizes):
+    """Fault 8 of the published example: the VAE ran again for every image in every epoch."""
+    encoded = list(latents.encode_batches(vae, batches_of_five_images(), torch.device("cpu")))
+    assert sum(pass_sizes) == 5
+    for number, batch in enumerate(batches_of_five_images()):
+        assert torch.equal(encoded[number]["posteriors"], latents.encode(vae, batch["images"]))
+        assert encoded[number]["positions"] == batch["positions"]
+
+
+def test_a_batch_is_read_and_encoded_when_a_step_asks_for_it(vae, pass_sizes):
+    """So that the first step waits for its own images alone."""
+    read = []
+
+    def batches():
+        for batch in batches_of_five_images():
+            read.append(batch)
+            yield batch
+
+    encoded = latents.encode_batches(vae, batches(), torch.device("cpu"))
+    assert read == []
+    next(encoded)
+    assert len(read) == 1
+    assert sum(pass_sizes) == len(set(read[0]["keys"]))
+
+
+def test_the_posterior_is_the_one_that_diffusers_samples_from(vae):
+    """Mean and standard deviation, scaled; a sample is mean + standard deviation * noise."""
+    vae.register_to_config(scaling_factor=0.5)
+    images = random_images(4)
+    posteriors = latents.encode(vae, images)
+    assert posteriors.shape == (4, 2, 4, 16, 16)
+    assert posteriors.dtype == torch.float32
+    assert not posteriors.requires_grad
+    with torch.no_grad():
+        distribution = vae.encode(images).latent_dist
+    expected = 0.5 * distribution.sample(torch.Generator().manual_seed(0))
+    noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    found = latents.sample_posterior(posteriors, noise)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
