@@ -254,6 +254,40 @@ def assert_one_line():
 
 
 @pytest.fixture(scope="session")
+def run_train(run_script, train_argv, tmp_path_factory):
+    """Run train.py as a command that succeeds: run_train(num_workers=2) returns a namespace of its
+    output_dir, stdout and stderr. It starts a Ray of its own, unless `ray_address` is given."""
+
+    def run(ray_address="", **changes):
+        folder = tmp_path_factory.mktemp("train")
+        output_dir = folder / "out"
+        argv = train_argv(output_dir, log_every=1, **changes)
+        result = run_script("train.py", *argv, RAY_ADDRESS=ray_address)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert [path.name for path in folder.iterdir()] == ["out"]  # nothing else is left there
+        return SimpleNamespace(
+            output_dir=output_dir, stdout=result.stdout, stderr=result.stderr, changes=changes
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def one_worker(run_train):
+    """A run with the default recipe on one worker."""
+    return run_train(num_workers=1)
+
+
+@pytest.fixture(scope="session")
+def two_workers(run_train):
+    """A run on two workers, each of which accumulates two forward passes per step. (AdamW's large
+    epsilon makes its updates smooth in the gradients, so that rounding does not grow.)"""
+    return run_train(
+        num_workers=2, gradient_accumulation_steps=2, adam_epsilon=1e-2, lr=1e-3, max_train_steps=2
+    )
+
+
+@pytest.fixture(scope="session")
 def ray_address():
     """The address of one Ray with two cores, which all tests of this process share.
 
