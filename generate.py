@@ -12,7 +12,10 @@ of the same command generates only what is missing.
 
 import argparse
 import itertools
+import os
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: see cluster.py
 
 from tqdm import tqdm
 

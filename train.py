@@ -10,11 +10,14 @@ generate.py takes both. The diffusion step itself is in dreambooth/loss.py.
 """
 
 import argparse
-import dataclasses
-import shutil
+import os
+import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: see cluster.py
 
 import ray
 import ray.train
@@ -22,11 +25,11 @@ import torch
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from dreambooth import cluster, dataset, latents, logs
+from dreambooth import checkpointer, checkpoints, cluster, dataset, latents, logs, ray_errors
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
 from dreambooth.loss import training_loss
 from dreambooth.report import Report, where_the_seconds_went
-from dreambooth.training_plan import TrainingPlan, make_plan
+from dreambooth.training_plan import TrainingPlan, check_flags, make_plan, worker_range
 
 LR_SCHEDULERS = [
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -71,20 +74,28 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="for pairs, crops, noise and timesteps")
 
     add = parser.add_argument_group("run").add_argument
-    add("--num_workers", type=int, default=2, help="one GPU per worker, where there are GPUs")
+    workers_help = "one GPU each, where there are GPUs; 2:4 for as many as there are"
+    add("--num_workers", type=worker_range, default="2", help=workers_help)
     dtype_help = "of trained weights and optimizer; bf16 (Kahan summation) takes 10 bytes, not 16"
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
+    every_help = "steps between checkpoints; 0: none (default: a tenth of a run, if over a minute)"
+    add("--checkpointing_steps", type=int, help=every_help)
+    add("--checkpoints_total_limit", type=int, default=1, help="checkpoints to keep")
+    add("--storage_path", type=absolute_path, help="where they go (default: beside the result)")
+    add("--restart", action="store_true", help="begin anew, whatever checkpoints there are")
+    add("--max_failures", type=int, default=3, help="how often to restart after a worker's death")
+    add("--wait_for_gpus", type=int, default=0, help="seconds to wait for workers' GPUs or cores")
     add("--log_every", type=int, default=10, help="steps between two lines of the log")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")
     return parser.parse_args(argv)
 
 
-def forward_backward(denoiser, scheduler, batches, prompt_ids, args):
+def forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args):
     """Add the gradients of one step to the denoiser's parameters; returns its loss, a scalar."""
     step_loss = 0.0
-    for i in range(args.gradient_accumulation_steps):
+    for i in range(num_passes):
         batch = next(batches)
         posteriors, positions = batch["posteriors"], batch["positions"]
         posterior_noise, noise = latents.sample_noise(
@@ -94,13 +105,13 @@ def forward_backward(denoiser, scheduler, batches, prompt_ids, args):
             args.seed, positions, scheduler.config.num_train_timesteps
         ).to(posteriors.device, non_blocking=True)
         # DDP averages the workers' gradients once per step, in its last backward pass.
-        last = i == args.gradient_accumulation_steps - 1
+        last = i == num_passes - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():
             loss = training_loss(
                 denoiser, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps,
                 args.prior_loss_weight, args.snr_gamma,
             )  # fmt: skip
-            loss = loss / args.gradient_accumulation_steps
+            loss = loss / num_passes
             loss.backward()
         step_loss += loss.detach()
     return step_loss
@@ -119,6 +130,7 @@ def train_fn(config):
     rank = context.get_world_rank()
     num_workers = context.get_world_size()
     device = get_device()
+    pairs_per_pass, num_passes = plan.divide(num_workers)
     report = Report(plan, args.log_every, config["started"], enabled=rank == 0)
     if device.type == "cpu":  # Ray gives a worker one thread; it takes its share of the cores
         torch.set_num_threads(max(1, cluster.num_cores() // context.get_local_world_size()))
@@ -127,7 +139,7 @@ def train_fn(config):
     # Set up the data: this worker's pairs, a batch per forward pass, read while the models load.
     shard = ray.train.get_dataset_shard("train")  # [2]
     batches = shard.iter_torch_batches(
-        batch_size=args.train_batch_size, collate_fn=dataset.collate, prefetch_batches=4
+        batch_size=pairs_per_pass, collate_fn=dataset.collate, prefetch_batches=4
     )
     batches = dataset.prefetch_first(batches)
 
@@ -135,7 +147,7 @@ def train_fn(config):
     vae, denoiser, scheduler = models.load_models(args, device)
     ddp_settings = {
         "gradient_as_bucket_view": True,
-        "static_graph": args.gradient_accumulation_steps == 1,
+        "static_graph": num_passes == 1,
         "forward_sync_buffers": False,
     }
     ddp = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)  # [3]
@@ -147,77 +159,89 @@ def train_fn(config):
         args.lr_scheduler, optimizer, None, args.lr_warmup_steps, plan.num_steps
     )
     prompt_ids = torch.tensor(plan.prompt_ids, device=device)
+    saver = checkpointer.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank)
+    first_step = saver.restore()
     report.models_are_ready(parameters, num_workers, device)
 
     # Encode each image once, when a step first needs it.
     batches = latents.encode_batches(vae, batches, device)
-    for step in range(plan.num_steps):
-        loss = forward_backward(ddp, scheduler, batches, prompt_ids, args)
+    for step in range(first_step, plan.num_steps):
+        loss = forward_backward(ddp, scheduler, batches, prompt_ids, num_passes, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         report.step_is_done(step, loss, grad_norm, lr_schedule.get_last_lr()[0])
         lr_schedule.step()
+        saver.step_is_done(step + 1)
 
+    saver.finish()  # [4]
     report.steps_are_done()
     if rank == 0:
         models.save(denoiser, args)
-    return report.summary()  # [4] rank 0's is the Result's return value
+    return report.summary()  # [5] rank 0's is the Result's return value
 
 
 def build_trainer(args, plan, num_gpus, num_cpus, started):
     """Pair the images for the whole run and hand them to a TorchTrainer."""
     num_pairs = plan.num_steps * plan.pairs_per_step
     pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, num_pairs, args.seed)
-    # On a CPU the workers reserve at most half of the cores: Ray Data's tasks need the rest, and
-    # would wait for ever if all were reserved.
-    resources = {"CPU": min(1.0, num_cpus / (2 * args.num_workers))}
-    if num_gpus:
-        resources = {"GPU": 1}
-    ray_logs = None if args.verbose else ray.train.LoggingConfig(log_level="CRITICAL")
+    deal_pairs = dataset.DealPairs(plan.pairs_per_step, plan.resolution, args.seed)
+    run_dir = checkpoints.run_dir(args)
+    in_driver = cluster.runs_in_driver(args.num_workers)  # then all pairs are for one
+
+    def build_dataset():
+        _, first_step = checkpoints.find_newest(run_dir)
+        rows = dataset.build_dataset(pairs[first_step * plan.pairs_per_step :], args.verbose)
+        return deal_pairs.shard(rows, rank=0, world_size=1) if in_driver else rows
+
     return TorchTrainer(
         train_fn,
-        train_loop_config={
-            "args": vars(args),
-            "plan": dataclasses.asdict(plan),
-            "started": started,
-        },
-        datasets={"train": lambda: dataset.build_dataset(pairs, args.verbose)},  # [5]
-        dataset_config=dataset.DealPairs(plan.pairs_per_step, plan.resolution, args.seed),  # [6]
-        scaling_config=ray.train.ScalingConfig(  # [7]
-            num_workers=args.num_workers,
-            use_gpu=bool(num_gpus),
-            resources_per_worker=resources,
-        ),
-        run_config=ray.train.RunConfig(  # [8]
-            storage_path=str(storage_dir(args)), name="run", logging_config=ray_logs
+        train_loop_config={"args": vars(args), "plan": asdict(plan), "started": started},
+        datasets={"train": build_dataset},  # [6] called again for each worker group
+        dataset_config=deal_pairs,  # [7]
+        scaling_config=cluster.scaling_config(args.num_workers, num_gpus, num_cpus),  # [8]
+        run_config=ray.train.RunConfig(  # [9]
+            storage_path=str(run_dir.parent),
+            name=run_dir.name,
+            failure_config=ray.train.FailureConfig(max_failures=args.max_failures),
+            callbacks=[ray_errors.NoRetryForUserErrors()],
+            logging_config=cluster.train_logs(args.verbose),
         ),
     )
-
-
-def storage_dir(args):
-    """Ray Train's own files, beside the result because every node sees that; removed at the end."""
-    output_dir = Path(args.output_dir)
-    return output_dir.with_name(f".{output_dir.name}.ray")
 
 
 def main(args):
     """Check the arguments, start Ray, train, and say where the result is."""
     started = time.time()
+    check_flags(args)
+    ray_start = cluster.start_ray_in_background(args.verbose)
     plan = make_plan(args)
-    num_gpus, num_cpus = cluster.start_ray(args.verbose)
-    cluster.check_num_workers(args.num_workers, num_gpus, num_cpus)
-    print(f"{plan}, {args.num_workers} worker(s); {num_gpus} GPUs, {num_cpus} cores")
-    shutil.rmtree(storage_dir(args), ignore_errors=True)  # left by a killed run
-    trainer = build_trainer(args, plan, num_gpus, num_cpus, started)
+    ray_start.result()
+    num_gpus, num_cpus = cluster.wait_for_workers(args.num_workers[0], args.wait_for_gpus)
+    print(f"{plan}; {num_gpus} GPUs, {num_cpus} cores")
+    run_dir = checkpoints.run_dir(args)
+    checkpoints.prepare(args, plan.identity(args))
+    inputs = [args.model_dir, args.instance_images_dir, args.class_images_dir]
+    cluster.check_shared_storage([*inputs, str(run_dir)])
+    stop = checkpointer.StopOnSignal(run_dir)
     try:
-        result = trainer.fit()  # [9]
-    except ray.train.TrainingFailedError as error:
-        raise cluster.training_error(error) from error
+        result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))  # [10]
+    except (
+        ray.train.TrainingFailedError,
+        ray.exceptions.RayError,
+        RuntimeError,
+        ValueError,
+    ) as error:
+        if stop.signal:
+            _, step = checkpoints.find_newest(run_dir)
+            print(f"stopped after step {step}: the same command goes on", file=sys.stderr)
+            sys.exit(128 + stop.signal)
+        raise ray_errors.training_error(error) or error from None
     finally:
-        shutil.rmtree(storage_dir(args), ignore_errors=True)
+        checkpoints.remove_unless_needed(run_dir)
     if not Path(args.output_dir).is_dir():
         raise UserError(f"{args.output_dir} is on another node: it must be on shared storage")
+    checkpoints.remove(run_dir)
     print(where_the_seconds_went(result.return_value))
     print(f"wrote {args.output_dir} ({time.time() - started:.0f} s in all)")
 

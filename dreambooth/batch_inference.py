@@ -4,7 +4,7 @@ import math
 
 import ray.data
 
-from dreambooth import cluster
+from dreambooth import cluster, ray_errors
 from dreambooth.cli import UserError
 from dreambooth.image_generator import CPU_BATCH, MAX_BATCH, ImageGenerator
 
@@ -35,7 +35,7 @@ def generate_with_ray(args, records):
     try:
         yield from rows.iter_rows()  # [4]
     except ray.exceptions.RayError as error:
-        message = cluster.user_error_in(error)
+        message = ray_errors.user_error_in(error)
         if message:
             raise UserError(message) from None
         raise

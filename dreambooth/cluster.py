@@ -1,16 +1,23 @@
-"""Ray: its start, the hardware it finds, and the errors that come back through it.
+"""Ray: its start, and the nodes, GPUs and cores that it finds.
 
 python -m dreambooth.cluster    # prints the number of GPUs, of RAY_ADDRESS or of this machine
 """
 
 import logging
 import os
-import re
+import signal
 import socket
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import ray
 import ray.data
+import ray.train
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dreambooth import logs
 from dreambooth.cli import UserError, run_main
@@ -18,8 +25,14 @@ from dreambooth.cli import UserError, run_main
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of a run waits for the next check
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it, each line that a worker prints appears twice
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # for checkpoints; a run here saves at its end
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # a node may be lost while workers start
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # and then nobody answers
+    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",  # no dashboard: do not look for it
     "RAY_DEDUP_LOGS": "0",
+    # Beside other programs, workers get their share of the cores: by default Ray lowers their
+    # priority, and a thread of torch that waits for another one spins until its time is up.
+    "RAY_worker_niceness": "0",
+    "GOMP_SPINCOUNT": "1000",
 }
 
 
@@ -42,8 +55,66 @@ def start_ray(verbose=False, log_to_driver=True):
     data_context.enable_progress_bars = verbose
     data_context.execution_options.preserve_order = True  # the same rows in the same order
     logs.configure(verbose)  # Ray has set levels of its own
-    resources = ray.cluster_resources()
-    return int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # no trace of Ray's
+    return resources()
+
+
+def resources():
+    """The numbers of GPUs and CPU cores of the cluster, now."""
+    total = ray.cluster_resources()
+    return int(total.get("GPU", 0)), int(total.get("CPU", 1))
+
+
+def start_ray_in_background(verbose=False):
+    """`start_ray` in a thread, as it mostly waits; returns a future of its result."""
+    started = Future()
+
+    def start():
+        try:
+            started.set_result(start_ray(verbose))
+        except Exception as error:
+            started.set_exception(error)
+        threading.Event().wait()  # Linux kills Ray's processes with the thread that started them
+
+    threading.Thread(target=start, daemon=True).start()
+    return started
+
+
+def fit(trainer):
+    """`trainer.fit()`, in a thread unless it runs in this process: Ray Train would else take over
+    Ctrl-C."""
+    if trainer.running_in_local_mode:
+        return trainer.fit()
+    return ThreadPoolExecutor(1).submit(trainer.fit).result()
+
+
+def scaling_config(num_workers, num_gpus, num_cpus):
+    """Ray Train's ScalingConfig for a range (minimum, maximum) of workers."""
+    if runs_in_driver(num_workers):
+        return ray.train.ScalingConfig(num_workers=0)
+    fewest, most = num_workers
+    # On a CPU the workers reserve at most half of the cores: Ray Data's tasks need the rest, and
+    # would wait for ever if all were reserved. (1, 1/2, 1/4: exact fractions, which Ray adds up.)
+    cpus = 1.0
+    while cpus * most > num_cpus / 2:
+        cpus /= 2
+    return ray.train.ScalingConfig(
+        num_workers=most if fewest == most else (fewest, most),
+        use_gpu=bool(num_gpus),
+        resources_per_worker={"GPU": 1} if num_gpus else {"CPU": cpus},
+    )
+
+
+def train_logs(verbose):
+    """Ray Train's LoggingConfig."""
+    return None if verbose else ray.train.LoggingConfig(log_level="CRITICAL")
+
+
+def runs_in_driver(num_workers):
+    """Whether training needs no worker process: one worker, and no cluster to run it on. In its
+    local mode, Ray Train then calls train_fn in this process and starts no others."""
+    return num_workers == (1, 1) and not os.environ.get("RAY_ADDRESS")
 
 
 def _connect(address, verbose, log_to_driver):
@@ -54,9 +125,10 @@ def _connect(address, verbose, log_to_driver):
     if not address:
         ray.init(address="local", include_dashboard=False, **log_settings)
         return
+    package = {"py_modules": [str(Path(__file__).parent)]}  # the nodes need not have this checkout
     try:
         check_address(address)
-        ray.init(address=address, **log_settings)
+        ray.init(address=address, runtime_env=package, **log_settings)
     except (OSError, ValueError) as error:  # ValueError: not an address
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there;"
@@ -70,6 +142,42 @@ def check_address(address):
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def wait_for_workers(num_workers, seconds):
+    """The numbers of GPUs and CPU cores of the cluster, which must suffice for `num_workers`; with
+    `seconds`, as soon as there is a GPU for each. UserError: not within that time."""
+    num_gpus, num_cpus = resources()
+    deadline = time.time() + seconds
+    if seconds and num_gpus < num_workers:
+        print(f"waiting {seconds} s for {num_workers} GPUs: there are {num_gpus}", flush=True)
+    while num_gpus < num_workers and time.time() < deadline:
+        time.sleep(1)
+        num_gpus, num_cpus = resources()
+    if seconds and num_gpus < num_workers:
+        raise UserError(f"still {num_gpus} GPUs after {seconds} s: give --num_workers {num_gpus}")
+    check_num_workers(num_workers, num_gpus, num_cpus)
+    return num_gpus, num_cpus
+
+
+@ray.remote(num_cpus=0)
+def _missing_paths(paths):
+    return [path for path in paths if not os.path.exists(path)]
+
+
+def check_shared_storage(paths):
+    """Every node must see each of `paths`: a UserError names a node and the path that it lacks."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if len(nodes) < 2:
+        return
+    on_node = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    tasks = [_missing_paths.options(scheduling_strategy=node).remote(paths) for node in on_node]
+    for node, missing in zip(nodes, ray.get(tasks), strict=True):
+        if missing:
+            raise UserError(
+                f"node {node['NodeManagerHostname']} does not see {missing[0]}:"
+                " put it on storage that all nodes share"
+            )
 
 
 def check_num_workers(num_workers, num_gpus, num_cpus):
@@ -88,37 +196,6 @@ def num_cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
-
-
-def user_error_in(error):
-    """The message of the `UserError` behind an exception that crossed Ray; None if there is none.
-
-    It is the exception itself or one of its causes. Only where Ray has lost the cause and kept its
-    text is it read from that.
-    """
-    causes = [error]
-    while causes[-1] is not None:
-        # A RayTaskError has its original exception as an attribute.
-        causes.append(getattr(causes[-1], "cause", None) or causes[-1].__cause__)
-    for cause in causes:
-        if type(cause) is UserError:
-            return str(cause)
-    in_text = re.findall(rf"\b{UserError.__name__}: (.*)", str(error))
-    return in_text[-1] if in_text else None
-
-
-def training_error(error):
-    """The `UserError` behind a failed training; `error` itself if it is not the user's."""
-    for cause in getattr(error, "worker_failures", {}).values():
-        if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
-            return UserError(
-                "out of GPU memory: give --gradient_checkpointing, --param_dtype bf16, --use_lora,"
-                " or a smaller --train_batch_size or --resolution"
-            )
-        message = user_error_in(cause)
-        if message:
-            return UserError(message)
-    return error
 
 
 def count_gpus():

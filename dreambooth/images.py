@@ -4,6 +4,7 @@ python -m dreambooth.images SOURCE FOLDER      # FOLDER then holds the images of
 """
 
 import argparse
+import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -85,6 +86,14 @@ def check_images(paths, resolution):
                 f"{path}: {width} x {height} pixels are too small to train at {resolution};"
                 f" use an image of {resolution} or more"
             )
+
+
+def digest(paths):
+    """A digest of the content of image files, in their order."""
+    whole = hashlib.sha256()
+    for path in paths:
+        whole.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return whole.hexdigest()[:16]
 
 
 @lru_cache(maxsize=32)

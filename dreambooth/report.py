@@ -22,6 +22,7 @@ class Report:
         self.metrics = {}
         self.phase_began = started
         self.unread_losses = []
+        self.first_step = None
         self._end_phase("start")
 
     def _end_phase(self, name):
@@ -45,7 +46,8 @@ class Report:
 
     def step_is_done(self, step, loss, grad_norm, lr):
         """Call after each step. UserError, with the step: a loss that is not finite."""
-        if step == 0:
+        if self.first_step is None:
+            self.first_step = step
             # It alone waits: for compilation, and for the device, so that neither counts as part
             # of the other steps.
             loss.item()
@@ -67,7 +69,7 @@ class Report:
                 f"the gradients are not finite at step {step + 1}: lower --lr; nothing was saved"
             )
         self.metrics["loss"] = losses[-1]
-        num_images = 2 * self.plan.pairs_per_step * step  # since the first step
+        num_images = 2 * self.plan.pairs_per_step * (step - self.first_step)
         rate = num_images / max(time.time() - self.phase_began, 1e-9)
         memory = ""
         if self.device.type == "cuda":

@@ -8,6 +8,21 @@ from pathlib import Path
 from dreambooth import atomic, images, model_dir
 from dreambooth.cli import UserError, check_at_least
 
+# The flags that decide the result, beside the images, the model, and what follows from the others.
+RECIPE_FLAGS = [
+    "use_lora", "lora_rank", "train_text_encoder", "instance_prompt", "class_prompt", "lr",
+    "lr_scheduler", "lr_warmup_steps", "prior_loss_weight", "snr_gamma", "max_grad_norm",
+    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "seed", "param_dtype",
+]  # fmt: skip
+
+
+def worker_range(text):
+    """The type of --num_workers: "2" is (2, 2), "2:4" is (2, 4)."""
+    numbers = [int(number) for number in text.split(":")]
+    if not 1 <= numbers[0] <= numbers[-1] or len(numbers) > 2:
+        raise ValueError
+    return numbers[0], numbers[-1]
+
 
 @dataclass
 class TrainingPlan:
@@ -19,25 +34,64 @@ class TrainingPlan:
     resolution: int  # pixels
     pairs_per_step: int  # of all workers and forward passes
     num_steps: int
+    max_pairs_per_pass: int  # per worker and forward pass
+    num_workers: tuple  # minimum, maximum
+
+    def divide(self, num_workers):
+        """How each of `num_workers` takes its share of a step: (pairs per pass, passes)."""
+        share = self.pairs_per_step // num_workers
+        num_passes = math.ceil(share / self.max_pairs_per_pass)
+        while share % num_passes:
+            num_passes += 1
+        return share // num_passes, num_passes
+
+    def identity(self, args):
+        """All that decides the run's result, as a flat dict: a resumed run must have the same."""
+        flags = {name: value for name, value in vars(args).items() if name in RECIPE_FLAGS}
+        return {
+            **flags,
+            "model": model_dir.fingerprint(args.model_dir),
+            "instance images": images.digest(self.instance_paths),
+            "class images": images.digest(self.class_paths),
+            "resolution": self.resolution,
+            "pairs per step": self.pairs_per_step,
+            "steps": self.num_steps,
+        }
 
     def __str__(self):
         return (
             f"{len(self.instance_paths)} instance and {len(self.class_paths)} class images"
-            f" at {self.resolution} px, {self.num_steps} steps of {self.pairs_per_step} pairs"
+            f" at {self.resolution} px, {self.num_steps} steps of {self.pairs_per_step} pairs,"
+            f" {' to '.join(map(str, sorted(set(self.num_workers))))} worker(s)"
         )
 
 
-def make_plan(args):
-    """The `TrainingPlan` for the flags of train.py. A UserError names the first mistake."""
+def check_flags(args):
+    """Check the flags of train.py, as far as that takes no time. A UserError names the first
+    mistake."""
     check_numbers(args)
     model_dir.check_model_dir(args.model_dir)
     check_output_dir(args)
+    if args.instance_prompt == args.class_prompt:
+        raise UserError(
+            "--instance_prompt and --class_prompt are equal: put the identifier before the class"
+        )
+    if Path(args.instance_images_dir).resolve() == Path(args.class_images_dir).resolve():
+        raise UserError("--instance_images_dir and --class_images_dir are the same folder")
+    images.find_images(args.instance_images_dir)
+    images.find_images(args.class_images_dir)
+
+
+def make_plan(args):
+    """The `TrainingPlan` for flags that `check_flags` has passed. Reads the tokenizer and each
+    image: a UserError names one that cannot be read, or a prompt that is too long."""
     tokenizer = model_dir.load_tokenizer(args.model_dir)
     prompts = check_prompts(tokenizer, args)
     instance_paths, class_paths, resolution = check_images(args)
 
     # Each step takes the next pairs: one stream, which goes on from epoch to epoch.
-    pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.num_workers
+    _, most = args.num_workers
+    pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
     num_steps = math.ceil(args.num_epochs * len(class_paths) / pairs_per_step)
     num_steps = min(args.max_train_steps, num_steps)
     if args.lr_warmup_steps >= num_steps:
@@ -51,6 +105,8 @@ def make_plan(args):
         resolution=resolution,
         pairs_per_step=pairs_per_step,
         num_steps=num_steps,
+        max_pairs_per_pass=args.train_batch_size,
+        num_workers=args.num_workers,
     )
 
 
@@ -58,11 +114,11 @@ def check_numbers(args):
     """The recipe's numbers must be in range and go together."""
     check_at_least(
         args, 1, "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
-        "num_workers", "lora_rank", "log_every",
+        "lora_rank", "log_every", "checkpoints_total_limit",
     )  # fmt: skip
     check_at_least(
         args, 0, "lr_warmup_steps", "prior_loss_weight", "seed", "adam_beta1", "adam_beta2",
-        "adam_weight_decay", "adam_epsilon",
+        "adam_weight_decay", "adam_epsilon", "checkpointing_steps", "max_failures", "wait_for_gpus",
     )  # fmt: skip
     check_at_least(args, 0, "lr", "max_grad_norm", "snr_gamma", above=True)  # 0 would learn nothing
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
@@ -71,6 +127,14 @@ def check_numbers(args):
         raise UserError("--adam_beta1 and --adam_beta2 must be below 1")
     if args.param_dtype == "bf16" and (args.adam_beta2 or 0) > 0.995:
         raise UserError(f"--adam_beta2 {args.adam_beta2}: too slow for bfloat16, give 0.99")
+    fewest, most = args.num_workers
+    pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
+    for num_workers in range(fewest, most + 1):
+        if pairs_per_step % num_workers:
+            raise UserError(
+                f"--num_workers {fewest}:{most}: {num_workers} workers cannot share"
+                f" {pairs_per_step} pairs per step equally; give another --train_batch_size"
+            )
     if args.param_dtype == "bf16" and args.use_lora:
         raise UserError("--param_dtype bf16 is for full fine-tuning: leave it out with --use_lora")
 
@@ -85,11 +149,7 @@ def check_output_dir(args):
 
 
 def check_prompts(tokenizer, args):
-    """Both prompts, which must differ and fit the tokenizer."""
-    if args.instance_prompt == args.class_prompt:
-        raise UserError(
-            "--instance_prompt and --class_prompt are equal: put the identifier before the class"
-        )
+    """Both prompts, which must fit the tokenizer."""
     prompts = [args.instance_prompt, args.class_prompt]
     for prompt in prompts:
         model_dir.check_prompt(tokenizer, prompt)
@@ -98,8 +158,6 @@ def check_prompts(tokenizer, args):
 
 def check_images(args):
     """The paths of instance and class images, each of which can be read, and the resolution."""
-    if Path(args.instance_images_dir).resolve() == Path(args.class_images_dir).resolve():
-        raise UserError("--instance_images_dir and --class_images_dir are the same folder")
     resolution, pixels_per_latent = model_dir.resolution(args.model_dir)
     if args.resolution is not None:
         resolution = args.resolution

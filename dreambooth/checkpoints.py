@@ -1,0 +1,130 @@
+"""Checkpoints of a training run: the same command, given again, goes on where the last one stopped.
+
+    TUNED_MODEL_DIR.checkpoints/run.json          what decides the run's result
+    TUNED_MODEL_DIR.checkpoints/step_000100/      a complete checkpoint: state.pt and complete.json
+
+A checkpoint holds all that changes from step to step: trained weights, optimizer, learning-rate
+schedule. Pairs, crops, noise and timesteps follow from their position in the run (seeds.py). So a
+resumed run ends with the weights of an undisturbed one: to the last bit on a CPU.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from dreambooth import atomic
+from dreambooth.cli import UserError
+
+
+def run_dir(args):
+    """Where a run's checkpoints are, and Ray Train's own files: every node must see it."""
+    output_dir = Path(args.output_dir)
+    return Path(args.storage_path or output_dir.parent) / f"{output_dir.name}.checkpoints"
+
+
+def find_newest(folder):
+    """The newest complete checkpoint in `folder` and its step; (None, 0) if there is none."""
+    for path in sorted(Path(folder).glob("step_*"), reverse=True):
+        try:
+            complete = json.loads((path / "complete.json").read_text())
+            if (path / "state.pt").stat().st_size == complete["num_bytes"]:
+                return path, complete["step"]
+        except (OSError, ValueError, KeyError):
+            continue
+    return None, 0
+
+
+def prepare(args, identity):
+    """Make the run's directory ready, and say if a run goes on.
+
+    `identity`: a flat dict of all that decides the result. UserError: the checkpoints there belong
+    to a run with another one.
+    """
+    folder = run_dir(args)
+    if args.restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    path, step = find_newest(folder)
+    if path is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        check_identity(folder, identity)
+        print(f"resuming after step {step}: {path}")
+        for other in folder.iterdir():  # of the previous process: Ray Train's files, a stop request
+            if not other.name.startswith("step_"):
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(identity, indent=1)
+    atomic.replace_file(folder / "run.json", lambda file: file.write_text(text))
+
+
+def remove(folder):
+    """Delete a run's checkpoints and Ray Train's files: the result is in place."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unless_needed(folder):
+    """The same if the run has no checkpoint to go on from."""
+    if find_newest(folder) == (None, 0):
+        remove(folder)
+
+
+def check_identity(folder, identity):
+    """The run in `folder` must be this one; a UserError names what differs."""
+    try:
+        earlier = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        earlier = {}
+    now = json.loads(json.dumps(identity))
+    differing = [name for name in now if earlier.get(name) != now[name]]
+    if differing:
+        changes = ", ".join(f"{name} was {earlier.get(name)}, is {now[name]}" for name in differing)
+        raise UserError(
+            f"{folder} holds checkpoints of another run ({changes}):"
+            " give that run's flags to go on, or --restart to begin anew"
+        )
+
+
+def write(state, step, folder, limit):
+    """Write `state` as the checkpoint of `step`, then delete all but the newest `limit`; returns
+    its path. UserError: the disk is full; earlier checkpoints are kept."""
+    path = Path(folder) / f"step_{step:06d}"
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        torch.save(state, temporary / "state.pt")
+        num_bytes = (temporary / "state.pt").stat().st_size
+        complete = json.dumps({"step": step, "num_bytes": num_bytes})
+        (temporary / "complete.json").write_text(complete)
+        for file in (temporary / "state.pt", temporary / "complete.json", temporary):
+            flush(file)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+        free = shutil.disk_usage(folder).free
+        if free > needed:
+            raise
+        raise UserError(
+            f"no space for the checkpoint of step {step} in {folder}:"
+            f" it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free;"
+            " make room and give the same command again"
+        ) from error
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(temporary, path)
+    flush(folder)
+    for older in sorted(Path(folder).glob("step_*"))[:-limit]:
+        shutil.rmtree(older, ignore_errors=True)
+    return path
+
+
+def flush(path):
+    """Wait until a file or a directory is on the disk, so that it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

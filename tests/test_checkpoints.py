@@ -1,0 +1,132 @@
+"""Checkpoint directories: complete or not seen, found again, refused to another run."""
+
+import argparse
+import errno
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dreambooth import checkpoints
+from dreambooth.cli import UserError
+
+STATE = {"weights": {"w": torch.arange(6.0)}, "optimizer": {"state": {0: {"step": 3}}}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's directory with checkpoints of steps 10 and 20."""
+    for step in (10, 20):
+        checkpoints.write(STATE, step, tmp_path, limit=5)
+    return tmp_path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_newest_checkpoint_is_found(folder):
+    path, step = checkpoints.find_newest(folder)
+    assert (path.name, step) == ("step_000020", 20)
+    state = torch.load(path / "state.pt", weights_only=True)
+    assert torch.equal(state["weights"]["w"], STATE["weights"]["w"])
+
+
+def test_no_checkpoint_is_step_zero(tmp_path):
+    assert checkpoints.find_newest(tmp_path) == (None, 0)
+    assert checkpoints.find_newest(tmp_path / "nowhere") == (None, 0)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no state", "no record", "half a record"])
+def test_incomplete_checkpoints_are_passed_by(folder, damage):
+    newest = folder / "step_000020"
+    if damage == "truncated":
+        content = (newest / "state.pt").read_bytes()
+        (newest / "state.pt").write_bytes(content[:-1])
+    elif damage == "no state":
+        (newest / "state.pt").unlink()
+    elif damage == "no record":
+        (newest / "complete.json").unlink()
+    else:
+        (newest / "complete.json").write_text('{"step": 2')
+    path, step = checkpoints.find_newest(folder)
+    assert (path.name, step) == ("step_000010", 10)
+
+
+def test_unfinished_write_is_not_seen(folder):
+    shutil.copytree(folder / "step_000020", folder / ".step_000030.tmp")
+    assert checkpoints.find_newest(folder)[1] == 20
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [30]), (2, [20, 30]), (9, [10, 20, 30])])
+def test_only_the_newest_are_kept(folder, limit, kept):
+    checkpoints.write(STATE, 30, folder, limit)
+    assert names(folder) == [f"step_{step:06d}" for step in kept]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), RuntimeError("writer")])
+def test_full_disk_says_how_much_is_missing_and_keeps_the_last(folder, monkeypatch, error):
+    """24 bytes of weights, and 10 are free."""
+
+    def fail(state, file):
+        file.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="no space for the checkpoint of step 30"):
+        checkpoints.write(STATE, 30, folder, limit=1)
+    assert names(folder) == ["step_000010", "step_000020"]
+
+
+def run_args(tmp_path, restart=False):
+    output_dir = str(tmp_path / "tuned")
+    return argparse.Namespace(output_dir=output_dir, storage_path=None, restart=restart)
+
+
+IDENTITY = {"lr": 1e-4, "prompt": "photo of unqtkn car", "snr_gamma": None}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run with a checkpoint of step 10, and what a killed process leaves behind."""
+    checkpoints.prepare(run_args(tmp_path), IDENTITY)
+    run_dir = tmp_path / "tuned.checkpoints"
+    checkpoints.write(STATE, 10, run_dir, limit=1)
+    (run_dir / "stop").touch()
+    (run_dir / "worker_logs").mkdir()
+    return run_dir
+
+
+def test_same_run_goes_on(begun, tmp_path, capsys):
+    checkpoints.prepare(run_args(tmp_path), IDENTITY)
+    assert "resuming after step 10" in capsys.readouterr().out
+    assert names(begun) == ["run.json", "step_000010"]  # an old request to stop is gone
+
+
+def test_another_run_is_refused_by_what_differs(begun, tmp_path):
+    with pytest.raises(UserError, match=r"lr was 0.0001, is 0.1\): .*--restart") as error:
+        checkpoints.prepare(run_args(tmp_path), {**IDENTITY, "lr": 0.1})
+    assert "\n" not in str(error.value)
+    assert "step_000010" in names(begun)
+
+
+def test_restart_begins_anew(begun, tmp_path, capsys):
+    checkpoints.prepare(run_args(tmp_path, restart=True), {**IDENTITY, "lr": 0.1})
+    assert names(begun) == ["run.json"]
+    assert json.loads((begun / "run.json").read_text())["lr"] == 0.1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_without_checkpoints_leaves_nothing(tmp_path):
+    checkpoints.prepare(run_args(tmp_path), IDENTITY)
+    checkpoints.remove_unless_needed(tmp_path / "tuned.checkpoints")
+    assert names(tmp_path) == []
+
+
+def test_checkpoints_go_where_storage_path_says(tmp_path):
+    args = run_args(tmp_path)
+    args.storage_path = str(tmp_path / "shared")
+    assert checkpoints.run_dir(args) == tmp_path / "shared" / "tuned.checkpoints"
