@@ -16,8 +16,11 @@ def replace_file(file, write):
     """Let `write(temporary)` write a temporary file, then rename it to `file`."""
     file = Path(file)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, file)
+    try:
+        write(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def append_line(file, text):
