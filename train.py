@@ -23,7 +23,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from dreambooth import cluster, dataset, latents, logs
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, valid_prompt
 from dreambooth.loss import training_loss
 from dreambooth.report import Report, where_the_seconds_went
 from dreambooth.training_plan import TrainingPlan, make_plan
@@ -48,9 +48,9 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("images").add_argument
     add("--instance_images_dir", **path, help="photos of the subject")
-    add("--instance_prompt", required=True, help='such as "photo of unqtkn dog"')
-    add("--class_images_dir", **path, help="images of other members of its class")
-    add("--class_prompt", required=True, help='such as "photo of a dog"')
+    add("--instance_prompt", type=valid_prompt, required=True, help='such as "photo of unqtkn dog"')
+    add("--class_images_dir", type=absolute_path, help="images of other members of its class")
+    add("--class_prompt", type=valid_prompt, help='such as "photo of a dog"')
     add("--resolution", type=int, help="side of training images in pixels (default: the model's)")
 
     add = parser.add_argument_group("recipe").add_argument
@@ -61,7 +61,8 @@ def parse_args(argv=None):
     add("--lr", type=float, default=5e-6, help="learning rate of AdamW")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
-    add("--prior_loss_weight", type=float, default=1.0, help="weight of the class half of the loss")
+    weight_help = "of the class half; 0: no class images, and epochs count instance images"
+    add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
@@ -87,6 +88,7 @@ def forward_backward(denoiser, scheduler, batches, prompt_ids, args):
     for i in range(args.gradient_accumulation_steps):
         batch = next(batches)
         posteriors, positions = batch["posteriors"], batch["positions"]
+        n = len(posteriors)  # 2B; B without a class half, whose random numbers go unused
         posterior_noise, noise = latents.sample_noise(
             args.seed, positions, posteriors.shape[2:], posteriors.device
         )
@@ -97,8 +99,8 @@ def forward_backward(denoiser, scheduler, batches, prompt_ids, args):
         last = i == args.gradient_accumulation_steps - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():
             loss = training_loss(
-                denoiser, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps,
-                args.prior_loss_weight, args.snr_gamma,
+                denoiser, scheduler, posteriors, prompt_ids, posterior_noise[:n], noise[:n],
+                timesteps[:n], args.prior_loss_weight or None, args.snr_gamma,
             )  # fmt: skip
             loss = loss / args.gradient_accumulation_steps
             loss.backward()

@@ -151,7 +151,8 @@ def save(denoiser, args):
 
 
 def save_pipeline(denoiser, model_dir, output_dir):
-    """Write a complete pipeline directory: the denoiser's models, the rest as in `model_dir`."""
+    """Write a complete pipeline directory: the denoiser's models, which move to the CPU, the rest
+    as in `model_dir`. All in float32: loaders that are told no precision would mix several."""
 
     def write(folder):
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -162,9 +163,10 @@ def save_pipeline(denoiser, model_dir, output_dir):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.save_pretrained(folder)
+        pipeline.to("cpu", torch.float32).save_pretrained(folder)
         weights = folder / "text_encoder" / "model.safetensors"
         save_file(_with_hub_names(load_file(weights)), weights, metadata={"format": "pt"})
+        atomic.apply_umask(folder)
 
     atomic.replace_dir(output_dir, write)
 
@@ -183,6 +185,7 @@ def save_lora(denoiser, output_dir):
             unet_lora_layers=layers["unet"],
             text_encoder_lora_layers=_with_hub_names(layers.get("text_encoder", {})),
         )
+        atomic.apply_umask(folder)
 
     atomic.replace_dir(output_dir, write)
 

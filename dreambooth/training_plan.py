@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth import atomic, images, model_dir
-from dreambooth.cli import UserError, check_at_least
+from dreambooth.cli import UserError, check_at_least, warn
+from dreambooth.pocket import classes
 
 
 @dataclass
 class TrainingPlan:
-    """What follows from the flags of a run; a pair is one instance and one class image."""
+    """What follows from the flags of a run; a pair is one instance and one class image, or without
+    prior preservation the one instance image."""
 
     instance_paths: list
     class_paths: list
-    prompt_ids: list  # token ids of instance and class prompt, 2 x L
+    prompt_ids: list  # token ids of instance and class prompt, 2 x L; or of the former, 1 x L
     resolution: int  # pixels
     pairs_per_step: int  # of all workers and forward passes
     num_steps: int
@@ -35,10 +37,11 @@ def make_plan(args):
     tokenizer = model_dir.load_tokenizer(args.model_dir)
     prompts = check_prompts(tokenizer, args)
     instance_paths, class_paths, resolution = check_images(args)
+    warn_of_likely_mistakes(prompts, instance_paths)
 
     # Each step takes the next pairs: one stream, which goes on from epoch to epoch.
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.num_workers
-    num_steps = math.ceil(args.num_epochs * len(class_paths) / pairs_per_step)
+    num_steps = math.ceil(args.num_epochs * len(class_paths or instance_paths) / pairs_per_step)
     num_steps = min(args.max_train_steps, num_steps)
     if args.lr_warmup_steps >= num_steps:
         raise UserError(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {num_steps} steps")
@@ -76,30 +79,54 @@ def check_numbers(args):
 
 
 def check_output_dir(args):
-    """The result must fit where it is to go, and replace nothing but an earlier result."""
+    """The result must fit where it is to go, and replace nothing but an earlier one of its kind."""
     if Path(args.output_dir).resolve() == Path(args.model_dir).resolve():
         raise UserError("--output_dir is --model_dir: name another directory")
-    atomic.check_replaceable(args.output_dir, model_dir.RESULT_NAMES)
-    if args.param_dtype == "fp32" and not args.use_lora:  # others are smaller than the model
+    names = [model_dir.LORA_FILE] if args.use_lora else model_dir.PIPELINE_NAMES
+    atomic.check_replaceable(args.output_dir, names)
+    if not args.use_lora:
         atomic.check_space(args.output_dir, model_dir.weights_size(args.model_dir))
 
 
 def check_prompts(tokenizer, args):
-    """Both prompts, which must differ and fit the tokenizer."""
-    if args.instance_prompt == args.class_prompt:
-        raise UserError(
-            "--instance_prompt and --class_prompt are equal: put the identifier before the class"
-        )
-    prompts = [args.instance_prompt, args.class_prompt]
+    """The instance prompt and, with prior preservation, the class prompt: they must differ and fit
+    the tokenizer."""
+    prompts = [args.instance_prompt]
+    if args.prior_loss_weight:
+        if not (args.class_images_dir and args.class_prompt):
+            raise UserError(
+                "--class_images_dir and --class_prompt are missing:"
+                " give both, or --prior_loss_weight 0 to train without class images"
+            )
+        prompts.append(args.class_prompt)
+        if args.instance_prompt == args.class_prompt:
+            raise UserError(
+                "--instance_prompt and --class_prompt are equal:"
+                " put the identifier before the class"
+            )
     for prompt in prompts:
         model_dir.check_prompt(tokenizer, prompt)
+    classes.check_prompts(args.model_dir, prompts)
     return prompts
 
 
+def warn_of_likely_mistakes(prompts, instance_paths):
+    """Say what is allowed and seldom meant: few photos, prompts the wrong way round."""
+    images.warn_if_few(instance_paths)
+    if len(prompts) < 2:
+        return
+    words = [set(prompt.lower().split()) - {"a", "an", "the"} for prompt in prompts]
+    instance_words, class_words = words
+    if class_words - instance_words or not instance_words - class_words:
+        warn(
+            "--class_prompt is usually --instance_prompt without the identifier:"
+            f" are {prompts[0]!r} and {prompts[1]!r} meant in this order?"
+        )
+
+
 def check_images(args):
-    """The paths of instance and class images, each of which can be read, and the resolution."""
-    if Path(args.instance_images_dir).resolve() == Path(args.class_images_dir).resolve():
-        raise UserError("--instance_images_dir and --class_images_dir are the same folder")
+    """The paths of instance and class images, each of which can be read, and the resolution.
+    Without prior preservation there are no class images."""
     resolution, pixels_per_latent = model_dir.resolution(args.model_dir)
     if args.resolution is not None:
         resolution = args.resolution
@@ -108,6 +135,10 @@ def check_images(args):
             f"--resolution {resolution}: this model takes multiples of {pixels_per_latent}"
         )
     instance_paths = images.find_images(args.instance_images_dir)
-    class_paths = images.find_images(args.class_images_dir)
+    class_paths = []
+    if args.prior_loss_weight:
+        if Path(args.instance_images_dir).resolve() == Path(args.class_images_dir).resolve():
+            raise UserError("--instance_images_dir and --class_images_dir are the same folder")
+        class_paths = images.find_images(args.class_images_dir)
     images.check_images(instance_paths + class_paths, resolution)
     return instance_paths, class_paths, resolution
