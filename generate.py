@@ -44,17 +44,11 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("images").add_argument
     add("--output_dir", **path, required=True, help="where the images go")
-    add(
-        "--prompts",
-        nargs="+",
-        type=valid_prompt,
-        default=[],
-        help="one or more prompts, each in quotes",
-    )
+    add("--prompts", nargs="+", type=valid_prompt, default=[], help="prompts, each in quotes")
     add("--prompts_file", **path, help="a text file with one prompt per line")
     add("--num_samples_per_prompt", type=int, default=1, help="images per prompt")
     add("--seed", type=int, default=0, help="of the noise that images start from")
-    overwrite_help = "keep no other image there that this script made"
+    overwrite_help = "remove earlier images there that this command would not make"
     add("--overwrite", action="store_true", help=overwrite_help)
 
     add = parser.add_argument_group("sampler").add_argument
