@@ -154,16 +154,19 @@ def save_pipeline(denoiser, model_dir, output_dir):
     """Write a complete pipeline directory: the denoiser's models, which move to the CPU, the rest
     as in `model_dir`. All in float32: loaders that are told no precision would mix several."""
 
+    denoiser.to("cpu", torch.float32)
+
     def write(folder):
         pipeline = StableDiffusionPipeline.from_pretrained(
             model_dir,
             text_encoder=denoiser.text_encoder,
             unet=denoiser.unet,
+            dtype=torch.float32,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.to("cpu", torch.float32).save_pretrained(folder)
+        pipeline.save_pretrained(folder)
         weights = folder / "text_encoder" / "model.safetensors"
         save_file(_with_hub_names(load_file(weights)), weights, metadata={"format": "pt"})
         atomic.apply_umask(folder)

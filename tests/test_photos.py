@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 from dreambooth import dataset, images
 from dreambooth.cli import UserError
+from dreambooth.model_dir import check_model_dir
 from dreambooth.training_plan import make_plan
 
 # The XYZ coordinates, for the white D50 of ICC profiles, of pure red, green and blue.
@@ -246,3 +247,17 @@ def test_a_phones_photos_pass_the_checks_and_reach_the_workers(
     red = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)
     assert batch["images"].shape == (12, 3, 64, 64)
     assert (batch["images"][:6] - red).abs().max() < 0.05
+
+
+def test_a_phones_photos_are_trained_on(
+    phone_photos, train_argv, run_script, tmp_path, ray_address
+):
+    """As a command; without class images, which this does not need."""
+    without = {"prior_loss_weight": 0, "class_images_dir": False, "class_prompt": False}
+    argv = train_argv(
+        tmp_path / "out", instance_images_dir=phone_photos, max_train_steps=1, **without
+    )
+    result = run_script("train.py", *argv, RAY_ADDRESS=ray_address)
+    assert result.returncode == 0, result.stderr
+    assert "3 instance and 0 class images at 64 px, 1 steps of 1 pairs" in result.stdout
+    assert check_model_dir(tmp_path / "out") is None
