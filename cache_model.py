@@ -10,14 +10,13 @@ The model "pocket" comes with this checkout: it needs no network.
 """
 
 import shutil
-from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
 from dreambooth import atomic, hub, model_dir
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
+from dreambooth.pocket.classes import POCKET_DIR
 
-POCKET_DIR = Path(__file__).parent / "dreambooth" / "pocket" / "model"
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 WEIGHTS = {
     "text_encoder": "model.safetensors",

@@ -27,8 +27,10 @@ from dreambooth.cli import (
     check_at_least,
     read_lines,
     run_main,
+    valid_prompt,
 )
 from dreambooth.image_generator import MAX_BATCH, ImageGenerator
+from dreambooth.pocket import classes
 
 
 def parse_args(argv=None):
@@ -45,11 +47,11 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("images").add_argument
     add("--output_dir", **path, required=True, help="where the images go")
-    add("--prompts", nargs="+", default=[], help="one or more prompts, each in quotes")
+    add("--prompts", nargs="+", type=valid_prompt, default=[], help="prompts, each in quotes")
     add("--prompts_file", **path, help="a text file with one prompt per line")
     add("--num_samples_per_prompt", type=int, default=1, help="images per prompt")
     add("--seed", type=int, default=0, help="of the noise that images start from")
-    overwrite_help = "replace images there that were made with other settings"
+    overwrite_help = "remove earlier images there that this command would not make"
     add("--overwrite", action="store_true", help=overwrite_help)
 
     add = parser.add_argument_group("sampler").add_argument
@@ -89,6 +91,7 @@ def check_args(args):
         raise UserError("a prompt is given twice: use --num_samples_per_prompt for more images")
     for pipeline_dir in (args.model_dir, args.compare_to):
         if pipeline_dir:
+            classes.check_prompts(pipeline_dir, args.prompts)
             tokenizer = model_dir.load_tokenizer(pipeline_dir)
             for prompt in args.prompts:
                 model_dir.check_prompt(tokenizer, prompt)
@@ -115,19 +118,23 @@ def plan(args):
 
 
 def find_existing(args):
-    """The planned records; those whose images are there already; and the files of stale images,
-    made with other settings: a UserError, unless --overwrite."""
+    """The planned records; those whose images are there already; those of other images that may
+    stay; and the files of images that may not: made with other settings, a UserError unless
+    --overwrite, and with that all others."""
     planned = plan(args)
-    finished, stale = outputs.find_existing(args.output_dir, planned)
-    if stale and not args.overwrite:
+    finished, others, stale = outputs.find_existing(args.output_dir, planned)
+    if args.overwrite:
+        stale += [Path(args.output_dir) / record["file"] for record in others]
+        others = []
+    elif stale:
         raise UserError(
             f"--output_dir {args.output_dir} holds {len(stale)} images made with another prompt,"
-            f" seed, model or setting ({stale[0].name}): name another folder, or give --overwrite"
+            f" model or setting ({stale[0].name}): name another folder, or give --overwrite"
         )
-    return planned, finished, stale
+    return planned, finished, others, stale
 
 
-def generate_missing(args, planned, finished, stale):
+def generate_missing(args, planned, finished, others, stale):
     """Generate what `find_existing` did not find; returns the paths of all images by prompt.
 
     Existing files are replaced or removed only once the first new image is there: by then model,
@@ -149,7 +156,7 @@ def generate_missing(args, planned, finished, stale):
         finished = finished + list(itertools.islice(new_records, 1))
     for name in {file.name for file in stale} - {record["file"] for record in planned}:
         (folder / name).unlink()
-    outputs.write_records(folder, finished)
+    outputs.write_records(folder, others + finished)
     if missing:
         for record in tqdm(new_records, total=len(missing), initial=1, unit="image"):
             outputs.append_record(folder, record)

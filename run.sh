@@ -29,15 +29,17 @@ use_stable_diffusion() {
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
 }
 
-# Where everything goes. On several nodes, DATA_PREFIX is on storage that all of them see.
+# Where everything goes. On several nodes, DATA_PREFIX is on storage that all of them see. Each subject
+# has a folder, named like that of its photos; original models and class images are there for all.
 set_paths() {
   DATA_PREFIX=${DATA_PREFIX:-/tmp}
+  SUBJECT_DIR=${SUBJECT_DIR:-$DATA_PREFIX/subjects/$(basename "$INSTANCE_DIR")}
   ORIG_MODEL_DIR=${ORIG_MODEL_DIR:-$DATA_PREFIX/model-orig}
   ORIG_MODEL_PATH=${ORIG_MODEL_PATH:-$ORIG_MODEL_DIR/models--${ORIG_MODEL_NAME//\//--}/snapshots/$ORIG_MODEL_HASH}
-  TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$DATA_PREFIX/model-tuned}
-  IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg}
-  IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$DATA_PREFIX/images-own}
-  IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$DATA_PREFIX/images-new}
+  IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg/${ORIG_MODEL_NAME##*/}-${CLASS_NAME//[\/ ]/-}}
+  TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$SUBJECT_DIR/model-tuned}
+  IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$SUBJECT_DIR/images-own}
+  IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$SUBJECT_DIR/images-new}
 }
 
 main() {
@@ -55,7 +57,9 @@ main() {
   UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
   CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
+  if [[ "$ORIG_MODEL_NAME" == pocket ]]; then "$PYTHON" -m dreambooth.pocket.classes "$CLASS_PROMPT" "$INSTANCE_PROMPT"; fi
   echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
+  echo "results go to $SUBJECT_DIR and replace earlier ones there; class images to $IMAGES_REG_DIR"
 
   step 1 "cache the original model (SD 1.4: a download of 4 GB, minutes; pocket: no time)"
   "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
@@ -83,9 +87,9 @@ main() {
     --overwrite $SAMPLE_FLAGS
 
   step 6 "put photos, class images and new images on one sheet"
-  "$PYTHON" -m dreambooth.outputs --output "$DATA_PREFIX/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
+  "$PYTHON" -m dreambooth.outputs --output "$SUBJECT_DIR/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
     "$CLASS_PROMPT, by the original model=$IMAGES_REG_DIR" "$INSTANCE_PROMPT ${SCENES//|/, }=$IMAGES_NEW_DIR"
-  echo "open $DATA_PREFIX/dreambooth.png ($SECONDS s in all)"
+  echo "open $SUBJECT_DIR/dreambooth.png ($SECONDS s in all)"
 }
 
 step() { echo "--- $SECONDS s, step $1: $2"; }
@@ -111,7 +115,7 @@ run_tests() {
 }
 
 # Paths are relative to where the user stands; the scripts are where this file is.
-for name in DATA_PREFIX INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH TUNED_MODEL_DIR IMAGES_{REG,OWN,NEW}_DIR; do
+for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH TUNED_MODEL_DIR IMAGES_{REG,OWN,NEW}_DIR; do
   [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
 done
 cd "$(dirname "$0")"

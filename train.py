@@ -26,10 +26,11 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from dreambooth import checkpointer, checkpoints, cluster, dataset, latents, logs, ray_errors
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, valid_prompt
 from dreambooth.loss import training_loss
 from dreambooth.report import Report, where_the_seconds_went
-from dreambooth.training_plan import TrainingPlan, check_flags, make_plan, worker_range
+from dreambooth.training_checks import check_flags
+from dreambooth.training_plan import TrainingPlan, make_plan, worker_range
 
 LR_SCHEDULERS = [
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -51,9 +52,9 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("images").add_argument
     add("--instance_images_dir", **path, help="photos of the subject")
-    add("--instance_prompt", required=True, help='such as "photo of unqtkn dog"')
-    add("--class_images_dir", **path, help="images of other members of its class")
-    add("--class_prompt", required=True, help='such as "photo of a dog"')
+    add("--instance_prompt", type=valid_prompt, required=True, help='such as "photo of unqtkn dog"')
+    add("--class_images_dir", type=absolute_path, help="images of other members of its class")
+    add("--class_prompt", type=valid_prompt, help='such as "photo of a dog"')
     add("--resolution", type=int, help="side of training images in pixels (default: the model's)")
 
     add = parser.add_argument_group("recipe").add_argument
@@ -64,7 +65,8 @@ def parse_args(argv=None):
     add("--lr", type=float, default=5e-6, help="learning rate of AdamW")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
-    add("--prior_loss_weight", type=float, default=1.0, help="weight of the class half of the loss")
+    weight_help = "of the class half; 0: no class images, and epochs count instance images"
+    add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
@@ -98,6 +100,7 @@ def forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args)
     for i in range(num_passes):
         batch = next(batches)
         posteriors, positions = batch["posteriors"], batch["positions"]
+        n = len(posteriors)  # 2B; B without a class half, whose random numbers go unused
         posterior_noise, noise = latents.sample_noise(
             args.seed, positions, posteriors.shape[2:], posteriors.device
         )
@@ -108,8 +111,8 @@ def forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args)
         last = i == num_passes - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():
             loss = training_loss(
-                denoiser, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps,
-                args.prior_loss_weight, args.snr_gamma,
+                denoiser, scheduler, posteriors, prompt_ids, posterior_noise[:n], noise[:n],
+                timesteps[:n], args.prior_loss_weight or None, args.snr_gamma,
             )  # fmt: skip
             loss = loss / num_passes
             loss.backward()
@@ -145,11 +148,7 @@ def train_fn(config):
 
     # Set up the models: prepare_model moves to the device and, with several workers, wraps in DDP.
     vae, denoiser, scheduler = models.load_models(args, device)
-    ddp_settings = {
-        "gradient_as_bucket_view": True,
-        "static_graph": num_passes == 1,
-        "forward_sync_buffers": False,
-    }
+    ddp_settings = models.ddp_settings(num_passes)
     ddp = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)  # [3]
     if num_workers > 1 and device.type == "cuda":  # exchange gradients in bfloat16: half the bytes
         ddp.register_comm_hook(None, bf16_compress_hook)
@@ -221,8 +220,7 @@ def main(args):
     print(f"{plan}; {num_gpus} GPUs, {num_cpus} cores")
     run_dir = checkpoints.run_dir(args)
     checkpoints.prepare(args, plan.identity(args))
-    inputs = [args.model_dir, args.instance_images_dir, args.class_images_dir]
-    cluster.check_shared_storage([*inputs, str(run_dir)])
+    cluster.check_shared_storage([args.model_dir, *plan.image_dirs, str(run_dir)])
     stop = checkpointer.StopOnSignal(run_dir)
     try:
         result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))  # [10]

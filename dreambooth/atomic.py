@@ -7,6 +7,7 @@ checks find what would make that fail before anything costly starts.
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from dreambooth.cli import UserError
@@ -54,6 +55,16 @@ def replace_dir(folder, write):
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def apply_umask(folder):
+    """Give the files in the new `folder` the mode that new files have. safetensors makes its own
+    readable by their owner alone, so that on shared storage nobody else could use them."""
+    mode = folder.stat().st_mode & 0o666  # a new directory's, so the umask is in it
+    for file in folder.rglob("*"):
+        with suppress(OSError):  # a file system without modes is no reason to lose a result
+            if file.is_file():
+                file.chmod(mode)
 
 
 def check_writable(folder, flag="--output_dir"):

@@ -30,7 +30,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help explains the flags)\n")
+        self.exit(2, f"error: {_one_line(message)} (--help explains the flags)\n")
 
 
 def absolute_path(text):
@@ -40,12 +40,33 @@ def absolute_path(text):
     return str(Path(text).expanduser().absolute())
 
 
+def valid_prompt(text):
+    """The type of a flag that takes a prompt."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty prompt; is a shell variable not set?")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python keeps bytes that are not UTF-8 as lone surrogates
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
+
+
+def warn(message):
+    """One line on stderr about what is allowed, and may not be meant."""
+    print(f"warning: {_one_line(message)}", file=sys.stderr, flush=True)
+
+
+def _one_line(message):
+    """`message` with what would end a line written as \\n: a file's name may hold a line break."""
+    return "\\n".join(str(message).splitlines())
+
+
 def run_main(main, args):
     """Call `main(args)`. A `UserError` becomes one line and exit code 2; Ctrl-C, exit code 130."""
     try:
         main(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -66,11 +87,12 @@ def check_at_least(args, minimum, *names, above=False):
 
 
 def read_lines(file, flag):
-    """The lines of a text file that are not empty."""
+    """The lines of a text file, without empty ones and comments, which begin with #."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()  # Notepad adds a signature
     except FileNotFoundError:
         raise UserError(f"{flag} {file}: no such file") from None
     except (OSError, UnicodeDecodeError):
         raise UserError(f"{flag} {file} is not a UTF-8 text file") from None
-    return [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in lines]
+    return [line for line in lines if line and not line.startswith("#")]

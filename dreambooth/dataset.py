@@ -23,13 +23,15 @@ import torch
 from dreambooth.images import crop_image
 from dreambooth.seeds import seed_for
 
+KINDS = ("instance", "class")
 PAIRS_PER_BLOCK = 16  # decoded by one task of Ray Data: few enough for an early first batch
 
 
 def pair_images(instance_paths, class_paths, num_pairs, seed):
     """The first `num_pairs` pairs of the run with this seed, as in the diagram above.
 
-    A pair is a dict of the two paths (instance, class) and its position in the run.
+    A pair is a dict of the two paths (instance, class) and its position in the run. Without class
+    images it has no class: training without prior preservation.
     """
 
     def shuffled_rounds(paths, kind):
@@ -38,10 +40,11 @@ def pair_images(instance_paths, class_paths, num_pairs, seed):
             for i in rng.permutation(len(paths)):
                 yield str(Path(paths[i]).absolute())
 
-    instances = shuffled_rounds(instance_paths, "instance")
-    classes = shuffled_rounds(class_paths, "class")
+    columns = {"instance": shuffled_rounds(instance_paths, "instance")}
+    if class_paths:
+        columns["class"] = shuffled_rounds(class_paths, "class")
     return [
-        {"position": position, "instance": next(instances), "class": next(classes)}
+        {"position": position, **{kind: next(paths) for kind, paths in columns.items()}}
         for position in range(num_pairs)
     ]
 
@@ -87,7 +90,9 @@ class DealPairs(ray.train.DataConfig):
 
     def _load_images(self, batch):
         columns = {"position": batch["position"]}
-        for kind in ("instance", "class"):
+        for kind in KINDS:
+            if kind not in batch:
+                continue
             stream = f"{kind} crop"
             crops = [
                 crop_image(path, self.resolution, seed_for(stream, self.seed, int(position)))
@@ -104,8 +109,9 @@ def collate(batch):
     Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), and the pairs'
     positions in the run (B integers). In numpy, as torch would start a second pool of threads.
     """
-    images = np.concatenate([batch["instance_image"], batch["class_image"]])
-    keys = np.concatenate([batch["instance_key"], batch["class_key"]])
+    kinds = [kind for kind in KINDS if f"{kind}_image" in batch]
+    images = np.concatenate([batch[f"{kind}_image"] for kind in kinds])
+    keys = np.concatenate([batch[f"{kind}_key"] for kind in kinds])
     return {
         "images": torch.from_numpy(images / np.float32(127.5) - 1),
         "keys": keys.tolist(),

@@ -5,25 +5,33 @@ python -m dreambooth.images SOURCE FOLDER      # FOLDER then holds the images of
 
 import argparse
 import hashlib
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+import pillow_heif
+from PIL import Image, ImageCms, ImageOps
 
 from dreambooth import atomic
-from dreambooth.cli import UserError, run_main
+from dreambooth.cli import UserError, run_main, warn
 
 READABLE = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm",
+    ".heic", ".heif", ".hif",
 }  # fmt: skip
-UNREADABLE = {
-    ".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl",
-}  # fmt: skip
+UNREADABLE = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl"}
 COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may replace
 CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; it is not one of them
+DAMAGED = (  # what Pillow and its plugins raise on reading a file
+    OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError,
+)  # fmt: skip
+FEW_PHOTOS = 3  # with fewer, the model learns the photo rather than the subject
+
+pillow_heif.register_heif_opener()  # Pillow then reads HEIC, what phones take photos in
 
 
 def find_images(folder):
@@ -56,23 +64,61 @@ def _readable_formats():
 
 
 def open_image(path):
-    """Read one image as upright 8 bit RGB: EXIF rotation applied, transparency on white, 16 bits
-    per channel scaled to 8. UserError, with the path: truncated or not an image."""
+    """Read one image as upright 8 bit sRGB: EXIF rotation applied, colours converted from an
+    embedded ICC profile, transparency on white, 16 bits per channel and floats scaled to 8 bits.
+    UserError, with the path: truncated or not an image."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):  # 16 bit grey, which Pillow would clip
-                values = np.asarray(image).astype(np.float64) / 257
-                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            profile = image.info.get("icc_profile")
+            if image.mode.startswith(("I", "F")):
+                image = _to_8_bits(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
+            if profile:
+                image = _to_srgb(image, profile)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise UserError(
             f"{path}: unreadable or truncated image ({error}); replace or remove it"
         ) from None
+
+
+def _to_8_bits(image):
+    """A grey image of 16 bits or of floats, which Pillow would clip. White is 65535; in an image of
+    floats, 1 or 255 where no pixel is more than twice as bright."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        values = np.nan_to_num(values)
+        white = next((white for white in (1, 255) if values.max() <= 2 * white), 65535)
+        values = (values * (255 / white)).round()
+    else:
+        values = values / 257
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def _to_srgb(image, profile):
+    """Convert the colours of `image` from its ICC `profile`, bytes. A profile that is damaged, or
+    that is for another mode, is ignored."""
+    if image.mode in ("P", "RGBA"):  # RGBA: opaque by now
+        image = image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError):
+        return image
+
+
+def warn_if_few(paths):
+    """Say so if there are not enough photos of a subject."""
+    if len(paths) < FEW_PHOTOS:
+        warn(
+            f"{Path(paths[0]).parent} holds {len(paths)} photo{'s' if len(paths) > 1 else ''}"
+            f" ({Path(paths[0]).name}): is it the right folder? Four or five are usual"
+        )
 
 
 def check_images(paths, resolution):
@@ -123,8 +169,8 @@ def crop_image(path, resolution, seed):
 def copy_images(source, folder):
     """Make `folder` hold the images of `source` and nothing else: no photo of the previous subject.
 
-    It is replaced whole, and only if this function made it (it then holds a hidden marker file).
-    UserError: it holds something else.
+    It is replaced whole, and only if this function made it: it then holds a hidden marker file,
+    which names their source. UserError: it holds something else.
     """
     images = find_images(source)
     folder = Path(folder)
@@ -134,13 +180,22 @@ def copy_images(source, folder):
         raise UserError(f"{source} is inside {folder}, which would be replaced: move it elsewhere")
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     atomic.check_replaceable(folder, names if COPIED in names else [], flag="folder")
+    source = os.fsencode(Path(source).resolve())
+    earlier = (folder / COPIED).read_bytes() if COPIED in names else b""
+    if earlier not in (b"", source):
+        warn(f"{folder} held the photos of {os.fsdecode(earlier)}, which are replaced")
 
     def write(temporary):
-        (temporary / COPIED).touch()
+        (temporary / COPIED).write_bytes(source)
         for image in images:
             shutil.copy(image, temporary)
 
     atomic.replace_dir(folder, write)
+
+
+def main(args):
+    copy_images(args.source, args.folder)
+    warn_if_few(find_images(args.folder))
 
 
 if __name__ == "__main__":
@@ -149,4 +204,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("source", help="a folder with photos of the subject")
     parser.add_argument("folder", help="where to put them; replaced if this command made it")
-    run_main(lambda args: copy_images(args.source, args.folder), parser.parse_args())
+    run_main(main, parser.parse_args())

@@ -2,7 +2,8 @@
 timesteps are passed in.
 
 Letters: 2B images in a batch, B of the instance first and then B of the class; C latent channels;
-h, w height and width of a latent; L tokens in a prompt; T timesteps of the noise schedule.
+h, w height and width of a latent; L tokens in a prompt; T timesteps of the noise schedule. Without
+prior preservation a batch is B images of the instance, and there is one prompt.
 """
 
 from dreambooth.latents import sample_posterior
@@ -73,7 +74,8 @@ def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):
 
 def prior_preserving_loss(model_pred, target, prior_loss_weight, weights=None):
     """Mean squared error of the instance half plus `prior_loss_weight` times that of the class half
-    (Ruiz et al. 2022, arXiv 2208.12242, eq. 2), in float32.
+    (Ruiz et al. 2022, arXiv 2208.12242, eq. 2), in float32. Without a class half, when the weight
+    is None, that of all images.
 
     Shapes: model_pred and target (2B, C, h, w), instance half first; weights (2B,), a factor for
     each image's error. Returns a scalar.
@@ -81,5 +83,7 @@ def prior_preserving_loss(model_pred, target, prior_loss_weight, weights=None):
     error = (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # (2B,)
     if weights is not None:
         error = error * weights
+    if prior_loss_weight is None:
+        return error.mean()
     instance_error, class_error = error.chunk(2)
     return instance_error.mean() + prior_loss_weight * class_error.mean()

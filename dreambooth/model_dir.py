@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import warnings
+import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,10 +22,8 @@ PIPELINE_FILES = [
     ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"),
     ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"),
 ]
+PIPELINE_NAMES = ["model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
-RESULT_NAMES = [
-    "model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler", LORA_FILE,
-]  # fmt: skip
 
 
 def snapshot_dir(cache_dir, model_name, revision):
@@ -44,7 +44,8 @@ def check_model_dir(model_dir, flag="--model_dir"):
     folder = Path(model_dir)
     if not folder.is_dir():
         raise UserError(
-            f"{flag} {folder}: no such directory; fetch a model with cache_model.py first"
+            f"{flag} {folder}: no such directory; a model of the Hub is downloaded with"
+            " cache_model.py, which prints the directory to use"
         )
     missing = missing_file(folder)
     if missing:
@@ -53,8 +54,8 @@ def check_model_dir(model_dir, flag="--model_dir"):
             " (cache_model.py prints the directory to use)"
         )
     for names in PIPELINE_FILES:
-        for name in names:
-            check_not_damaged(folder / name, flag)
+        name = next(name for name in names if (folder / name).exists())  # the one that is loaded
+        check_not_damaged(folder / name, flag)
     pipeline = _read_json(folder / "model_index.json").get("_class_name")
     if pipeline != "StableDiffusionPipeline":
         raise UserError(
@@ -70,15 +71,32 @@ def check_model_dir(model_dir, flag="--model_dir"):
 
 
 def check_not_damaged(file, flag):
-    """`file`, if it exists, must be valid JSON, or safetensors as long as their header says."""
+    """`file` must be valid JSON, safetensors as long as their header says, or a complete pickle of
+    weights alone. No code in a pickle is run, here or later."""
     try:
-        if file.suffix == ".json" and file.exists():
+        if file.suffix == ".json":
             _read_json(file)
-        if file.suffix == ".safetensors" and file.exists():
+        if file.suffix == ".safetensors":
             with safe_open(file, "np"):
                 pass
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{flag}: {file} is damaged ({error}); fetch or copy it again") from None
+    if file.suffix == ".bin":
+        _check_pickle(file, flag)
+
+
+def _check_pickle(file, flag):
+    import torch  # here: only older models have pickles
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # Memory-mapped, no weight is read; pickles of before torch 1.6 cannot be.
+            torch.load(file, "cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    except Exception as error:  # damaged bytes can end in any
+        raise UserError(
+            f"{flag}: {file} is damaged, or holds code, which was not run"
+            f" ({type(error).__name__}); fetch it again, or a model with safetensors"
+        ) from None
 
 
 def _read_json(file):
@@ -137,6 +155,8 @@ def fingerprint(folder):
 
 def check_lora_dir(folder, flag="--lora_weights_dir"):
     """`folder` must hold the weights of a LoRA, whatever the file's name."""
+    if Path(folder).is_file():
+        raise UserError(f"{flag} {folder} is a file: give its folder, {Path(folder).parent}")
     files = list(Path(folder).glob("*.safetensors"))
     if not files:
         raise UserError(f"{flag} {folder}: no {LORA_FILE} there")

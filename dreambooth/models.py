@@ -118,6 +118,15 @@ def cast_frozen_to_bf16(module):
             layer.to(torch.bfloat16)
 
 
+def ddp_settings(num_passes):
+    """For DistributedDataParallel around a denoiser that takes `num_passes` per step."""
+    return {
+        "gradient_as_bucket_view": True,  # gradients are not copied
+        "static_graph": num_passes == 1,
+        "forward_sync_buffers": False,  # no buffer changes
+    }
+
+
 def build_optimizer(parameters, args):
     """AdamW for `parameters`; for bfloat16 ones with Kahan summation, so that no update is lost to
     rounding.
@@ -151,13 +160,17 @@ def save(denoiser, args):
 
 
 def save_pipeline(denoiser, model_dir, output_dir):
-    """Write a complete pipeline directory: the denoiser's models, the rest as in `model_dir`."""
+    """Write a complete pipeline directory: the denoiser's models, which move to the CPU, the rest
+    as in `model_dir`. All in float32: loaders that are told no precision would mix several."""
+
+    denoiser.to("cpu", torch.float32)
 
     def write(folder):
         pipeline = StableDiffusionPipeline.from_pretrained(
             model_dir,
             text_encoder=denoiser.text_encoder,
             unet=denoiser.unet,
+            dtype=torch.float32,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -165,6 +178,7 @@ def save_pipeline(denoiser, model_dir, output_dir):
         pipeline.save_pretrained(folder)
         weights = folder / "text_encoder" / "model.safetensors"
         save_file(_with_hub_names(load_file(weights)), weights, metadata={"format": "pt"})
+        atomic.apply_umask(folder)
 
     atomic.replace_dir(output_dir, write)
 
@@ -183,6 +197,7 @@ def save_lora(denoiser, output_dir):
             unet_lora_layers=layers["unet"],
             text_encoder_lora_layers=_with_hub_names(layers.get("text_encoder", {})),
         )
+        atomic.apply_umask(folder)
 
     atomic.replace_dir(output_dir, write)
 

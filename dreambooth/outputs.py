@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import re
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
@@ -17,6 +18,7 @@ from dreambooth.cli import HelpFormatter, UserError, run_main
 from dreambooth.images import CONTACT_SHEET, find_images, open_image
 
 RECORDS = "images.jsonl"
+OWN_FIELDS = ("file", "prompt", "seed", "index")  # of an image; the rest is the command's
 FILE_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")
 
 
@@ -54,24 +56,38 @@ def read_record(file):
 
 
 def find_existing(folder, planned):
-    """Of the records `planned` for `folder`, the finished ones, whose images are there; and the
-    files of stale images, which generate.py made with other settings.
+    """What generate.py has made in `folder`, beside the records `planned` for it: the finished ones
+    of these, whose images are there; the records of other images with the same settings, such as
+    another seed's; and the files of stale images, made with other settings or prompts.
 
-    Truncated images, and files that generate.py did not make, are neither.
+    Truncated images, and files that generate.py did not make, are none of these.
     """
-    by_name = {record["file"]: record for record in planned}
+    planned = {record["file"]: record for record in planned}
+    prompts = {_prompt_number(name): record["prompt"] for name, record in planned.items()}
+    first = next(iter(planned.values()))
+    settings = {name: value for name, value in first.items() if name not in OWN_FIELDS}
     finished = []
+    others = []
     stale = []
     for file in sorted(Path(folder).glob("*.png")):
         record = read_record(file) if FILE_NAME.fullmatch(file.name) else None
         if record is None:
             continue
-        settings = {name: value for name, value in record.items() if name != "digest"}
-        if settings == by_name.get(file.name):
+        own = {name: record.get(name) for name in OWN_FIELDS}
+        own["file"] = file.name
+        own["prompt"] = prompts.get(_prompt_number(file.name), own["prompt"])
+        expected = {**settings, **planned.get(file.name, own), "digest": record.get("digest")}
+        if record != expected:
+            stale.append(file)
+        elif file.name in planned:
             finished.append(record)
         else:
-            stale.append(file)
-    return finished, stale
+            others.append(record)
+    return finished, others, stale
+
+
+def _prompt_number(name):
+    return name.partition("-")[0]
 
 
 def remove_leftovers(folder):
@@ -94,22 +110,45 @@ def append_record(folder, record):
 
 def contact_sheet(rows, file, columns=8, side=192):
     """Write the images of `rows`, a dict of captions and lists of paths, as one PNG: a row for each
-    caption, at most `columns` images per row, each fitted into a square of `side` pixels."""
-    rows = {caption: list(paths)[:columns] for caption, paths in rows.items()}
+    caption, each image fitted into a square of `side` pixels. A row shows at most `columns` images,
+    and says so where there are more; a long caption takes several lines."""
     gap = 6
-    caption_height = 26
-    row_height = caption_height + side + gap
-    width = max(len(paths) for paths in rows.values()) * (side + gap) + gap
-    sheet = Image.new("RGB", (max(width, 480), len(rows) * row_height + gap), "white")
-    draw = ImageDraw.Draw(sheet)
+    line_height = 20
     font = ImageFont.load_default(size=16)
-    for number, (caption, paths) in enumerate(rows.items()):
-        top = gap + number * row_height
-        draw.text((gap, top + 2), caption, fill="black", font=font)
-        for column, path in enumerate(paths):
+    shown = max(min(len(paths), columns) for paths in rows.values())
+    width = max(shown * (side + gap) + gap, 480)
+    captions = [
+        wrap(caption_of_row(caption, paths, columns), font, width - 2 * gap)
+        for caption, paths in rows.items()
+    ]
+    heights = [len(lines) * line_height + gap + side + gap for lines in captions]
+    sheet = Image.new("RGB", (width, sum(heights) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = gap
+    for lines, paths, height in zip(captions, rows.values(), heights, strict=True):
+        for number, line in enumerate(lines):
+            draw.text((gap, top + 2 + number * line_height), line, fill="black", font=font)
+        for column, path in enumerate(paths[:columns]):
             image = fit_into_square(open_image(path), side)
-            sheet.paste(image, (gap + column * (side + gap), top + caption_height))
+            sheet.paste(image, (gap + column * (side + gap), top + height - gap - side))
+        top += height
     atomic.replace_file(file, lambda path: sheet.save(path, format="PNG"))
+
+
+def caption_of_row(caption, paths, columns):
+    """The caption, with the number of images shown where there are more than `columns`."""
+    if len(paths) > columns:
+        return f"{caption} ({columns} of {len(paths)} shown)"
+    return caption
+
+
+def wrap(text, font, width):
+    """The lines of `text`, none of them wider than `width` pixels."""
+    for characters in range(len(text), 0, -1):
+        lines = textwrap.wrap(text, characters)
+        if all(font.getlength(line) <= width for line in lines):
+            return lines
+    return [text]
 
 
 def fit_into_square(image, side):

@@ -69,7 +69,8 @@ class Report:
                 f"the gradients are not finite at step {step + 1}: lower --lr; nothing was saved"
             )
         self.metrics["loss"] = losses[-1]
-        num_images = 2 * self.plan.pairs_per_step * (step - self.first_step)
+        images_per_step = len(self.plan.prompt_ids) * self.plan.pairs_per_step
+        num_images = images_per_step * (step - self.first_step)
         rate = num_images / max(time.time() - self.phase_began, 1e-9)
         memory = ""
         if self.device.type == "cuda":
