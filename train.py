@@ -29,6 +29,7 @@ from dreambooth import checkpointer, checkpoints, cluster, dataset, latents, log
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, valid_prompt
 from dreambooth.loss import training_loss
 from dreambooth.report import Report, where_the_seconds_went
+from dreambooth.shared_storage import check_shared_storage
 from dreambooth.training_checks import check_flags
 from dreambooth.training_plan import TrainingPlan, make_plan, worker_range
 
@@ -220,7 +221,7 @@ def main(args):
     print(f"{plan}; {num_gpus} GPUs, {num_cpus} cores")
     run_dir = checkpoints.run_dir(args)
     checkpoints.prepare(args, plan.identity(args))
-    cluster.check_shared_storage([args.model_dir, *plan.image_dirs, str(run_dir)])
+    check_shared_storage([args.model_dir, *plan.image_dirs, str(run_dir)])
     stop = checkpointer.StopOnSignal(run_dir)
     try:
         result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))  # [10]

@@ -5,19 +5,20 @@ python -m dreambooth.cluster    # prints the number of GPUs, of RAY_ADDRESS or o
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import ray
 import ray.data
 import ray.train
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dreambooth import logs
 from dreambooth.cli import UserError, run_main
@@ -123,6 +124,7 @@ def _connect(address, verbose, log_to_driver):
         log_settings["logging_level"] = logging.WARNING
         log_settings["logging_config"] = ray.LoggingConfig(log_level="CRITICAL")
     if not address:
+        create_token()
         ray.init(address="local", include_dashboard=False, **log_settings)
         return
     package = {"py_modules": [str(Path(__file__).parent)]}  # the nodes need not have this checkout
@@ -131,9 +133,29 @@ def _connect(address, verbose, log_to_driver):
         ray.init(address=address, runtime_env=package, **log_settings)
     except (OSError, ValueError) as error:  # ValueError: not an address
         raise UserError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there;"
-            " start one with `ray start --head`, or unset it"
+            f"RAY_ADDRESS={address}: no Ray cluster answers there; start one with"
+            " `ray start --head`, or unset it; a cluster with a token answers to"
+            " RAY_AUTH_MODE=token and its ~/.ray/auth_token"
         ) from error
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: the cluster wants its token: copy its ~/.ray/auth_token here"
+        ) from error
+
+
+def create_token():
+    """Make the token with which Ray asks its clients who they are, readable by this user alone: Ray
+    itself would make it readable by all."""
+    token = Path.home() / ".ray" / "auth_token"
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or token.exists():
+        return
+    token.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), open(token, "x", opener=_for_the_user_alone) as file:
+        file.write(secrets.token_hex(32))
+
+
+def _for_the_user_alone(path, flags):
+    return os.open(path, flags, 0o600)
 
 
 def check_address(address):
@@ -158,26 +180,6 @@ def wait_for_workers(num_workers, seconds):
         raise UserError(f"still {num_gpus} GPUs after {seconds} s: give --num_workers {num_gpus}")
     check_num_workers(num_workers, num_gpus, num_cpus)
     return num_gpus, num_cpus
-
-
-@ray.remote(num_cpus=0)
-def _missing_paths(paths):
-    return [path for path in paths if not os.path.exists(path)]
-
-
-def check_shared_storage(paths):
-    """Every node must see each of `paths`: a UserError names a node and the path that it lacks."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    if len(nodes) < 2:
-        return
-    on_node = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    tasks = [_missing_paths.options(scheduling_strategy=node).remote(paths) for node in on_node]
-    for node, missing in zip(nodes, ray.get(tasks), strict=True):
-        if missing:
-            raise UserError(
-                f"node {node['NodeManagerHostname']} does not see {missing[0]}:"
-                " put it on storage that all nodes share"
-            )
 
 
 def check_num_workers(num_workers, num_gpus, num_cpus):
