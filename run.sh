@@ -14,9 +14,8 @@ use_pocket() {
   CLASS_NAME=${CLASS_NAME:-car}
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
-  local method="--lr 2e-4"
-  if ((LORA)); then method="--use_lora --lora_rank 16 --lr 2e-3"; fi
-  TRAIN_FLAGS=${TRAIN_FLAGS:-$method --train_batch_size 8 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300}
+  LORA_FLAGS=${LORA_FLAGS:---use_lora --lora_rank 16 --lr 2e-3}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
 }
@@ -27,9 +26,8 @@ use_stable_diffusion() {
   CLASS_NAME=${CLASS_NAME:-dog}
   INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
   SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
-  local method="--lr 5e-6"
-  if ((LORA)); then method="--use_lora --lora_rank 16 --lr 1e-4"; fi
-  TRAIN_FLAGS=${TRAIN_FLAGS:-$method --train_batch_size 2 --num_epochs 4 --max_train_steps 200}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
+  LORA_FLAGS=${LORA_FLAGS:---use_lora --lora_rank 16 --lr 1e-4}
   CLASS_FLAGS=${CLASS_FLAGS:-}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
 }
@@ -53,7 +51,7 @@ main() {
   NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.cluster)}
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
-  LORA=${LORA:-0}
+  LORA=${LORA:-0}  # 1: train a LoRA
   if ((NUM_GPUS == 0)); then
     echo "no CUDA GPU here: using the embedded pocket model, unless ORIG_MODEL_NAME is set"
     ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
@@ -84,6 +82,7 @@ main() {
   step 4 "fine-tune (minutes)"
   local result=$TUNED_MODEL_DIR tuned=(--model_dir "$TUNED_MODEL_DIR")
   if ((LORA)); then
+    TRAIN_FLAGS+=" $LORA_FLAGS"
     result=$LORA_DIR
     tuned=(--model_dir "$ORIG_MODEL_PATH" --lora_weights_dir "$LORA_DIR")
   fi
