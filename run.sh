@@ -27,7 +27,7 @@ use_stable_diffusion() {
   INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
   SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
-  LORA_FLAGS=${LORA_FLAGS:---use_lora --lora_rank 16 --lr 1e-4}
+  LORA_FLAGS=${LORA_FLAGS:---use_lora --lora_rank 4 --lr 1e-4}
   CLASS_FLAGS=${CLASS_FLAGS:-}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
 }
