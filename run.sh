@@ -2,6 +2,7 @@
 # From photos of a subject to images of it in new places.
 #
 #   ./run.sh          all of it: with Stable Diffusion 1.4 on GPUs, else with the pocket model
+#   LORA=1 ./run.sh   the same, but train a LoRA: small matrices beside the frozen weights
 #   ./run.sh test     the tests
 #
 # Every variable can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
@@ -14,6 +15,7 @@ use_pocket() {
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300}
+  LORA_FLAGS=${LORA_FLAGS:---use_lora --lora_rank 16 --lr 2e-3}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
 }
@@ -25,6 +27,7 @@ use_stable_diffusion() {
   INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
   SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
+  LORA_FLAGS=${LORA_FLAGS:---use_lora --lora_rank 4 --lr 1e-4}
   CLASS_FLAGS=${CLASS_FLAGS:-}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
 }
@@ -38,6 +41,7 @@ set_paths() {
   ORIG_MODEL_PATH=${ORIG_MODEL_PATH:-$ORIG_MODEL_DIR/models--${ORIG_MODEL_NAME//\//--}/snapshots/$ORIG_MODEL_HASH}
   IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg/${ORIG_MODEL_NAME##*/}-${CLASS_NAME//[\/ ]/-}}
   TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$SUBJECT_DIR/model-tuned}
+  LORA_DIR=${LORA_DIR:-$SUBJECT_DIR/lora}
   IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$SUBJECT_DIR/images-own}
   IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$SUBJECT_DIR/images-new}
 }
@@ -47,6 +51,7 @@ main() {
   NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.cluster)}
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
+  LORA=${LORA:-0}  # 1: train a LoRA
   if ((NUM_GPUS == 0)); then
     echo "no CUDA GPU here: using the embedded pocket model, unless ORIG_MODEL_NAME is set"
     ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
@@ -75,7 +80,13 @@ main() {
     --num_samples_per_prompt "$NUM_CLASS_IMAGES" --use_ray_data --overwrite $CLASS_FLAGS
 
   step 4 "fine-tune (minutes)"
-  "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$TUNED_MODEL_DIR" \
+  local result=$TUNED_MODEL_DIR tuned=(--model_dir "$TUNED_MODEL_DIR")
+  if ((LORA)); then
+    TRAIN_FLAGS+=" $LORA_FLAGS"
+    result=$LORA_DIR
+    tuned=(--model_dir "$ORIG_MODEL_PATH" --lora_weights_dir "$LORA_DIR")
+  fi
+  "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$result" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
     --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS
 
@@ -83,7 +94,7 @@ main() {
   local scenes prompts=()
   IFS='|' read -ra scenes <<<"$SCENES"
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
-  "$PYTHON" generate.py --model_dir "$TUNED_MODEL_DIR" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
+  "$PYTHON" generate.py "${tuned[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
     --overwrite $SAMPLE_FLAGS
 
   step 6 "put photos, class images and new images on one sheet"
@@ -115,12 +126,12 @@ run_tests() {
 }
 
 # Paths are relative to where the user stands; the scripts are where this file is.
-for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH TUNED_MODEL_DIR IMAGES_{REG,OWN,NEW}_DIR; do
+for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH TUNED_MODEL_DIR LORA_DIR IMAGES_{REG,OWN,NEW}_DIR; do
   [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
 done
 cd "$(dirname "$0")"
 case "${1:-}" in
   "") find_python; main ;;
   test) find_python; run_tests ;;
-  *) sed -n '2,7s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
+  *) sed -n '2,8s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
 esac

@@ -86,9 +86,10 @@ class DealPairs(ray.train.DataConfig):
         """
         share = self.pairs_per_step // world_size
         own = rows.filter(lambda row: row["position"] // share % world_size == rank)
-        return own.map_batches(self._load_images, batch_size=None)
+        return own.map_batches(self.load_images, batch_size=None)
 
-    def _load_images(self, batch):
+    def load_images(self, batch):
+        """Read and crop the images of `batch`, columns of paths, as `shard` describes."""
         columns = {"position": batch["position"]}
         for kind in KINDS:
             if kind not in batch:

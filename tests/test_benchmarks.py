@@ -21,7 +21,7 @@ from tests.benchmarks import encoders, fidelity
 
 @pytest.fixture(scope="module")
 def judge():
-    return fidelity.Judge(num_world=4000, num_subject=500)
+    return fidelity.Judge(render.LEGO_CAR, fidelity.label_world(count=4000), num_subject=500)
 
 
 def test_the_judge_recognises_renders_that_it_has_not_seen(judge):

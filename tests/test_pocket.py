@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dreambooth.model_dir import load_tokenizer
 from dreambooth.pocket import pretrain, render
@@ -156,20 +155,3 @@ def test_one_caption_in_ten_is_empty():
     rng = np.random.default_rng(0)
     captions = [render.caption(render.sample_scene(rng), rng) for _ in range(500)]
     assert 30 <= captions.count("") <= 70
-
-
-def test_the_lego_car_comes_in_five_different_photos(tmp_path):
-    render.draw_lego_car(tmp_path)
-    photos = sorted(tmp_path.iterdir())
-    assert [photo.name for photo in photos] == [f"{i}.jpg" for i in range(5)]
-    images = [np.asarray(Image.open(photo), np.int16) for photo in photos]
-    assert {image.shape for image in images} == {(512, 640, 3)}
-    for i, image in enumerate(images):
-        for other in images[i + 1 :]:
-            assert np.abs(image - other).mean() > 5
-
-
-def test_pretraining_never_shows_the_lego_car():
-    assert render.LEGO_CAR.body == "lego"
-    assert "lego" not in render.BODIES["car"]
-    assert all(design.body != "lego" for design in render.DESIGNS)

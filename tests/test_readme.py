@@ -112,8 +112,9 @@ def recipes(run_sh, name):
 
 
 def test_recipes_of_run_sh_are_accepted_by_the_scripts(run_sh, train_argv, generate_argv):
-    for flags in recipes(run_sh, "TRAIN_FLAGS"):
-        train.parse_args(train_argv("out") + shlex.split(flags))
+    for name in ("TRAIN_FLAGS", "LORA_FLAGS"):
+        for flags in recipes(run_sh, name):
+            train.parse_args(train_argv("out") + shlex.split(flags))
     for name in ("CLASS_FLAGS", "SAMPLE_FLAGS"):
         for flags in recipes(run_sh, name):
             generate.parse_args(generate_argv("out") + shlex.split(flags))
@@ -121,7 +122,7 @@ def test_recipes_of_run_sh_are_accepted_by_the_scripts(run_sh, train_argv, gener
 
 def test_recipes_of_the_readme_are_those_of_run_sh(root, run_sh):
     readme = " ".join((root / "README.md").read_text().split())
-    for name in ("TRAIN_FLAGS", "CLASS_FLAGS", "SAMPLE_FLAGS"):
+    for name in ("TRAIN_FLAGS", "LORA_FLAGS", "CLASS_FLAGS", "SAMPLE_FLAGS"):
         for flags in recipes(run_sh, name):
             assert flags in readme
 

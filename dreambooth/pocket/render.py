@@ -6,10 +6,12 @@ image. Some scenes show one of forty designs that have a name of their own, a me
 identifier such as "bmvdtd" in "photo of bmvdtd car in the snow". From these the model learns that
 an unknown word before a class stands for one particular object, which DreamBooth relies on.
 
-The LEGO car of images/lego-car is defined here too; pretraining never shows it to the model.
+SUBJECTS, the LEGO car of images/lego-car among them, are what DreamBooth is to learn: pretraining
+never shows one to the model.
 
-    python -m dreambooth.pocket.render --lego_car images/lego-car    # write the five photos again
-    python -m dreambooth.pocket.render --sheet world.png             # look at the world
+    python -m dreambooth.pocket.render --subject lego_car images/lego-car    # write its five photos
+    python -m dreambooth.pocket.render --subject windmill /tmp/windmill      # of another subject
+    python -m dreambooth.pocket.render --sheet world.png                     # look at the world
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dreambooth.cli import ArgumentParser
+from dreambooth.cli import ArgumentParser, UserError, run_main
+from dreambooth.pocket.subjects import BODY_RENDERERS
 
 COLOURS = {
     "red": (205, 35, 35),
@@ -71,6 +74,30 @@ class Scene:
 LEGO_CAR = Scene(
     "car", "yellow", "on the grass", "lego", {"roof": "red", "stripe": "blue"}, "green"
 )
+SUBJECTS = {
+    "lego_car": LEGO_CAR,
+    "windmill": Scene(
+        "house",
+        "white",
+        "on the grass",
+        "windmill",
+        {"roof": "blue", "door": "red", "sails": "orange"},
+    ),
+    "tugboat": Scene(
+        "boat",
+        "green",
+        "on the grass",
+        "tugboat",
+        {"cabin": "white", "funnel": "red", "band": "yellow"},
+    ),
+    "teapot": Scene(
+        "cup",
+        "purple",
+        "on the grass",
+        "teapot",
+        {"handle": "orange", "lid": "yellow", "dots": "white"},
+    ),
+}
 
 
 def _pick(rng, items):
@@ -390,20 +417,24 @@ def render(scene, rng, size=64, aspect=1.0):
     shadow = (25, 28, 32) if night else (95, 95, 95)
     canvas.oval(x, y, width * 0.5, 0.025, shadow, outline=False)
     canvas.stand_at(x, y, width)
-    OBJECT_RENDERERS[scene.kind](canvas, scene)
+    draw_object = BODY_RENDERERS.get(scene.body, OBJECT_RENDERERS[scene.kind])
+    draw_object(canvas, scene)
     return canvas.image.resize((round(size * aspect), size), Image.Resampling.BOX)
 
 
-def draw_lego_car(folder, size=512):
-    """Write the five example photos of the LEGO car, in landscape format, into `folder`.
+def write_photos(name, folder, size=512):
+    """Write five photos of the subject `name`, in landscape format, into `folder`.
 
-    They show it in three of the five places; no image shows it in the snow or at night.
+    They show it in three of the five places; no image shows it in the snow or at night. UserError:
+    no such subject.
     """
+    if name not in SUBJECTS:
+        raise UserError(f"--subject {name}: must be one of {' '.join(SUBJECTS)}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     places = ("on the grass", "on the road", "on the beach", "on the grass", "on the road")
     for number, place in enumerate(places):
         rng = np.random.default_rng(number)
-        image = render(replace(LEGO_CAR, place=place), rng, size, aspect=1.25)
+        image = render(replace(SUBJECTS[name], place=place), rng, size, aspect=1.25)
         image.save(Path(folder) / f"{number}.jpg", quality=92)
 
 
@@ -418,8 +449,8 @@ def write_sheet(path, rows=8, columns=16):
 
 
 def main(args):
-    if args.lego_car:
-        draw_lego_car(args.lego_car)
+    if args.subject:
+        write_photos(*args.subject)
     if args.sheet:
         write_sheet(args.sheet)
 
@@ -427,7 +458,7 @@ def main(args):
 if __name__ == "__main__":
     parser = ArgumentParser(__doc__)
     parser.add_argument(
-        "--lego_car", metavar="DIR", help="write five photos of the LEGO car to DIR"
+        "--subject", nargs=2, metavar=("NAME", "DIR"), help="write five photos of it to DIR"
     )
     parser.add_argument("--sheet", metavar="PNG", help="write 128 random scenes to one image")
-    main(parser.parse_args())
+    run_main(main, parser.parse_args())

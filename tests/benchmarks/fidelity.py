@@ -3,9 +3,10 @@
     python tests/benchmarks/fidelity.py --model_dir $ORIG_MODEL_PATH \\
         --tuned_model_dir $TUNED_MODEL_DIR
 
-The project's own renderer knows how everything in pocket's world looks, the LEGO car included, so
+The project's own renderer knows how everything in pocket's world looks, the subjects included, so
 the judge is exact and needs no network: thousands of renders with labels, and for each generated
-image the label of its nearest neighbour among them. The metrics, over --num_samples images each:
+image the label of its nearest neighbour among them. The metrics, over --num_samples images each,
+for the LEGO car (--pocket_subject names another subject, whose class stands in the prompts):
 
     subject       "photo of unqtkn car"               shows the LEGO car
     composition   "photo of unqtkn car in the snow"   shows the LEGO car, and snow (mean of that and
@@ -13,7 +14,7 @@ image the label of its nearest neighbour among them. The metrics, over --num_sam
     prior         "photo of a car"                    shows a car, and not the LEGO car
     diversity     "photo of a car"                    distance between two images, relative to the
                                                       original model's
-    others        "photo of a house"                  shows a house
+    others        "photo of a house"                  shows a house ("photo of a car" for a house)
 
 With a real model, --encoder names a DINO and a CLIP directory, and the metrics are the paper's: see
 encoders.py.
@@ -71,10 +72,10 @@ def reconstruct(vae, images):
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def subject_in_turn(count):
-    """`count` scenes of the LEGO car, in each place in turn."""
+def subject_in_turn(subject, count):
+    """`count` scenes of `subject`, in each place in turn."""
     places = render.PLACES
-    return [replace(render.LEGO_CAR, place=places[i % len(places)]) for i in range(count)]
+    return [replace(subject, place=places[i % len(places)]) for i in range(count)]
 
 
 def render_all(scenes, rng):
@@ -82,23 +83,43 @@ def render_all(scenes, rng):
     return np.stack([np.asarray(render.render(scene, rng)) for scene in scenes])
 
 
-class Judge:
-    """Labels an image by its nearest neighbours among renders.
+class LabelledRenders:
+    """Scenes and the features of their renders.
 
-    The nearest by edges names the class, the nearest by colours all else (place, colour, subject
-    or not). The renders have gone through `vae`, as generated images have: compared with crisp
-    renders, a house with soft edges passes for a car.
+    The renders have gone through `vae`, as generated images have: compared with crisp renders, a
+    house with soft edges passes for a car.
     """
 
-    def __init__(self, vae=None, num_world=12_000, num_subject=2_000, seed=1):
-        rng = np.random.default_rng(seed)
-        world = [render.sample_scene(rng) for _ in range(num_world)]
-        self.scenes = world + subject_in_turn(num_subject)
-        renders = render_all(self.scenes, rng)
+    def __init__(self, scenes, rng, vae=None):
+        renders = render_all(scenes, rng)
         if vae is not None:
             renders = reconstruct(vae, renders)
+        self.scenes = scenes
         self.colours = colours(renders)
         self.edges = edges(renders)
+
+
+def label_world(vae=None, count=12_000, seed=1):
+    """Random scenes of pocket's world, which the judges of all subjects share."""
+    rng = np.random.default_rng(seed)
+    scenes = [render.sample_scene(rng) for _ in range(count)]
+    return LabelledRenders(scenes, rng, vae)
+
+
+class Judge:
+    """Labels an image by its nearest neighbours among renders of the `world` and of one `subject`.
+
+    The nearest by edges names the class, the nearest by colours all else (place, colour, subject
+    or not).
+    """
+
+    def __init__(self, subject, world, vae=None, num_subject=2_000, seed=2):
+        self.subject = subject
+        own_scenes = subject_in_turn(subject, num_subject)
+        own = LabelledRenders(own_scenes, np.random.default_rng(seed), vae)
+        self.scenes = world.scenes + own.scenes
+        self.colours = torch.cat([world.colours, own.colours])
+        self.edges = torch.cat([world.edges, own.edges])
 
     def __call__(self, images):
         """A scene for each of `images` (N, 64, 64, 3) uint8."""
@@ -109,9 +130,9 @@ class Judge:
             for c, e in zip(by_colours, by_edges, strict=True)
         ]
 
-
-def is_subject(scene):
-    return scene.kind == "car" and scene.body == render.LEGO_CAR.body
+    def is_subject(self, scene):
+        """Whether `scene` shows the subject."""
+        return scene.kind == self.subject.kind and scene.body == self.subject.body
 
 
 def share(values):
@@ -154,23 +175,35 @@ class Sampler:
         return self.cache[prompt, count]
 
 
-def subject_report(sample, judge, original_cars):
+def class_prompt(subject):
+    return f"photo of a {subject.kind}"
+
+
+def instance_prompt(subject):
+    return f"photo of unqtkn {subject.kind}"
+
+
+def subject_report(sample, judge, original_class):
     """The metrics of the docstring for one model.
 
-    `sample(prompt)` gives its images; `original_cars` are the original model's images of "photo of
-    a car".
+    `sample(prompt)` gives its images; `original_class` are the original model's images of the class
+    prompt.
     """
-    cars = sample("photo of a car")
+    subject = judge.subject
+    other_kind = "car" if subject.kind == "house" else "house"
+    members = sample(class_prompt(subject))
     compositions = []
     for place in (SNOW, NIGHT):
-        scenes = judge(sample(f"photo of unqtkn car {place}"))
-        compositions.append(share(is_subject(s) and s.place == place for s in scenes))
+        scenes = judge(sample(f"{instance_prompt(subject)} {place}"))
+        compositions.append(share(judge.is_subject(s) and s.place == place for s in scenes))
+    instances = judge(sample(instance_prompt(subject)))
+    others = judge(sample(f"photo of a {other_kind}"))
     return {
-        "subject": share(is_subject(s) for s in judge(sample("photo of unqtkn car"))),
-        "composition": np.mean(compositions),
-        "prior": share(s.kind == "car" and not is_subject(s) for s in judge(cars)),
-        "diversity": diversity(cars) / diversity(original_cars),
-        "others": share(s.kind == "house" for s in judge(sample("photo of a house"))),
+        "subject": share(judge.is_subject(s) for s in instances),
+        "composition": float(np.mean(compositions)),
+        "prior": share(s.kind == subject.kind and not judge.is_subject(s) for s in judge(members)),
+        "diversity": diversity(members) / diversity(original_class),
+        "others": share(s.kind == other_kind for s in others),
     }
 
 
@@ -194,13 +227,13 @@ def judge_accuracy(judge, count=1000):
     """The judge's accuracy on renders that it has not seen: the most that any model could reach."""
     rng = np.random.default_rng(99)
     scenes = [render.sample_scene(rng) for _ in range(count // 2)]
-    scenes += subject_in_turn(count // 2)
+    scenes += subject_in_turn(judge.subject, count // 2)
     pairs = list(zip(scenes, judge(render_all(scenes, rng)), strict=True))
     return {
         "class": share(true.kind == judged.kind for true, judged in pairs),
         "place": share(true.place == judged.place for true, judged in pairs),
         "colour": share(true.colour == judged.colour for true, judged in pairs),
-        "subject": share(is_subject(true) == is_subject(judged) for true, judged in pairs),
+        "subject": share(judge.is_subject(a) == judge.is_subject(b) for a, b in pairs),
     }
 
 
@@ -221,13 +254,15 @@ def report_paper_metrics(args, samplers):
 
 def report_pocket_metrics(args, samplers):
     original = samplers["original"]
-    judge = Judge(original.generator.pipeline.vae)
+    subject = render.SUBJECTS[args.pocket_subject]
+    vae = original.generator.pipeline.vae
+    judge = Judge(subject, label_world(vae), vae)
     print_row("judge", judge_accuracy(judge))
     if args.world:
         print_row("world", world_report(lambda prompt: original(prompt, 8), judge))
-    original_cars = original("photo of a car")
+    original_class = original(class_prompt(subject))
     for name, sample in samplers.items():
-        print_row(name, subject_report(sample, judge, original_cars))
+        print_row(name, subject_report(sample, judge, original_class))
 
 
 def main(args):
@@ -260,6 +295,12 @@ def parse_args(argv=None):
         "--world",
         action="store_true",
         help="also report how well the original model knows its world",
+    )
+    parser.add_argument(
+        "--pocket_subject",
+        choices=list(render.SUBJECTS),
+        default="lego_car",
+        help="the subject that pocket has learned",
     )
     group = parser.add_argument_group("the paper's metrics")
     group.add_argument(
