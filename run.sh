@@ -2,7 +2,7 @@
 # From photos of a subject to images of it in new places.
 #
 #   ./run.sh          all of it: with Stable Diffusion 1.4 on GPUs, else with the pocket model
-#   LORA=1 ./run.sh   the same, but train a LoRA: small matrices beside the frozen weights
+#   LORA=1 ./run.sh   the same with LoRA
 #   ./run.sh test     the tests
 #
 # Every variable can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
@@ -15,7 +15,7 @@ use_pocket() {
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300}
-  LORA_FLAGS=${LORA_FLAGS:---use_lora --lora_rank 16 --lr 2e-3}
+  LORA_FLAGS=${LORA_FLAGS:---lora_rank 16 --lr 2e-3 --train_batch_size 8 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
 }
@@ -27,7 +27,7 @@ use_stable_diffusion() {
   INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
   SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
   TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
-  LORA_FLAGS=${LORA_FLAGS:---use_lora --lora_rank 4 --lr 1e-4}
+  LORA_FLAGS=${LORA_FLAGS:---lora_rank 4 --lr 1e-4 --train_batch_size 2 --num_epochs 4 --max_train_steps 200}
   CLASS_FLAGS=${CLASS_FLAGS:-}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
 }
@@ -46,12 +46,23 @@ set_paths() {
   IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$SUBJECT_DIR/images-new}
 }
 
+# Unless TRAIN_FLAGS is set from outside: LoRA's recipe if LORA is set, and what fits the memory of the GPUs.
+choose_train_flags() {
+  local added=
+  if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
+  if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
+    added=$("$PYTHON" -m dreambooth.memory --num_workers "$NUM_WORKERS" $added)
+  fi
+  if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
+  TRAIN_FLAGS+=" $added"
+}
+
 main() {
   # Look for GPUs, on this machine or in the cluster at RAY_ADDRESS, and choose model and recipe.
-  NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.cluster)}
+  NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.gpus)}
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
-  LORA=${LORA:-0}  # 1: train a LoRA
+  OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
   if ((NUM_GPUS == 0)); then
     echo "no CUDA GPU here: using the embedded pocket model, unless ORIG_MODEL_NAME is set"
     ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
@@ -59,6 +70,13 @@ main() {
   ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
   if [[ "$ORIG_MODEL_NAME" == pocket ]]; then use_pocket; else use_stable_diffusion; fi
   set_paths
+  [[ -n "$OWN_TRAIN_FLAGS" ]] || choose_train_flags
+  RESULT_DIR=$TUNED_MODEL_DIR
+  RESULT=(--model_dir "$TUNED_MODEL_DIR")
+  if [[ "$TRAIN_FLAGS" == *--use_lora* ]]; then
+    RESULT_DIR=$LORA_DIR
+    RESULT=(--model_dir "$ORIG_MODEL_PATH" --lora_weights_dir "$LORA_DIR")
+  fi
   UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
   CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
@@ -80,13 +98,7 @@ main() {
     --num_samples_per_prompt "$NUM_CLASS_IMAGES" --use_ray_data --overwrite $CLASS_FLAGS
 
   step 4 "fine-tune (minutes)"
-  local result=$TUNED_MODEL_DIR tuned=(--model_dir "$TUNED_MODEL_DIR")
-  if ((LORA)); then
-    TRAIN_FLAGS+=" $LORA_FLAGS"
-    result=$LORA_DIR
-    tuned=(--model_dir "$ORIG_MODEL_PATH" --lora_weights_dir "$LORA_DIR")
-  fi
-  "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$result" \
+  "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
     --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS
 
@@ -94,8 +106,8 @@ main() {
   local scenes prompts=()
   IFS='|' read -ra scenes <<<"$SCENES"
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
-  "$PYTHON" generate.py "${tuned[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
-    --overwrite $SAMPLE_FLAGS
+  "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
+    --overwrite ${RAY_ADDRESS:+--use_ray_data} $SAMPLE_FLAGS
 
   step 6 "put photos, class images and new images on one sheet"
   "$PYTHON" -m dreambooth.outputs --output "$SUBJECT_DIR/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
@@ -126,7 +138,7 @@ run_tests() {
 }
 
 # Paths are relative to where the user stands; the scripts are where this file is.
-for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH TUNED_MODEL_DIR LORA_DIR IMAGES_{REG,OWN,NEW}_DIR; do
+for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH {TUNED_MODEL,LORA,IMAGES_REG,IMAGES_OWN,IMAGES_NEW}_DIR; do
   [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
 done
 cd "$(dirname "$0")"

@@ -27,7 +27,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from dreambooth import checkpointer, checkpoints, cluster, dataset, latents, logs, ray_errors
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, valid_prompt
+from dreambooth.hardware import warn_of_slow_steps
 from dreambooth.loss import training_loss
+from dreambooth.memory import check_memory
 from dreambooth.report import Report, where_the_seconds_went
 from dreambooth.shared_storage import check_shared_storage
 from dreambooth.training_checks import check_flags
@@ -135,6 +137,7 @@ def train_fn(config):
     num_workers = context.get_world_size()
     device = get_device()
     pairs_per_pass, num_passes = plan.divide(num_workers)
+    check_memory(args, plan, num_workers, device)
     report = Report(plan, args.log_every, config["started"], enabled=rank == 0)
     if device.type == "cpu":  # Ray gives a worker one thread; it takes its share of the cores
         torch.set_num_threads(max(1, cluster.num_cores() // context.get_local_world_size()))
@@ -169,7 +172,7 @@ def train_fn(config):
         loss = forward_backward(ddp, scheduler, batches, prompt_ids, num_passes, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=num_workers == 1)  # else they stay, in DDP's buckets
         report.step_is_done(step, loss, grad_norm, lr_schedule.get_last_lr()[0])
         lr_schedule.step()
         saver.step_is_done(step + 1)
@@ -219,18 +222,15 @@ def main(args):
     ray_start.result()
     num_gpus, num_cpus = cluster.wait_for_workers(args.num_workers[0], args.wait_for_gpus)
     print(f"{plan}; {num_gpus} GPUs, {num_cpus} cores")
+    if not num_gpus:
+        warn_of_slow_steps(args, plan, num_cpus)
     run_dir = checkpoints.run_dir(args)
     checkpoints.prepare(args, plan.identity(args))
     check_shared_storage([args.model_dir, *plan.image_dirs, str(run_dir)])
     stop = checkpointer.StopOnSignal(run_dir)
     try:
         result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))  # [10]
-    except (
-        ray.train.TrainingFailedError,
-        ray.exceptions.RayError,
-        RuntimeError,
-        ValueError,
-    ) as error:
+    except ray_errors.FAILURES as error:
         if stop.signal:
             _, step = checkpoints.find_newest(run_dir)
             print(f"stopped after step {step}: the same command goes on", file=sys.stderr)

@@ -4,9 +4,9 @@ import math
 
 import ray.data
 
-from dreambooth import cluster, ray_errors
+from dreambooth import cluster, hardware, ray_errors
 from dreambooth.cli import UserError
-from dreambooth.image_generator import CPU_BATCH, MAX_BATCH, ImageGenerator
+from dreambooth.image_generator import MAX_BATCH, ImageGenerator, cpu_batch_size
 
 
 def generate_with_ray(args, records):
@@ -18,7 +18,10 @@ def generate_with_ray(args, records):
     num_gpus, num_cpus = cluster.start_ray(args.verbose, log_to_driver=args.verbose)  # [1]
     cluster.check_num_workers(args.num_workers or 1, num_gpus, num_cpus)
     num_workers = args.num_workers or max(1, num_gpus)
-    num_batches = count_batches(len(records), num_workers, num_gpus, args.batch_size)
+    if not num_gpus:
+        hardware.warn_of_slow_images(args, num_cpus)  # what an actor prints is not shown
+    max_batch = (args.batch_size or MAX_BATCH) if num_gpus else cpu_batch_size(args.model_dir)
+    num_batches = count_batches(len(records), num_workers, num_gpus, max_batch)
     num_workers = min(num_workers, num_batches)
     resources = {"num_gpus": 1, "num_cpus": 0}
     if not num_gpus:  # Ray Data's tasks need the other cores
@@ -41,10 +44,11 @@ def generate_with_ray(args, records):
         raise
 
 
-def count_batches(num_records, num_workers, num_gpus, batch_size=None):
-    """Into how many batches to divide the records: on GPUs the same number for each worker, so that
-    they finish together; on a CPU, where each batch is padded to CPU_BATCH, as few as possible."""
+def count_batches(num_records, num_workers, num_gpus, max_batch):
+    """Into how many batches of at most `max_batch` to divide the records: on GPUs the same number
+    for each worker, so that they finish together; on a CPU, where batches are padded, as few as
+    possible."""
     if not num_gpus:
-        return math.ceil(num_records / CPU_BATCH)
-    batches_per_worker = math.ceil(num_records / (num_workers * (batch_size or MAX_BATCH)))
+        return math.ceil(num_records / max_batch)
+    batches_per_worker = math.ceil(num_records / (num_workers * max_batch))
     return min(num_records, batches_per_worker * num_workers)

@@ -1,7 +1,4 @@
-"""Ray: its start, and the nodes, GPUs and cores that it finds.
-
-python -m dreambooth.cluster    # prints the number of GPUs, of RAY_ADDRESS or of this machine
-"""
+"""Ray: its start, and the nodes and cores that it finds."""
 
 import logging
 import os
@@ -18,10 +15,9 @@ from pathlib import Path
 import ray
 import ray.data
 import ray.train
-import torch
 
-from dreambooth import logs
-from dreambooth.cli import UserError, run_main
+from dreambooth import hardware, logs
+from dreambooth.cli import UserError
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of a run waits for the next check
@@ -42,16 +38,20 @@ def start_ray(verbose=False, log_to_driver=True):
 
     `log_to_driver`: whether what workers print appears here, and what Ray's C++ core logs.
 
-    Returns the numbers of GPUs and CPU cores of the cluster. UserError: no cluster at that address.
+    Returns the numbers of GPUs and CPU cores of the cluster. UserError: no cluster at that address,
+    or a GPU of this machine that cannot be used.
     """
     logs.configure(verbose)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        hardware.check_driver()
     if not ray.is_initialized():
         if not log_to_driver:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         with logs.silent_stderr(verbose):  # where it would say that it has read this level
-            _connect(os.environ.get("RAY_ADDRESS"), verbose, log_to_driver)
+            _connect(address, verbose, log_to_driver)
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = verbose
     data_context.execution_options.preserve_order = True  # the same rows in the same order
@@ -198,15 +198,3 @@ def num_cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
-
-
-def count_gpus():
-    """The number of GPUs of the cluster at RAY_ADDRESS, or (without Ray) of this machine."""
-    if os.environ.get("RAY_ADDRESS"):
-        num_gpus, _ = start_ray()
-        return num_gpus
-    return torch.cuda.device_count()
-
-
-if __name__ == "__main__":
-    run_main(lambda args: print(count_gpus()), None)

@@ -12,13 +12,11 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from dreambooth import cluster, logs, model_dir, outputs
+from dreambooth import cluster, hardware, logs, model_dir, outputs
 from dreambooth.cli import UserError
 from dreambooth.seeds import seed_for
 
-# On a CPU, each forward pass takes this many images, padded at the end: an image's arithmetic may
-# depend, in the last bits, on the size of its batch, but never on the other images in it.
-CPU_BATCH = 16
+CPU_PIXELS = 16 * 64 * 64  # per batch on a CPU
 MAX_BATCH = 16  # on a GPU: larger batches are hardly faster
 BYTES_PER_PIXEL = 4096  # GPU memory per image being generated; an estimate, corrected by halving
 MAX_ATTEMPTS = 10  # an image without content is sampled again, with other noise
@@ -32,13 +30,14 @@ class ImageGenerator:
 
         logs.configure(args.verbose)
         logs.hide_progress_bars(args.verbose)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = hardware.pick_device()
+        self.padded_size = cpu_batch_size(args.model_dir) if self.device == "cpu" else None
         if self.device == "cpu":
             # Ray gives an actor one thread; and the number of threads shows in the last bits.
             torch.set_num_threads(cluster.num_cores())
-            self.batch_size = CPU_BATCH
-        else:
-            self.batch_size = args.batch_size or batch_size_that_fits(args.model_dir)
+            hardware.warn_of_slow_images(args, cluster.num_cores())
+        given = self.padded_size or args.batch_size
+        self.batch_size = given or batch_size_that_fits(args.model_dir)
         self.args = args
         self.folder = Path(args.output_dir)
         self.prompt_embeds = {}
@@ -107,7 +106,7 @@ class ImageGenerator:
     @torch.inference_mode()
     def sample(self, records, attempt):
         """The images (N, 3, H, W) in [0, 1] of N records; None if the GPU runs out of memory."""
-        size = CPU_BATCH if self.device == "cpu" else len(records)
+        size = self.padded_size or len(records)
         padded = (records + [records[-1]] * size)[:size]
         embeds = [self._encode_prompt(record["prompt"]) for record in padded]
         prompt_embeds, negative_prompt_embeds = zip(*embeds, strict=True)
@@ -173,6 +172,14 @@ def _noise_generator(record, attempt):
     prompt = zlib.crc32(record["prompt"].encode())
     seed = seed_for("image", record["seed"], record["index"], prompt, attempt)
     return torch.Generator().manual_seed(seed)
+
+
+def cpu_batch_size(pipeline_dir):
+    """The number of images per forward pass on a CPU, padded at the end: 16 at 64 px, 1 from 256 px
+    on. Constant for a model: an image's arithmetic may depend, in the last bits, on the size of its
+    batch, but never on the other images in it."""
+    side, _ = model_dir.resolution(pipeline_dir)
+    return max(1, CPU_PIXELS // side**2)
 
 
 def batch_size_that_fits(pipeline_dir):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import warnings
 import zipfile
 from pathlib import Path
@@ -103,13 +104,32 @@ def _read_json(file):
     return json.loads(file.read_text())
 
 
-def weights_size(model_dir):
-    """The size of the models' weights, in bytes: safetensors, or the pickles in their place."""
-    total = 0
+def weight_files(model_dir):
+    """The files of the models' weights: safetensors, or the pickles in their place."""
+    files = []
     for names in PIPELINE_FILES:
         weights = [Path(model_dir) / name for name in names if not name.endswith((".json", ".txt"))]
-        total += sum([file.stat().st_size for file in weights if file.exists()][:1])
-    return total
+        files += [file for file in weights if file.exists()][:1]
+    return files
+
+
+def weights_size(model_dir):
+    """The size of the models' weights, in bytes."""
+    return sum(file.stat().st_size for file in weight_files(model_dir))
+
+
+def num_parameters(model_dir):
+    """The numbers of parameters of "unet", "text_encoder" and "vae": from the headers of their
+    safetensors; of pickles from their size, as if in float32, which they are on the Hub."""
+    numbers = {}
+    for file in weight_files(model_dir):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "np") as weights:
+                slices = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118
+                numbers[file.parent.name] = sum(math.prod(part.get_shape()) for part in slices)
+        else:
+            numbers[file.parent.name] = file.stat().st_size // 4
+    return numbers
 
 
 def resolution(model_dir):

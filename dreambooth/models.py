@@ -92,6 +92,7 @@ def load_models(args, device, autocast=None):
         unet.enable_gradient_checkpointing()
         text_encoder.activation_checkpointing_enable()
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # would split the blocks where DDP's buckets end
         unet.compile_repeated_blocks()
     scheduler = DDPMScheduler.from_pretrained(args.model_dir, subfolder="scheduler")
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)

@@ -2,9 +2,15 @@
 
 import re
 
+import ray.exceptions
 import ray.train
 
+from dreambooth import hardware
 from dreambooth.cli import UserError
+
+FAILURES = (  # what fit() raises
+    ray.train.TrainingFailedError, ray.exceptions.RayError, RuntimeError, ValueError,
+)  # fmt: skip
 
 
 def user_error_in(error):
@@ -27,6 +33,8 @@ def user_error_in(error):
 def training_error(error):
     """The `UserError` behind a failed training, or behind one worker's exception; None if it is not
     the user's."""
+    if "requires at least one CUDA device" in str(error):  # NCCL's, on another node
+        return UserError(f"a GPU of the cluster: {hardware.unusable_gpu()}")
     worker_failures = getattr(error, "worker_failures", {})  # none if train_fn ran in this process
     for cause in [error, *worker_failures.values()]:
         if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":

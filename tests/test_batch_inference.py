@@ -20,11 +20,11 @@ def batch_sizes(num_records, num_batches):
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("batch_size", [None, 1, 4, 7])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 16])
 def test_gpus_end_together(num_gpus, batch_size):
     """Each generates the same number of batches, as few as possible, and none is larger than asked
     for. (Of single images, some GPUs generate one more.)"""
-    largest = batch_size or batch_inference.MAX_BATCH
+    largest = batch_size
     for num_records in (1, 3, 4, 17, 64, 65, 100, 200, 1000):
         num_batches = count_batches(num_records, num_gpus, num_gpus, batch_size)
         sizes = batch_sizes(num_records, num_batches)
@@ -40,7 +40,7 @@ def test_gpus_end_together(num_gpus, batch_size):
 def test_200_images_on_4_gpus():
     """50 each, in 4 batches of 12 or 13. Batches of 16 would be 13: one GPU with 4, the others
     with 3."""
-    assert count_batches(200, 4, 4) == 16
+    assert count_batches(200, 4, 4, 16) == 16
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,7 @@ def test_200_images_on_4_gpus():
 @pytest.mark.parametrize("num_workers", [1, 2, 8])
 def test_on_a_cpu_there_are_as_few_batches_as_possible(num_records, num_batches, num_workers):
     """Each is padded to 16 images: a smaller one takes as long."""
-    assert count_batches(num_records, num_workers, 0) == num_batches
-    assert count_batches(num_records, num_workers, 0, batch_size=4) == num_batches
+    assert count_batches(num_records, num_workers, 0, 16) == num_batches
 
 
 @pytest.fixture
@@ -70,14 +69,15 @@ def batches_only(monkeypatch):
 
 @pytest.mark.parametrize("num_records", [3, 37])
 def test_a_batch_is_a_block(generate_args, ray_address, batches_only, num_records):
-    """Ray Data neither splits nor joins blocks, and keeps the records' order."""
-    args = generate_args("out", num_samples_per_prompt=num_records)
+    """Ray Data neither splits nor joins blocks, and keeps the records' order. (--batch_size is for
+    GPUs: on a CPU a batch would be padded all the same.)"""
+    args = generate_args("out", num_samples_per_prompt=num_records, batch_size=4)
     rows = list(generate_with_ray(args, generate.plan(args)))
     assert [row["index"] for row in rows] == list(range(num_records))
     sizes = [row["batch_size"] for row in rows]
     num_batches = sum(1 / size for size in sizes)
-    assert num_batches == pytest.approx(count_batches(num_records, 1, 0))
-    assert max(sizes) <= batch_inference.CPU_BATCH
+    assert num_batches == pytest.approx(count_batches(num_records, 1, 0, 16))
+    assert max(sizes) <= 16
 
 
 def test_images_are_the_same_with_ray_and_without(

@@ -154,7 +154,7 @@ def test_an_address_at_which_nothing_listens_is_found_at_once():
         cluster.check_address(f"127.0.0.1:{port}")
 
 
-@pytest.mark.parametrize("argv", [["train.py"], ["-m", "dreambooth.cluster"]])
+@pytest.mark.parametrize("argv", [["train.py"], ["-m", "dreambooth.gpus"]])
 def test_a_command_with_an_address_at_which_there_is_no_cluster(
     assert_one_line, run_script, train_argv, tmp_path, argv
 ):
@@ -170,7 +170,7 @@ def test_a_command_with_an_address_at_which_there_is_no_cluster(
 def test_the_number_of_gpus_of_this_machine_and_of_a_cluster(run_script, ray_address):
     """There are none: conftest.py hides what this machine may have."""
     for environment in ({}, {"RAY_ADDRESS": ray_address}):
-        result = run_script("-m", "dreambooth.cluster", **environment)
+        result = run_script("-m", "dreambooth.gpus", **environment)
         assert result.stdout == "0\n", result.stderr
         assert result.stderr == ""
 

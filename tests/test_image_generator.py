@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -209,6 +210,39 @@ def test_out_of_memory_is_found_and_other_errors_are_raised(generator, records, 
     monkeypatch.setattr(generator, "pipeline", lambda: None)
     with pytest.raises(TypeError):
         generator.sample(records, attempt=0)
+
+
+@pytest.mark.parametrize(
+    ("side", "batch_size"), [(64, 16), (96, 7), (128, 4), (256, 1), (512, 1), (768, 1)]
+)
+def test_on_a_cpu_the_batch_size_follows_from_the_size_of_the_image(monkeypatch, side, batch_size):
+    """16 images of 512 pixels are an hour's work, of which one alone would need as much: batches
+    are padded."""
+    monkeypatch.setattr(model_dir, "resolution", lambda folder: (side, 8))
+    assert image_generator.cpu_batch_size("model") == batch_size
+
+
+def test_on_a_cpu_the_batch_is_always_of_the_same_size(generator, records, monkeypatch):
+    """Whatever else changes: an image's last bits may depend on it."""
+    sizes = []
+
+    def note(prompt_embeds, **settings):
+        sizes.append(len(prompt_embeds))
+        return SimpleNamespace(images=torch.zeros(len(prompt_embeds), 3, 64, 64))
+
+    generator.prompt_embeds = {record["prompt"]: torch.zeros(2, 1, 48, 96) for record in records}
+    monkeypatch.setattr(generator, "pipeline", note)
+    generator.batch_size = 4
+    for _, image in generator.sample_all(records, attempt=0):
+        assert image.shape == (3, 64, 64)
+    assert sizes == [16, 16]
+
+
+def test_a_gpu_that_cannot_be_used_is_an_error_and_not_the_cpu(generate_args, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="driver"):
+        ImageGenerator(generate_args("out"))
 
 
 @pytest.mark.parametrize(

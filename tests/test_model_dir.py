@@ -117,6 +117,18 @@ def test_size_of_the_weights(copied):
     assert directory.weights_size(copied) == total
 
 
+def test_number_of_parameters(copied, load_models):
+    """From the headers of safetensors; a pickle counts as float32, as on the Hub. (Those here are
+    float16.)"""
+    vae, denoiser, _ = load_models(copied)
+    models = {"vae": vae, "unet": denoiser.unet, "text_encoder": denoiser.text_encoder}
+    expected = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert directory.num_parameters(copied) == expected
+    unet = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_suffix(".bin"))
+    assert directory.num_parameters(copied)["unet"] == unet.with_suffix(".bin").stat().st_size // 4
+
+
 def test_resolution_comes_from_the_configuration(copied):
     """16 latents a side, each for 4 pixels: the VAE has three levels, so it halves twice."""
     assert directory.resolution(copied) == (64, 4)

@@ -29,19 +29,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -49,6 +42,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks import published  # may stand in for Ray: before its users
+from tests.benchmarks.counting import GIB, META, count_gib, count_tflop, without_weights
 from tests.benchmarks.published import PROMPTS, Plain, settings_for, tokenize_prompts
 
 # isort: split
@@ -58,7 +52,6 @@ from dreambooth.cli import ArgumentParser
 from dreambooth.loss import training_loss
 from dreambooth.pocket import pretrain, render
 
-GIB = 2**30
 NUM_CLASS_IMAGES = 64
 FEATURES = ["cached latents", "prompts encoded once"]
 GPU_FEATURES = ["channels_last", "fused AdamW"]
@@ -71,13 +64,9 @@ OPTIONS = [
 ]
 
 
-def build_sd14(folder):
-    """Write a pipeline directory with Stable Diffusion 1.4's architecture and random weights: 860
-    M in the U-Net, 123 M in the text encoder, 84 M in the VAE. The tokenizer is pocket's, padded
-    to 77 tokens."""
-    torch.manual_seed(0)
-    tokenizer = model_dir.load_tokenizer(cache_model.POCKET_DIR)
-    tokenizer.model_max_length = 77
+def new_sd14_models():
+    """VAE, text encoder and U-Net of Stable Diffusion 1.4's architecture, with random weights: 84,
+    123 and 860 M."""
     text_config = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     )
@@ -90,7 +79,16 @@ def build_sd14(folder):
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    pretrain.export(tokenizer, vae, text_encoder, unet, folder)
+    return vae, text_encoder, unet
+
+
+def build_sd14(folder):
+    """Write a pipeline directory with `new_sd14_models`. The tokenizer is pocket's, padded to 77
+    tokens."""
+    torch.manual_seed(0)
+    tokenizer = model_dir.load_tokenizer(cache_model.POCKET_DIR)
+    tokenizer.model_max_length = 77
+    pretrain.export(tokenizer, *new_sd14_models(), folder)
     return folder
 
 
@@ -121,6 +119,13 @@ class Ours:
         self.encode_each_step = "cached latents" in off
 
     def step(self):
+        for _ in range(self.settings.gradient_accumulation_steps):
+            self.forward_backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
+
+    def forward_backward(self):
         if self.encode_each_step:
             self.posteriors = latents.encode(self.vae, self.pixels)
         posteriors = self.posteriors
@@ -134,94 +139,6 @@ class Ours:
             timesteps, 1.0,
         )  # fmt: skip
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and their peak."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self.known = set()
-        self.add(tensors)
-
-    def add(self, tensors):
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, torch.Tensor):
-                self.add_storage(tensor.untyped_storage())
-
-    def add_storage(self, storage):
-        key = id(storage)
-        if key in self.known:
-            return
-        size = storage.nbytes()
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.drop, key, size)
-
-    def drop(self, key, size):
-        self.known.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        self.add(output)
-        return output
-
-
-def in_float32(function):
-    """`function` as CUDA's autocast runs it, which computes norms and interpolation in float32; a
-    CPU's autocast does not."""
-
-    def run(*args, **kwargs):
-        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
-        return function(*args, **kwargs)
-
-    return run
-
-
-def make_fake(side, mode):
-    """Replace the tensors of one of our sides by fake ones; returns those of its models by name."""
-    denoiser = side.denoiser
-    named_tensors = [*denoiser.named_parameters(), *denoiser.named_buffers()]
-    fakes = {name: mode.from_tensor(tensor) for name, tensor in named_tensors}
-    side.denoiser = lambda *inputs: functional_call(denoiser, fakes, inputs)
-    side.parameters = [tensor for tensor in fakes.values() if tensor.requires_grad]
-    side.posteriors = mode.from_tensor(side.posteriors)
-    side.prompt_ids = mode.from_tensor(side.prompt_ids)
-    return fakes
-
-
-def count_step(side):
-    """Of a step of one of our sides: its TFLOP, and at its peak the GiB of weights (the VAE's too),
-    gradients, optimizer and activations, on a single GPU and on each of several.
-
-    Counted on fake tensors, which have sizes and no numbers: no GPU is needed. What a GPU's
-    libraries take for themselves comes on top, 1 to 2 GiB.
-    """
-    functions = ("group_norm", "layer_norm", "interpolate")
-    as_on_cuda = {name: in_float32(getattr(F, name)) for name in functions}
-    peaks = []
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, patch.multiple(F, **as_on_cuda):
-        fakes = make_fake(side, mode)
-        resident = [fakes, *side.vae.parameters()]
-        for keep_gradients in (False, True):
-            side.keep_gradients = keep_gradients
-            side.optimizer = models.build_optimizer(side.parameters, side.settings)
-            with LiveBytes(resident) as counter:
-                side.step()  # creates the optimizer's state
-                counter.peak = counter.now
-                side.step()
-            peaks.append(counter.peak / GIB)
-        with FlopCounterMode(display=False) as flops:
-            side.step()
-    alone, several = peaks
-    return flops.get_total_flops() / 1e12, alone, several
 
 
 def build_inputs(args, pipeline_dir, device):
@@ -353,15 +270,25 @@ def print_arithmetic(side, seconds, device):
     )
 
 
-def count_steps(args, pipeline_dir):
+def sd14_side(flags, num_pairs=2, off=()):
+    """Our side with `flags` and Stable Diffusion 1.4, on the meta device: for counting."""
+    settings = settings_for(cache_model.POCKET_DIR, "-", *flags)  # its noise schedule is the same
+    pixels = torch.empty(2 * num_pairs, 3, 512, 512, device=META)
+    prompt_ids = torch.empty(2, 77, dtype=torch.long, device=META)
+    with without_weights(new_sd14_models):
+        return Ours(settings, pixels, prompt_ids, META, off=off, autocast=True)
+
+
+def count_steps(num_pairs):
     """Print the arithmetic of our step, and the memory that it takes on a single GPU and on each of
-    several."""
-    inputs = build_inputs(args, pipeline_dir, torch.device("cpu"))
-    cases = [(flags, []) for flags in [[], *OPTIONS]]
+    several: the numbers of dreambooth/memory.py and RESULTS.md."""
+    cases = [(flags, ()) for flags in [[], *OPTIONS, ["--gradient_accumulation_steps=2"]]]
     cases.append(([], FEATURES))
     for flags, off in cases:
-        settings = settings_for(pipeline_dir, "-", *flags)
-        tflop, alone, several = count_step(Ours(settings, *inputs, off=off, autocast=True))
+        side = sd14_side(flags, num_pairs, off)
+        tflop = count_tflop(side)
+        alone = count_gib(side, keep_gradients=False)
+        several = count_gib(side, keep_gradients=True)
         name = " ".join(["ours", *flags])
         if off:
             name += f" without {' and '.join(off)}"
@@ -526,6 +453,9 @@ def run_turn(jobs):
 
 
 def main(args):
+    if args.count:
+        count_steps(args.batch_size)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(cluster.num_cores())
     torch.set_float32_matmul_precision("high")  # as in train.py
@@ -535,9 +465,6 @@ def main(args):
         pipeline_dir = cache_model.POCKET_DIR
         if args.model == "sd14":
             pipeline_dir = build_sd14(folder / "sd14")
-        if args.count:
-            count_steps(args, pipeline_dir)
-            return
         if not args.jobs_only:
             compare_steps(args, pipeline_dir, device)
         if not args.no_ray:
@@ -553,7 +480,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--count",
         action="store_true",
-        help="count memory and arithmetic of a step, on any machine, and time nothing",
+        help="count memory and arithmetic of a step of sd14, on any machine, and time nothing",
     )
 
     group = parser.add_argument_group("steps")

@@ -1,0 +1,161 @@
+"""How much GPU memory training needs, as counted, and which flags make it fit.
+
+    python -m dreambooth.memory --num_workers 2             # the flags for the GPUs here
+    python -m dreambooth.memory --num_workers 2 --gib 23    # for GPUs with 23 GiB free
+
+Prints the flags to add to train.py's, and on stderr why.
+"""
+
+import argparse
+import sys
+from typing import NamedTuple
+
+from dreambooth import gpus, hardware, model_dir
+from dreambooth.cli import HelpFormatter, UserError, check_at_least, run_main
+
+
+class Counted(NamedTuple):
+    """GiB of weights, gradients, optimizer and activations at the peak of a step of Stable
+    Diffusion 1.4 with two pairs of 512 px per forward pass."""
+
+    one_gpu: float
+    kept: float  # where gradients stay: on each of several GPUs, or with gradient accumulation
+    per_pair: float  # of it, for each pair
+
+
+CHECKPOINTING = "--gradient_checkpointing"
+BF16 = "--param_dtype bf16"
+LORA = "--use_lora"
+
+# Counted on fake tensors by tests/benchmarks/throughput.py --model sd14 --count, and measured on no
+# GPU. The order is that in which to try them: the first ones train the same in more time.
+COUNTED = {
+    (): Counted(17.8, 21.5, 2.35),
+    (CHECKPOINTING,): Counted(15.0, 17.6, 0.43),
+    (BF16,): Counted(12.4, 14.2, 2.35),
+    (CHECKPOINTING, BF16): Counted(9.8, 10.5, 0.53),
+    (LORA,): Counted(6.6, 6.6, 2.17),
+    (CHECKPOINTING, LORA): Counted(3.3, 3.3, 0.51),
+}
+CHOICES = [flags for flags in COUNTED if flags != (BF16,)]  # without checkpointing it gains little
+PAIRS = 2  # of run.sh's recipe
+RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds
+LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL
+SD14 = {"unet": 860e6, "text_encoder": 123e6}  # parameters
+
+
+class Job(NamedTuple):
+    """What the need depends on, beside the flags that reduce it."""
+
+    pairs: int = PAIRS  # per forward pass
+    keeps_gradients: bool = False
+    resolution: int = 512  # pixels
+    unet: float = 1.0  # parameters of the U-Net; Stable Diffusion 1.4 has 1
+    trained: float = 1.0  # parameters of what is trained, likewise
+
+
+def needed(flags, job):
+    """GiB of free GPU memory that `job` needs with `flags`, a key of COUNTED."""
+    counted = COUNTED[flags]
+    two_pairs = counted.kept if job.keeps_gradients else counted.one_gpu
+    fixed = two_pairs - PAIRS * counted.per_pair
+    activations = job.pairs * counted.per_pair * (job.resolution / 512) ** 2
+    return RESERVE * (fixed * job.trained + activations * job.unet) + LIBRARIES
+
+
+def choose(gib, job, given=()):
+    """The first of CHOICES that includes the flags `given` and with which `job` fits GPUs with
+    `gib` GiB free; None if none does."""
+    for flags in CHOICES:
+        if set(given) <= set(flags) and needed(flags, job) <= gib:
+            return flags
+    return None
+
+
+def check_memory(args, plan, num_workers, device):
+    """UserError: a GPU, `device`, without bfloat16, or too small for the training of `args`; with
+    what to do. Each worker calls it before it loads the models."""
+    if device.type == "cpu":
+        return
+    hardware.check_bfloat16(device)
+    given = {
+        CHECKPOINTING: args.gradient_checkpointing,
+        BF16: args.param_dtype == "bf16",
+        LORA: args.use_lora,
+    }
+    given = tuple(flag for flag, is_given in given.items() if is_given)
+    sizes = model_dir.num_parameters(args.model_dir)
+    if sum(sizes.values()) < hardware.LARGE:
+        return
+    trained = sizes["unet"] + (sizes["text_encoder"] if args.train_text_encoder else 0)
+    pairs_per_pass, num_passes = plan.divide(num_workers)
+    job = Job(
+        pairs=pairs_per_pass * len(plan.prompt_ids) / 2,  # without class images, half of a pair
+        keeps_gradients=num_workers > 1 or num_passes > 1,
+        resolution=plan.resolution,
+        unet=sizes["unet"] / SD14["unet"],
+        trained=trained / sum(SD14.values()),
+    )
+    gib = hardware.free_memory(device)
+    if needed(given, job) > gib:
+        raise UserError(
+            f"training needs about {needed(given, job):.1f} GiB of GPU memory, and {gib:.1f} are"
+            f" free: {remedy(gib, job, given)}"
+        )
+
+
+def remedy(gib, job, given):
+    """What to do for `job`, which does not fit `gib` GiB with the flags `given`."""
+    flags = choose(gib, job, given)
+    if flags:
+        added = [flag for flag in flags if flag not in given]
+        return f"add {' '.join(added)} ({needed(flags, job):.1f} GiB)"
+    if BF16 in given:
+        flags = choose(gib, job, (LORA,))
+        if flags:
+            return f"give {' '.join(flags)} in place of {BF16} ({needed(flags, job):.1f} GiB)"
+    return "give a smaller --train_batch_size or --resolution, or use a larger GPU"
+
+
+def choose_for_gpus(free, job, given):
+    """The flags for the recipe of run.sh on GPUs with `free` GiB, a list (None: in use by others),
+    as a string, and why, a sentence. UserError: they are too small."""
+    if None in free:
+        why = "other jobs use the cluster's GPUs: their memory is not known, no flag is added"
+        return " ".join(given), why
+    gib = min(free)
+    flags = choose(gib, job, given)
+    if flags is None:
+        least = CHOICES[-1]
+        raise UserError(
+            f"{gib:.1f} GiB of GPU memory are free, and even with {' '.join(least)} training needs"
+            f" {needed(least, job):.1f}: use a larger GPU, or {hardware.USE_THE_CPU}"
+        )
+    why = f"{len(free)} x {gib:.1f} GiB of GPU memory free, training needs {needed(given, job):.1f}"
+    if flags == given:
+        return " ".join(flags), f"{why}: it fits"
+    return " ".join(flags), f"{why}: with {' '.join(flags)} it needs {needed(flags, job):.1f}"
+
+
+def main(args):
+    check_at_least(args, 1, "num_workers")
+    check_at_least(args, 0, "gib", above=True)
+    given = (LORA,) if args.use_lora else ()
+    free = [args.gib] * args.num_workers
+    if not args.gib:
+        free = gpus.free_memory()
+    if not free:
+        print(*given)
+        return
+    job = Job(keeps_gradients=args.num_workers > 1)
+    flags, why = choose_for_gpus(free, job, given)
+    print(why, file=sys.stderr)
+    print(flags)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--num_workers", type=int, default=1, help="one GPU per worker")
+    parser.add_argument("--gib", type=float, help="GiB free on each GPU (default: asks them)")
+    parser.add_argument("--use_lora", action="store_true", help="LoRA, whether or not more fits")
+    run_main(main, parser.parse_args())

@@ -1,0 +1,44 @@
+"""The GPUs of a cluster are tried on its nodes, not only counted."""
+
+import re
+
+SCRIPT = """
+import ray
+
+from dreambooth import gpus
+from dreambooth.cli import UserError
+
+
+def found():
+    return [22.0, 78.0]
+
+
+def refused():
+    raise UserError("Tesla T4 has no bfloat16")
+
+
+if __name__ == "__main__":
+    ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    print(gpus.on_each_node(found))
+    try:
+        gpus.on_each_node(refused)
+    except UserError as error:
+        print(error)
+    taken = ray.util.placement_group([{"GPU": 1}])
+    ray.get(taken.ready())
+    gpus.SECONDS_FOR_TASKS = 0.5
+    print(gpus.on_each_node(found))
+"""
+
+
+def test_gpus_of_a_cluster_are_tried_on_their_nodes(run_script, tmp_path, root):
+    """With two GPUs that Ray takes for granted: what a node says of them, an error there as one
+    line, and nothing where another job has one of them."""
+    script = tmp_path / "gpus_of_a_node.py"
+    script.write_text(SCRIPT)
+    result = run_script(script, CUDA_VISIBLE_DEVICES="0,1", PYTHONPATH=str(root))
+    assert result.returncode == 0, result.stderr
+    found, refused, taken = result.stdout.splitlines()
+    assert found == "[22.0, 78.0]"
+    assert re.fullmatch(r"node \S+: Tesla T4 has no bfloat16", refused)
+    assert taken == "[None, None]"

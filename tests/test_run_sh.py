@@ -1,0 +1,132 @@
+"""What run.sh runs: with a stand-in for Python that notes the commands and says which GPUs there
+are. The choice of flags is real."""
+
+import subprocess
+import sys
+
+import pytest
+
+STAND_IN = """#!/usr/bin/env bash
+case "$*" in
+  *dreambooth.installed) ;;
+  *dreambooth.gpus) echo "$NUM_GPUS_FOUND" ;;
+  *dreambooth.memory*) exec "{python}" "$@" --gib "$GIB" ;;
+  *) echo "$*" >> "{log}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run_story(root, tmp_path):
+    """Run run.sh: run_story(num_gpus, gib, CLASS_NAME="cat") returns its result and its commands,
+    by script."""
+
+    def run(num_gpus, gib=0, **variables):
+        log = tmp_path / "commands"
+        stand_in = tmp_path / "python"
+        stand_in.write_text(STAND_IN.format(python=sys.executable, log=log))
+        stand_in.chmod(0o755)
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(tmp_path),
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHON": str(stand_in),
+            "NUM_GPUS_FOUND": str(num_gpus),
+            "GIB": str(gib),
+            "DATA_PREFIX": "/data",
+            **variables,
+        }
+        done = subprocess.run([root / "run.sh"], env=environment, capture_output=True, text=True)
+        lines = log.read_text().splitlines() if log.exists() else []
+        commands = {}
+        for line in lines:
+            script = line.removeprefix("-m ").split()[0]
+            commands.setdefault(script, []).append(line)
+        return done, commands
+
+    return run
+
+
+def test_one_large_gpu_needs_no_flag(run_story):
+    done, commands = run_story(1, 22)
+    (train,) = commands["train.py"]
+    assert train.rstrip().endswith(
+        "--num_workers 1 --train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200"
+    )
+    assert "--output_dir /data/subjects/dog/model-tuned " in train
+    _, sample = commands["generate.py"]
+    assert "--model_dir /data/subjects/dog/model-tuned " in sample
+    assert "--lora_weights_dir" not in sample
+    assert "--use_ray_data" not in sample
+    assert "22.0 GiB" in done.stderr
+
+
+def test_two_gpus_of_24_gb_need_gradient_checkpointing(run_story):
+    """One line says so, and why."""
+    done, commands = run_story(2, 22)
+    (train,) = commands["train.py"]
+    assert "--num_workers 2 --train_batch_size 2 --lr 5e-6" in train
+    assert train.endswith(" --gradient_checkpointing")
+    (line,) = done.stderr.splitlines()
+    assert "2 x 22.0 GiB" in line
+    assert "--gradient_checkpointing" in line
+
+
+def test_where_lora_is_chosen_its_recipe_is_used_and_its_result(run_story):
+    """At the learning rate of full fine-tuning a LoRA would learn next to nothing; and its folder
+    is no model."""
+    _, commands = run_story(1, 7.5)
+    (train,) = commands["train.py"]
+    assert "--lr 1e-4" in train
+    assert "--lr 5e-6" not in train
+    assert train.endswith(" --gradient_checkpointing --use_lora")
+    assert "--output_dir /data/subjects/dog/lora " in train
+    class_images, sample = commands["generate.py"]
+    assert "/snapshots/b95be7d6f134c3a9e62ee616f310733567f069ce " in class_images
+    assert "/snapshots/b95be7d6f134c3a9e62ee616f310733567f069ce " in sample
+    assert "--lora_weights_dir /data/subjects/dog/lora " in sample
+
+
+def test_gpus_that_are_too_small_are_refused_before_anything_starts(run_story):
+    done, commands = run_story(1, 3)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 3.0 GiB")
+    assert len(done.stderr.splitlines()) == 1
+    assert commands == {}
+
+
+def test_train_flags_from_outside_stay_as_they_are(run_story):
+    """Also on GPUs that are too small for them, as far as run.sh knows."""
+    done, commands = run_story(1, 3, TRAIN_FLAGS="--lr 1e-5 --train_batch_size 1")
+    (train,) = commands["train.py"]
+    assert train.endswith(" --num_workers 1 --lr 1e-5 --train_batch_size 1")
+    assert "GiB" not in done.stderr
+
+
+def test_lora_from_outside(run_story):
+    _, commands = run_story(0, LORA="1")
+    (train,) = commands["train.py"]
+    assert train.endswith(
+        " --num_workers 1 --lora_rank 16 --lr 2e-3 --train_batch_size 8 --lr_scheduler cosine"
+        " --num_epochs 12 --max_train_steps 300 --use_lora"
+    )
+    _, sample = commands["generate.py"]
+    assert "--model_dir /data/model-orig/models--pocket/snapshots/embedded " in sample
+    assert "--lora_weights_dir /data/subjects/lego-car/lora " in sample
+    _, commands = run_story(1, 79, LORA="1")
+    assert commands["train.py"][-1].endswith(" --max_train_steps 200 --use_lora")
+
+
+def test_lora_in_train_flags_from_outside(run_story):
+    """However it comes in, the result is a LoRA."""
+    _, commands = run_story(0, TRAIN_FLAGS="--use_lora --lr 1e-3")
+    assert "--output_dir /data/subjects/lego-car/lora " in commands["train.py"][0]
+    assert "--lora_weights_dir /data/subjects/lego-car/lora " in commands["generate.py"][1]
+
+
+def test_on_a_cluster_all_images_are_generated_there(run_story):
+    """The node of the command may have no GPU."""
+    _, commands = run_story(4, 79, RAY_ADDRESS="auto")
+    class_images, sample = commands["generate.py"]
+    assert "--use_ray_data" in class_images
+    assert "--use_ray_data" in sample
