@@ -1,4 +1,4 @@
-"""Photos in a folder: found, checked, read upright, cropped; and a folder for one subject alone.
+"""Photos in a folder: found, checked, cropped; and a folder for one subject alone.
 
 python -m dreambooth.images SOURCE FOLDER      # FOLDER then holds the images of SOURCE alone
 """
@@ -9,15 +9,14 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pillow_heif
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 
 from dreambooth import atomic
 from dreambooth.cli import UserError, run_main, warn
+from dreambooth.decode import open_image
 
 READABLE = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm",
@@ -26,12 +25,7 @@ READABLE = {
 UNREADABLE = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl"}
 COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may replace
 CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; it is not one of them
-DAMAGED = (  # what Pillow and its plugins raise on reading a file
-    OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError,
-)  # fmt: skip
 FEW_PHOTOS = 3  # with fewer, the model learns the photo rather than the subject
-
-pillow_heif.register_heif_opener()  # Pillow then reads HEIC, what phones take photos in
 
 
 def find_images(folder):
@@ -61,55 +55,6 @@ def find_images(folder):
 
 def _readable_formats():
     return " ".join(sorted(READABLE))
-
-
-def open_image(path):
-    """Read one image as upright 8 bit sRGB: EXIF rotation applied, colours converted from an
-    embedded ICC profile, transparency on white, 16 bits per channel and floats scaled to 8 bits.
-    UserError, with the path: truncated or not an image."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            profile = image.info.get("icc_profile")
-            if image.mode.startswith(("I", "F")):
-                image = _to_8_bits(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            if profile:
-                image = _to_srgb(image, profile)
-            return image.convert("RGB")
-    except DAMAGED as error:
-        raise UserError(
-            f"{path}: unreadable or truncated image ({error}); replace or remove it"
-        ) from None
-
-
-def _to_8_bits(image):
-    """A grey image of 16 bits or of floats, which Pillow would clip. White is 65535; in an image of
-    floats, 1 or 255 where no pixel is more than twice as bright."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        values = np.nan_to_num(values)
-        white = next((white for white in (1, 255) if values.max() <= 2 * white), 65535)
-        values = (values * (255 / white)).round()
-    else:
-        values = values / 257
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-
-
-def _to_srgb(image, profile):
-    """Convert the colours of `image` from its ICC `profile`, bytes. A profile that is damaged, or
-    that is for another mode, is ignored."""
-    if image.mode in ("P", "RGBA"):  # RGBA: opaque by now
-        image = image.convert("RGB")
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-    except (OSError, ImageCms.PyCMSError):
-        return image
 
 
 def warn_if_few(paths):

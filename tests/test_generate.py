@@ -188,7 +188,7 @@ def test_more_samples_are_added_to_those_that_are_there(generated, copied, diges
 
 CHANGES = [
     {"prompts": ["photo of a house", "photo of a car"]},
-    {"seed": 1},
+    {"seed": 1, "num_inference_steps": 3},
     {"num_inference_steps": 3},
 ]
 
@@ -269,10 +269,10 @@ def test_a_comparison_shows_both_models_from_the_same_noise(
 def test_both_folders_of_a_comparison_are_checked_before_anything_is_generated(
     copied, run, model_dir, tmp_path
 ):
-    """The second one holds images of another seed."""
+    """The second one holds images of another number of steps."""
     out = tmp_path / "out"
     out.mkdir()
     copied.rename(out / "compared")
     with pytest.raises(UserError, match="compared holds 10 images made with another"):
-        run(out, seed=1, compare_to=model_dir)
+        run(out, num_inference_steps=3, compare_to=model_dir)
     assert [file.name for file in out.iterdir()] == ["compared"]

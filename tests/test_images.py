@@ -235,11 +235,11 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
         images.find_images(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["IMG_1.HEIC", "b.heif", "c.dng", "d.svg"])
+@pytest.mark.parametrize("name", ["IMG_1.DNG", "b.psd", "c.cr2", "d.svg"])
 def test_unreadable_formats_are_refused_by_name(flat_image, tmp_path, name):
-    """Fault 6 of the published example: a phone's .heic was skipped silently."""
+    """Fault 6 of the published example: what it could not read was skipped silently."""
     flat_image("a.png", 0)
-    (tmp_path / name).write_bytes(b"....ftypheic")
+    (tmp_path / name).write_bytes(b"some camera's own")
     with pytest.raises(UserError, match="cannot be read") as error:
         images.find_images(tmp_path)
     assert name in str(error.value)

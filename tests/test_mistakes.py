@@ -13,9 +13,15 @@ from dreambooth import cli
 from dreambooth import model_dir as directory
 from dreambooth.cli import UserError
 from dreambooth.pocket import classes, render
+from dreambooth.training_checks import check_flags
 from dreambooth.training_plan import make_plan
 
 SURROGATE = b"photo of caf\xe9".decode(errors="surrogateescape")
+
+
+def check_and_plan(args):
+    check_flags(args)
+    return make_plan(args)
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\n"])
@@ -175,7 +181,7 @@ RIGHT = [
 def test_prompts_that_look_swapped_are_asked_about(train_args, tmp_path, capsys, name):
     instance_prompt, class_prompt = SWAPPED[name]
     prompts = {"instance_prompt": instance_prompt, "class_prompt": class_prompt}
-    make_plan(train_args(tmp_path / "out", **prompts))
+    check_and_plan(train_args(tmp_path / "out", **prompts))
     warning = capsys.readouterr().err
     assert warning.startswith("warning: --class_prompt is usually --instance_prompt without")
     assert len(warning.splitlines()) == 1
@@ -184,7 +190,7 @@ def test_prompts_that_look_swapped_are_asked_about(train_args, tmp_path, capsys,
 @pytest.mark.parametrize("prompts", RIGHT)
 def test_prompts_as_they_should_be_are_not(train_args, tmp_path, capsys, prompts):
     instance_prompt, class_prompt = prompts
-    make_plan(
+    check_and_plan(
         train_args(tmp_path / "out", instance_prompt=instance_prompt, class_prompt=class_prompt)
     )
     assert capsys.readouterr().err == ""
@@ -192,7 +198,7 @@ def test_prompts_as_they_should_be_are_not(train_args, tmp_path, capsys, prompts
 
 def test_one_photo_is_asked_about(train_args, flat_image, tmp_path, capsys):
     photo = flat_image("banner.png", 0, folder=tmp_path / "images")
-    make_plan(train_args(tmp_path / "out", instance_images_dir=photo.parent))
+    check_and_plan(train_args(tmp_path / "out", instance_images_dir=photo.parent))
     assert "images holds 1 photo (banner.png): is it the right folder?" in capsys.readouterr().err
 
 
@@ -215,7 +221,7 @@ def test_only_pocket_is_asked_for_its_classes(train_args, generate_args, model_d
         instance_prompt="photo of unqtkn dog",
     )  # fmt: skip
     with pytest.raises(UserError, match="pocket model is a world of drawings"):
-        make_plan(args)
+        check_and_plan(args)
 
 
 def test_generate_with_pocket_refuses_other_classes(

@@ -71,28 +71,29 @@ def test_digests_are_of_the_pixels_alone(tmp_path):
     assert outputs.pixel_digest(random_image(1)) not in digests
 
 
-def test_existing_images_are_finished_or_stale_or_neither(tmp_path):
+def test_existing_images_are_finished_or_others_or_stale_or_neither(tmp_path):
     planned = [make_record(i) for i in range(4)]
     save(tmp_path, planned[0])
     other_settings = save(tmp_path, make_record(1, guidance_scale=1.0))
-    no_longer_planned = save(tmp_path, make_record(9))
+    save(tmp_path, make_record(9))
     truncated = save(tmp_path, planned[2])
     truncated.write_bytes(truncated.read_bytes()[:-100])
     random_image().save(tmp_path / "my photo.png")
     random_image().save(tmp_path / planned[3]["file"])  # by its name ours, but without a record
-    finished, stale = outputs.find_existing(tmp_path, planned)
+    finished, others, stale = outputs.find_existing(tmp_path, planned)
     assert [record["file"] for record in finished] == [planned[0]["file"]]
-    assert stale == [other_settings, no_longer_planned]
+    assert [record["file"] for record in others] == [make_record(9)["file"]]
+    assert stale == [other_settings]
 
 
 def test_a_file_of_another_name_is_neither(tmp_path):
     """A copy that the user has renamed, say, though it carries a record."""
     save(tmp_path, make_record(0)).rename(tmp_path / "my favourite-seed0.png")
-    assert outputs.find_existing(tmp_path, [make_record(0)]) == ([], [])
+    assert outputs.find_existing(tmp_path, [make_record(0)]) == ([], [], [])
 
 
 def test_a_folder_that_does_not_exist_has_no_images(tmp_path):
-    assert outputs.find_existing(tmp_path / "nowhere", [make_record(0)]) == ([], [])
+    assert outputs.find_existing(tmp_path / "nowhere", [make_record(0)]) == ([], [], [])
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image, ImageCms
 from dreambooth import dataset, images
 from dreambooth.cli import UserError
 from dreambooth.model_dir import check_model_dir
+from dreambooth.training_checks import check_flags
 from dreambooth.training_plan import make_plan
 
 # The XYZ coordinates, for the white D50 of ICC profiles, of pure red, green and blue.
@@ -22,6 +23,11 @@ DISPLAY_P3 = [
 ]
 ADOBE_RGB = [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)]
 D50 = (0.9642, 1.0, 0.8249)
+
+
+def check_and_plan(args):
+    check_flags(args)
+    return make_plan(args)
 
 
 def icc_profile(primaries, gamma=None):
@@ -237,7 +243,7 @@ def test_a_phones_photos_pass_the_checks_and_reach_the_workers(
     phone_photos, train_args, tmp_path, ray_address, capsys
 ):
     """From the flags to a worker's batch: every instance image is sRGB red."""
-    plan = make_plan(train_args(tmp_path / "out", instance_images_dir=phone_photos))
+    plan = check_and_plan(train_args(tmp_path / "out", instance_images_dir=phone_photos))
     assert len(plan.instance_paths) == 3
     assert capsys.readouterr().err == ""
     pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, 6, seed=0)
@@ -259,5 +265,7 @@ def test_a_phones_photos_are_trained_on(
     )
     result = run_script("train.py", *argv, RAY_ADDRESS=ray_address)
     assert result.returncode == 0, result.stderr
-    assert "3 instance and 0 class images at 64 px, 1 steps of 1 pairs" in result.stdout
+    assert (
+        "3 instance and 0 class images at 64 px, 1 steps of 1 pairs, 1 worker(s)" in result.stdout
+    )
     assert check_model_dir(tmp_path / "out") is None

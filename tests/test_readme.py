@@ -21,8 +21,9 @@ SCRIPTS = {
     "train.py": train,
 }
 TEXTS = ["README.md", "run.sh"]
-FLAGS_OF_OTHERS = {
+FLAGS_OF_OTHERS = {  # pip, ruff, ray and TensorBoard
     "--help", "--quiet", "--disable-pip-version-check", "--check", "--logdir", "--address",
+    "--generate",
     "--runtime-env-json",
 }  # fmt: skip
 # What step 2 downloads, a file of the user's, and a script of diffusers.

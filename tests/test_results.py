@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from dreambooth import models
 from dreambooth.cli import UserError
+from dreambooth.training_checks import check_flags
 from dreambooth.training_plan import make_plan
 
 KINDS = {
@@ -17,6 +18,11 @@ KINDS = {
     "frozen text encoder": {"param_dtype": "bf16", "no_train_text_encoder": True},
     "LoRA": {"use_lora": True},
 }
+
+
+def check_and_plan(args):
+    check_flags(args)
+    return make_plan(args)
 
 
 @pytest.fixture
@@ -80,8 +86,8 @@ def test_a_lora_does_not_replace_a_model_nor_a_model_a_lora(save, train_args, tm
     """README's LoRA with the model's $TUNED_MODEL_DIR would have lost the model."""
     for kind, other in (("float32", "LoRA"), ("LoRA", "float32")):
         folder, _ = save(**KINDS[kind])
-        make_plan(train_args(folder, **KINDS[kind]))
+        check_and_plan(train_args(folder, **KINDS[kind]))
         with pytest.raises(UserError, match="holds other files .*, which would be lost") as error:
-            make_plan(train_args(folder, **KINDS[other]))
+            check_and_plan(train_args(folder, **KINDS[other]))
         assert "\n" not in str(error.value)
         folder.rename(tmp_path / kind)

@@ -9,15 +9,21 @@ import train
 from dreambooth import dataset, latents
 from dreambooth.cli import UserError
 from dreambooth.loss import prior_preserving_loss
+from dreambooth.training_checks import check_flags
 from dreambooth.training_plan import make_plan
 
 WITHOUT = {"prior_loss_weight": 0, "class_images_dir": False, "class_prompt": False}
 
 
+def check_and_plan(args):
+    check_flags(args)
+    return make_plan(args)
+
+
 def test_the_plan_is_of_the_instance_images_alone(train_args, tmp_path, instance_dir):
     """Five photos, four epochs, two per step: ten steps."""
     args = train_args(tmp_path / "out", **WITHOUT, train_batch_size=2, max_train_steps=100)
-    plan = make_plan(args)
+    plan = check_and_plan(args)
     assert plan.instance_paths == sorted(instance_dir.iterdir())
     assert plan.class_paths == []
     assert len(plan.prompt_ids) == 1
@@ -26,13 +32,13 @@ def test_the_plan_is_of_the_instance_images_alone(train_args, tmp_path, instance
 
 def test_class_images_that_are_given_all_the_same_are_not_looked_at(train_args, tmp_path):
     args = train_args(tmp_path / "out", prior_loss_weight=0, class_images_dir=tmp_path / "nowhere")
-    assert make_plan(args).class_paths == []
+    assert check_and_plan(args).class_paths == []
 
 
 @pytest.mark.parametrize("name", ["class_images_dir", "class_prompt"])
 def test_with_prior_preservation_class_images_and_prompt_are_needed(train_args, tmp_path, name):
     with pytest.raises(UserError, match="missing: give both, or --prior_loss_weight 0"):
-        make_plan(train_args(tmp_path / "out", **{name: False}))
+        check_and_plan(train_args(tmp_path / "out", **{name: False}))
 
 
 def test_the_instance_images_come_in_the_same_order(instance_dir, class_dir):
@@ -86,7 +92,7 @@ def test_a_step_has_the_gradients_of_one_whose_class_half_weighs_nothing(
         args = train_args(tmp_path / "out", prior_loss_weight=weight)
         denoiser.zero_grad()
         loss = train.forward_backward(
-            denoiser, scheduler, batches, prompt_ids[: num_images // 2], args
+            denoiser, scheduler, batches, prompt_ids[: num_images // 2], 1, args
         )
         return loss, [p.grad.clone() for p in denoiser.parameters() if p.grad is not None]
 
