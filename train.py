@@ -89,7 +89,7 @@ def parse_args(argv=None):
     add("--max_failures", type=int, default=3, help="how often to restart after a worker's death")
     add("--wait_for_gpus", type=int, default=0, help="seconds to wait for workers' GPUs or cores")
     add("--log_every", type=int, default=10, help="steps between two lines of the log")
-    add("--preview_prompts", nargs="+", default=[], help="prompts to generate images of on the way")
+    add("--preview_prompts", nargs="+", type=valid_prompt, default=[], help="to try on the way")
     add("--preview_every", type=int, default=0, help="steps between previews (default: none)")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")
     return parser.parse_args(argv)
@@ -125,7 +125,7 @@ def train_fn(config):
     """What each worker runs: load the models, encode its images, train, and save (rank 0)."""
     from diffusers.optimization import get_scheduler  # here: only the workers wait for diffusers
 
-    from dreambooth import models, previews
+    from dreambooth import models, previews, saving
 
     args = argparse.Namespace(**config["args"])
     plan = TrainingPlan(**config["plan"])
@@ -180,7 +180,7 @@ def train_fn(config):
     saver.finish()  # [4]
     report.steps_are_done()
     if rank == 0:
-        models.save(denoiser, args)
+        saving.save(denoiser, args)
     return report.summary()  # [5] rank 0's is the Result's return value
 
 

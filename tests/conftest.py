@@ -27,7 +27,7 @@ from PIL import Image
 
 import generate
 import train
-from dreambooth import cluster, models, outputs
+from dreambooth import cluster, models, outputs, saving
 from dreambooth.pocket import pretrain, render
 
 INSTANCE_PROMPT = "photo of unqtkn car"
@@ -196,7 +196,7 @@ def lora_dir(load_models, tmp_path_factory):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("lora") / "lora"
-    models.save_lora(denoiser, folder)
+    saving.save_lora(denoiser, folder)
     return folder
 
 
@@ -206,7 +206,7 @@ def broken_model_dir(load_models, model_dir, tmp_path_factory):
     _, denoiser, _ = load_models()
     denoiser.unet.conv_out.bias.data.fill_(float("nan"))
     folder = tmp_path_factory.mktemp("broken") / "model"
-    models.save_pipeline(denoiser, model_dir, folder)
+    saving.save_pipeline(denoiser, model_dir, folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Folders of images: how each is read, what is skipped or refused, and the folder of one subject."""
+"""Folders of images: how each is read, what is skipped or refused; the folder of one subject."""
 
 import numpy as np
 import pytest

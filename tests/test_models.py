@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from dreambooth import model_dir as directory
-from dreambooth import models
+from dreambooth import models, saving
 from dreambooth.loss import training_loss
 
 
@@ -223,7 +223,7 @@ def test_a_saved_pipeline_loads_bit_for_bit(load_models, model_dir, tmp_path):
     generator = torch.Generator().manual_seed(1)
     for parameter in denoiser.parameters():
         parameter.data += 1e-5 * torch.randn(parameter.shape, generator=generator)
-    models.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
+    saving.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
     loaded_vae, loaded_denoiser, _ = load_models(tmp_path / "tuned")
     for module, loaded in ((vae, loaded_vae), (denoiser, loaded_denoiser)):
         expected = module.state_dict()
@@ -237,7 +237,7 @@ def test_a_saved_pipeline_loads_bit_for_bit(load_models, model_dir, tmp_path):
 def test_a_saved_pipeline_is_complete_for_diffusers(load_models, model_dir, tmp_path):
     """The parts that were not trained are those of the original."""
     _, denoiser, _ = load_models()
-    models.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
+    saving.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
     directory.check_model_dir(tmp_path / "tuned")
     assert set(os.listdir(tmp_path / "tuned")) <= set(directory.PIPELINE_NAMES)
     for file in ("scheduler/scheduler_config.json", "tokenizer/tokenizer.json"):
@@ -251,7 +251,7 @@ def test_a_saved_pipeline_is_complete_for_diffusers(load_models, model_dir, tmp_
 def test_saved_text_encoders_have_the_names_of_the_hubs_files(load_models, model_dir, tmp_path):
     """Older loaders look for these, and would start from random weights without a warning."""
     _, denoiser, _ = load_models()
-    models.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
+    saving.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
     weights = load_file(tmp_path / "tuned" / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in weights)
     assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in weights
@@ -265,7 +265,7 @@ def test_saved_files_carry_no_trace_of_compilation(load_models, model_dir, tmp_p
         compiled = [m for m in denoiser.modules() if m._compiled_call_impl is not None]
         assert bool(compiled) == is_compiled
         folder = tmp_path / str(is_compiled)
-        models.save_pipeline(denoiser, model_dir, folder)
+        saving.save_pipeline(denoiser, model_dir, folder)
         names.append(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").keys())
     assert names[0] == names[1]
 
@@ -280,7 +280,7 @@ def test_a_saved_lora_does_in_a_fresh_pipeline_what_it_did_in_training(
     models.add_lora(denoiser, rank=4)
     set_second_matrices(denoiser)
     trained = predict(denoiser)
-    models.save_lora(denoiser, tmp_path / "lora")
+    saving.save_lora(denoiser, tmp_path / "lora")
     assert os.listdir(tmp_path / "lora") == [directory.LORA_FILE]
     pipeline = StableDiffusionPipeline.from_pretrained(model_dir, dtype=torch.float32)
     pipeline.load_lora_weights(tmp_path / "lora")
@@ -295,7 +295,7 @@ def test_a_saved_lora_does_in_a_fresh_pipeline_what_it_did_in_training(
 def test_a_lora_of_the_unet_alone_is_saved_and_loaded(load_models, model_dir, tmp_path):
     _, denoiser, _ = load_models(use_lora=True, no_train_text_encoder=True)
     set_second_matrices(denoiser)
-    models.save_lora(denoiser, tmp_path / "lora")
+    saving.save_lora(denoiser, tmp_path / "lora")
     weights = load_file(tmp_path / "lora" / directory.LORA_FILE)
     assert all(name.startswith("unet.") for name in weights)
     pipeline = StableDiffusionPipeline.from_pretrained(model_dir, dtype=torch.float32)
@@ -308,6 +308,6 @@ def test_what_is_saved_follows_from_the_flags(
     load_models, train_args, model_dir, tmp_path, use_lora
 ):
     _, denoiser, _ = load_models(use_lora=use_lora)
-    models.save(denoiser, train_args(tmp_path / "out", use_lora=use_lora))
+    saving.save(denoiser, train_args(tmp_path / "out", use_lora=use_lora))
     assert (tmp_path / "out" / directory.LORA_FILE).exists() == use_lora
     assert (tmp_path / "out" / "model_index.json").exists() != use_lora

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from dreambooth import models
+from dreambooth import saving
 from dreambooth.cli import UserError
 from dreambooth.training_checks import check_flags
 from dreambooth.training_plan import make_plan
@@ -31,7 +31,7 @@ def save(load_models, train_args, tmp_path):
 
     def write(**changes):
         _, denoiser, _ = load_models(**changes)
-        models.save(denoiser, train_args(tmp_path / "out", **changes))
+        saving.save(denoiser, train_args(tmp_path / "out", **changes))
         return tmp_path / "out", denoiser
 
     return write

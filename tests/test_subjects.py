@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth import cluster, models
+from dreambooth import cluster, saving
 from dreambooth.pocket import render, subjects
 from tests.benchmarks import fidelity
 from tests.benchmarks import subjects as benchmark
@@ -106,7 +106,7 @@ def test_training_in_this_process_gives_the_weights_of_train_py(
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, cluster.num_cores()))
     steps = []
-    models.save(benchmark.train_here(args, lambda step, denoiser: steps.append(step)), args)
+    saving.save(benchmark.train_here(args, lambda step, denoiser: steps.append(step)), args)
     torch.set_num_threads(threads)
     assert steps == [0, 1, 2]
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):

@@ -30,7 +30,7 @@ import ray.train
 from ray.train.torch import TorchTrainer, get_device
 
 import train
-from dreambooth import images, model_dir, models
+from dreambooth import images, model_dir, models, saving
 
 PROMPTS = ("photo of unqtkn car", "photo of a car")
 
@@ -108,7 +108,7 @@ def train_fn(config):
         f"first step after {first - start:.1f} s, then {rate:.2f} images/s, ready to save",
         flush=True,
     )
-    models.save_pipeline(side.denoiser, settings.model_dir, settings.output_dir)
+    saving.save_pipeline(side.denoiser, settings.model_dir, settings.output_dir)
 
 
 def build_pairs(instance_dir, class_dir, resolution):

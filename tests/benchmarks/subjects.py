@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import generate
 import train
-from dreambooth import atomic, dataset, latents, models, outputs
+from dreambooth import atomic, dataset, latents, models, outputs, saving
 from dreambooth.cli import ArgumentParser, absolute_path
 from dreambooth.images import find_images
 from dreambooth.pocket import render
@@ -143,7 +143,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             args = self.train_args(name, seed, Path(folder) / "tuned", train_flags)
             start = time.time()
-            models.save(train_here(args), args)
+            saving.save(train_here(args), args)
             seconds = time.time() - start
             sheet = self.work_dir / f"{name}-{self.args.recipe}-seed{seed}.png"
             if args.use_lora:
