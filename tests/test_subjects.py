@@ -112,9 +112,11 @@ def test_training_in_this_process_gives_the_weights_of_train_py(
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
         by_command = load_file(tmp_path / "command" / f"{part}.safetensors")
         here = load_file(tmp_path / "here" / f"{part}.safetensors")
-        original = load_file(Path(args.model_dir) / f"{part}.safetensors")
+        assert by_command.keys() == here.keys()
         assert all(torch.equal(by_command[key], here[key]) for key in here)
-        assert any(not torch.equal(original[key].float(), here[key]) for key in here)
+    original = load_file(Path(args.model_dir) / "unet/diffusion_pytorch_model.safetensors")
+    trained = load_file(tmp_path / "here/unet/diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(original[key].float(), trained[key]) for key in trained)
 
 
 def test_the_worst_of_each_column_ends_the_table(capsys):

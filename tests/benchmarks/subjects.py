@@ -48,6 +48,7 @@ def train_here(args, on_step=None):
     `on_step(step, denoiser)` is called after each step. Returns the denoiser.
     """
     plan = make_plan(args)
+    pairs_per_pass, num_passes = plan.divide(1)
     device = torch.device("cpu")
     vae, denoiser, scheduler = models.load_models(args, device)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
@@ -56,9 +57,9 @@ def train_here(args, on_step=None):
         args.lr_scheduler, optimizer, None, args.lr_warmup_steps, plan.num_steps
     )
     prompt_ids = torch.tensor(plan.prompt_ids)
-    batches = latents.encode_batches(vae, read_batches(plan, args), device)
+    batches = latents.encode_batches(vae, read_batches(plan, pairs_per_pass, args.seed), device)
     for step in range(plan.num_steps):
-        train.forward_backward(denoiser, scheduler, batches, prompt_ids, args)
+        train.forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args)
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -68,13 +69,13 @@ def train_here(args, on_step=None):
     return denoiser
 
 
-def read_batches(plan, args):
+def read_batches(plan, pairs_per_pass, seed):
     """What Ray Data hands to the only worker: a batch for each forward pass."""
     num_pairs = plan.num_steps * plan.pairs_per_step
-    pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, num_pairs, args.seed)
-    deal = dataset.DealPairs(plan.pairs_per_step, plan.resolution, args.seed)
-    for start in range(0, num_pairs, args.train_batch_size):
-        rows = pairs[start : start + args.train_batch_size]
+    pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, num_pairs, seed)
+    deal = dataset.DealPairs(plan.pairs_per_step, plan.resolution, seed)
+    for start in range(0, num_pairs, pairs_per_pass):
+        rows = pairs[start : start + pairs_per_pass]
         columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         images = deal.load_images(columns)
         # As they come out of Ray: in other strides, the VAE's last bits would differ.
