@@ -11,7 +11,6 @@ generate.py takes both. The diffusion step itself is in dreambooth/loss.py.
 
 import argparse
 import os
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -19,7 +18,6 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: see cluster.py
 
-import ray
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer, get_device, prepare_model
@@ -28,14 +26,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from dreambooth import checkpointer, checkpoints, cluster, dataset, latents, logs, ray_errors
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, valid_prompt
 from dreambooth.loss import training_loss
+from dreambooth.progress import shown_by_worker
 from dreambooth.report import Report, where_the_seconds_went
+from dreambooth.run_record import recorded
 from dreambooth.shared_storage import check_shared_storage
 from dreambooth.training_checks import check_flags
-from dreambooth.training_plan import TrainingPlan, make_plan, worker_range
-
-LR_SCHEDULERS = [
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
-]  # fmt: skip
+from dreambooth.training_plan import LR_SCHEDULERS, TrainingPlan, make_plan, worker_range
 
 
 def parse_args(argv=None):
@@ -91,13 +87,16 @@ def parse_args(argv=None):
     add("--max_failures", type=int, default=3, help="how often to restart after a worker's death")
     add("--wait_for_gpus", type=int, default=0, help="seconds to wait for workers' GPUs or cores")
     add("--log_every", type=int, default=10, help="steps between two lines of the log")
+    add("--preview_prompts", nargs="+", default=[], help="prompts to generate images of on the way")
+    add("--preview_every", type=int, default=0, help="steps between previews (default: none)")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")
     return parser.parse_args(argv)
 
 
 def forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args):
-    """Add the gradients of one step to the denoiser's parameters; returns its loss, a scalar."""
-    step_loss = 0.0
+    """Add the gradients of one step to the denoiser's parameters; returns its losses (3,): in all,
+    of the instance half, of the class half."""
+    step_losses = 0.0
     for i in range(num_passes):
         batch = next(batches)
         posteriors, positions = batch["posteriors"], batch["positions"]
@@ -111,21 +110,20 @@ def forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args)
         # DDP averages the workers' gradients once per step, in its last backward pass.
         last = i == num_passes - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():
-            loss = training_loss(
+            loss, halves = training_loss(
                 denoiser, scheduler, posteriors, prompt_ids, posterior_noise[:n], noise[:n],
                 timesteps[:n], args.prior_loss_weight or None, args.snr_gamma,
             )  # fmt: skip
-            loss = loss / num_passes
-            loss.backward()
-        step_loss += loss.detach()
-    return step_loss
+            (loss / num_passes).backward()
+        step_losses += torch.cat([loss.detach().view(1), halves]) / num_passes
+    return step_losses
 
 
 def train_fn(config):
     """What each worker runs: load the models, encode its images, train, and save (rank 0)."""
     from diffusers.optimization import get_scheduler  # here: only the workers wait for diffusers
 
-    from dreambooth import models
+    from dreambooth import models, previews
 
     args = argparse.Namespace(**config["args"])
     plan = TrainingPlan(**config["plan"])
@@ -135,7 +133,7 @@ def train_fn(config):
     num_workers = context.get_world_size()
     device = get_device()
     pairs_per_pass, num_passes = plan.divide(num_workers)
-    report = Report(plan, args.log_every, config["started"], enabled=rank == 0)
+    report = Report(plan, enabled=rank == 0, **config["report"])
     if device.type == "cpu":  # Ray gives a worker one thread; it takes its share of the cores
         torch.set_num_threads(max(1, cluster.num_cores() // context.get_local_world_size()))
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -149,8 +147,7 @@ def train_fn(config):
 
     # Set up the models: prepare_model moves to the device and, with several workers, wraps in DDP.
     vae, denoiser, scheduler = models.load_models(args, device)
-    ddp_settings = models.ddp_settings(num_passes)
-    ddp = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)  # [3]
+    ddp = prepare_model(denoiser, parallel_strategy_kwargs=models.ddp_settings(num_passes))  # [3]
     if num_workers > 1 and device.type == "cuda":  # exchange gradients in bfloat16: half the bytes
         ddp.register_comm_hook(None, bf16_compress_hook)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
@@ -161,18 +158,21 @@ def train_fn(config):
     prompt_ids = torch.tensor(plan.prompt_ids, device=device)
     saver = checkpointer.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank)
     first_step = saver.restore()
-    report.models_are_ready(parameters, num_workers, device)
+    report.models_are_ready(parameters, num_workers, device, first_step)
+    preview = previews.Previews(args, plan, vae, denoiser, report)
+    preview.step_is_done(first_step)
 
     # Encode each image once, when a step first needs it.
     batches = latents.encode_batches(vae, batches, device)
     for step in range(first_step, plan.num_steps):
-        loss = forward_backward(ddp, scheduler, batches, prompt_ids, num_passes, args)
+        losses = forward_backward(ddp, scheduler, batches, prompt_ids, num_passes, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        report.step_is_done(step, loss, grad_norm, lr_schedule.get_last_lr()[0])
+        report.step_is_done(step, losses, grad_norm, lr_schedule.get_last_lr()[0])
         lr_schedule.step()
         saver.step_is_done(step + 1)
+        preview.step_is_done(step + 1)
 
     saver.finish()  # [4]
     report.steps_are_done()
@@ -188,6 +188,8 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
     deal_pairs = dataset.DealPairs(plan.pairs_per_step, plan.resolution, args.seed)
     run_dir = checkpoints.run_dir(args)
     in_driver = cluster.runs_in_driver(args.num_workers)  # then all pairs are for one
+    report = {name: vars(args)[name] for name in ("log_every", "output_dir")}
+    report.update(started=started, show=shown_by_worker(in_driver))
 
     def build_dataset():
         _, first_step = checkpoints.find_newest(run_dir)
@@ -196,7 +198,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
 
     return TorchTrainer(
         train_fn,
-        train_loop_config={"args": vars(args), "plan": asdict(plan), "started": started},
+        train_loop_config={"args": vars(args), "plan": asdict(plan), "report": report},
         datasets={"train": build_dataset},  # [6] called again for each worker group
         dataset_config=deal_pairs,  # [7]
         scaling_config=cluster.scaling_config(args.num_workers, num_gpus, num_cpus),  # [8]
@@ -224,17 +226,11 @@ def main(args):
     check_shared_storage([args.model_dir, *plan.image_dirs, str(run_dir)])
     stop = checkpointer.StopOnSignal(run_dir)
     try:
-        result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))  # [10]
-    except (
-        ray.train.TrainingFailedError,
-        ray.exceptions.RayError,
-        RuntimeError,
-        ValueError,
-    ) as error:
-        if stop.signal:
-            _, step = checkpoints.find_newest(run_dir)
-            print(f"stopped after step {step}: the same command goes on", file=sys.stderr)
-            sys.exit(128 + stop.signal)
+        with recorded(args, plan, num_gpus) as record:
+            result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))  # [10]
+            record["seconds"] = result.return_value
+    except ray_errors.OF_TRAINING as error:
+        stop.exit_if_asked()
         raise ray_errors.training_error(error) or error from None
     finally:
         checkpoints.remove_unless_needed(run_dir)

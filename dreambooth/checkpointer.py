@@ -4,6 +4,7 @@ Each worker keeps a `Checkpointer`; rank 0's writes the files (checkpoints.py).
 """
 
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -138,3 +139,10 @@ class StopOnSignal:
         self.signal = number
         (self.folder / "stop").touch()
         print("stopping after this step (again: at once)", flush=True)
+
+    def exit_if_asked(self):
+        """Where a signal has stopped the run: say so, and exit with the signal's code."""
+        if self.signal:
+            _, step = checkpoints.find_newest(self.folder)
+            print(f"stopped after step {step}: the same command goes on", file=sys.stderr)
+            sys.exit(128 + self.signal)

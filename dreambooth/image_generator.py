@@ -115,7 +115,7 @@ class ImageGenerator:
             images = self.pipeline(
                 prompt_embeds=torch.cat(prompt_embeds),
                 negative_prompt_embeds=torch.cat(negative_prompt_embeds),
-                generator=[_noise_generator(record, attempt) for record in padded],
+                generator=[noise_generator(record, attempt) for record in padded],
                 num_inference_steps=self.args.num_inference_steps,
                 guidance_scale=self.args.guidance_scale,
                 output_type="pt",
@@ -168,7 +168,7 @@ def load_pipeline(model_dir, device, lora_weights_dir=None, lora_scale=1.0):
     return pipeline.to(device)
 
 
-def _noise_generator(record, attempt):
+def noise_generator(record, attempt):
     """What an image starts from depends on its record and the attempt alone."""
     prompt = zlib.crc32(record["prompt"].encode())
     seed = seed_for("image", record["seed"], record["index"], prompt, attempt)

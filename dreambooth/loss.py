@@ -1,10 +1,12 @@
-"""The loss of a DreamBooth training step as pure functions: tensors in, a scalar out. Noise and
-timesteps are passed in.
+"""The loss of a DreamBooth training step as pure functions of tensors. Noise and timesteps are
+passed in.
 
 Letters: 2B images in a batch, B of the instance first and then B of the class; C latent channels;
 h, w height and width of a latent; L tokens in a prompt; T timesteps of the noise schedule. Without
 prior preservation a batch is B images of the instance, and there is one prompt.
 """
+
+import torch
 
 from dreambooth.latents import sample_posterior
 
@@ -13,7 +15,7 @@ def training_loss(
     denoiser, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps,
     prior_loss_weight, snr_gamma=None,
 ):  # fmt: skip
-    """The loss of one batch, a scalar.
+    """The loss of one batch, a scalar, and its halves, as in `prior_preserving_loss`.
 
     Shapes: posteriors (2B, 2, C, h, w), mean and standard deviation of each image's latents;
     prompt_ids (2, L), the instance and the class prompt; posterior_noise and noise (2B, C, h, w);
@@ -78,12 +80,15 @@ def prior_preserving_loss(model_pred, target, prior_loss_weight, weights=None):
     is None, that of all images.
 
     Shapes: model_pred and target (2B, C, h, w), instance half first; weights (2B,), a factor for
-    each image's error. Returns a scalar.
+    each image's error. Returns a scalar and, without gradients, the halves before weighting (2,),
+    or the one (1,).
     """
     error = (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # (2B,)
     if weights is not None:
         error = error * weights
     if prior_loss_weight is None:
-        return error.mean()
-    instance_error, class_error = error.chunk(2)
-    return instance_error.mean() + prior_loss_weight * class_error.mean()
+        loss = error.mean()
+        return loss, loss.detach().view(1)
+    instance_loss, class_loss = [half.mean() for half in error.chunk(2)]
+    loss = instance_loss + prior_loss_weight * class_loss
+    return loss, torch.stack([instance_loss, class_loss]).detach()

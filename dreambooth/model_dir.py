@@ -24,11 +24,22 @@ PIPELINE_FILES = [
 ]
 PIPELINE_NAMES = ["model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
+CARD_FILES = ["README.md", "before-after.png"]  # the model card
 
 
 def snapshot_dir(cache_dir, model_name, revision):
     """Where the Hub's cache layout keeps a revision of a model: its pipeline directory."""
     return Path(cache_dir) / f"models--{model_name.replace('/', '--')}" / "snapshots" / revision
+
+
+def name_and_revision(model_dir):
+    """The Hub's name of a model in its cache layout, and the revision; of another directory its
+    own name, and ""."""
+    folder = Path(model_dir)
+    parent = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and parent.startswith("models--"):
+        return parent.removeprefix("models--").replace("--", "/"), folder.name
+    return folder.name, ""
 
 
 def missing_file(model_dir):

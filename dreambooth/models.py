@@ -104,10 +104,8 @@ def add_lora(denoiser, rank, parts=tuple(LORA_TARGETS)):
     denoiser.requires_grad_(False)
     for part in parts:
         targets = LORA_TARGETS[part]
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets
-        )
-        getattr(denoiser, part).add_adapter(config)
+        settings = {"lora_alpha": rank, "init_lora_weights": "gaussian", "target_modules": targets}
+        getattr(denoiser, part).add_adapter(LoraConfig(r=rank, **settings))
 
 
 def cast_frozen_to_bf16(module):

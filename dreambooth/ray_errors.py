@@ -2,9 +2,18 @@
 
 import re
 
+import ray
 import ray.train
 
 from dreambooth.cli import UserError
+
+# What trainer.fit() raises; the last two where train_fn runs in this process.
+OF_TRAINING = (
+    ray.train.TrainingFailedError,
+    ray.exceptions.RayError,
+    RuntimeError,
+    ValueError,
+)
 
 
 def user_error_in(error):

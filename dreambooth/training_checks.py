@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dreambooth import atomic, images, model_dir
+from dreambooth import atomic, images, metrics, model_dir
 from dreambooth.cli import UserError, check_at_least, warn
 from dreambooth.pocket import classes
 
@@ -43,8 +43,11 @@ def check_numbers(args):
     check_at_least(
         args, 0, "lr_warmup_steps", "prior_loss_weight", "seed", "adam_beta1", "adam_beta2",
         "adam_weight_decay", "adam_epsilon", "checkpointing_steps", "max_failures", "wait_for_gpus",
+        "preview_every",
     )  # fmt: skip
     check_at_least(args, 0, "lr", "max_grad_norm", "snr_gamma", above=True)  # 0 would learn nothing
+    if bool(args.preview_every) != bool(args.preview_prompts):
+        raise UserError("--preview_prompts and --preview_every go together: give both or neither")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps: give --lr_scheduler constant_with_warmup")
     if max(args.adam_beta1, args.adam_beta2 or 0) >= 1:
@@ -68,18 +71,19 @@ def check_output_dir(args):
     if Path(args.output_dir).resolve() == Path(args.model_dir).resolve():
         raise UserError("--output_dir is --model_dir: name another directory")
     names = [model_dir.LORA_FILE] if args.use_lora else model_dir.PIPELINE_NAMES
-    atomic.check_replaceable(args.output_dir, names)
+    atomic.check_replaceable(args.output_dir, [*names, *model_dir.CARD_FILES])
+    atomic.check_writable(metrics.report_dir(args.output_dir), "the report's directory,")
     if not args.use_lora:
         atomic.check_space(args.output_dir, model_dir.weights_size(args.model_dir))
 
 
 def check_prompts(tokenizer, args):
     """The instance prompt and, with prior preservation, the class prompt: they must fit the
-    tokenizer."""
+    tokenizer, as those of the previews must."""
     prompts = [args.instance_prompt]
     if args.prior_loss_weight:
         prompts.append(args.class_prompt)
-    for prompt in prompts:
+    for prompt in prompts + args.preview_prompts:
         model_dir.check_prompt(tokenizer, prompt)
     classes.check_prompts(args.model_dir, prompts)
     return prompts

@@ -7,6 +7,9 @@ from pathlib import Path
 from dreambooth import images, model_dir, training_checks
 from dreambooth.cli import UserError
 
+LR_SCHEDULERS = [
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+]  # fmt: skip
 # The flags that decide the result, beside the images, the model, and what follows from the others.
 RECIPE_FLAGS = [
     "use_lora", "lora_rank", "train_text_encoder", "instance_prompt", "class_prompt", "lr",
