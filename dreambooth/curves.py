@@ -41,7 +41,8 @@ def curve(title, names, rows):
             )
         axes.set_xlabel("steps", fontsize=9)
         axes.tick_params(labelsize=8)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_formatter("{x:.3g}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, lw=0.5)
         if any(names.values()):

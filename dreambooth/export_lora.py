@@ -14,11 +14,23 @@ from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
 def to_kohya(weights):
     """The LoRA's tensors by name, as diffusers saves them, under kohya's names for Stable Diffusion
     1.x and 2.x, with the alpha of each layer: its rank, which stands for a scale of 1."""
-    from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+    from diffusers.utils import convert_state_dict_to_kohya
 
-    converted = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(weights))
+    converted = convert_state_dict_to_kohya(to_peft(weights))
     # lora_te1 is the first of SDXL's two text encoders; these models have one.
     return {name.replace("lora_te1_", "lora_te_"): tensor for name, tensor in converted.items()}
+
+
+def to_peft(weights):
+    """The same tensors under PEFT's names; U-Net and text encoder have conversions of their own."""
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    unet = {name: tensor for name, tensor in weights.items() if name.startswith("unet.")}
+    text_encoder = {name: tensor for name, tensor in weights.items() if name not in unet}
+    converted = convert_unet_state_dict_to_peft(unet)
+    if text_encoder:
+        converted.update(convert_state_dict_to_peft(text_encoder))
+    return converted
 
 
 def main(args):

@@ -9,13 +9,22 @@ time, also while the run trains.
 
 import base64
 import io
-import json
 from pathlib import Path
 
 import jinja2
 from PIL import Image, ImageStat
 
-from dreambooth import advice, atomic, curves, metrics, model_card, outputs, previews, run_record
+from dreambooth import (
+    advice,
+    atomic,
+    curves,
+    fidelity_figures,
+    metrics,
+    model_card,
+    outputs,
+    previews,
+    run_record,
+)
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
 from dreambooth.images import open_image
 from dreambooth.report import where_the_seconds_went
@@ -63,33 +72,6 @@ def relative_contrast(pairs):
     if not before:
         return None
     return sum(contrast(after) for _, _, after in pairs) / before
-
-
-def read_figures(file):
-    """The figures of fidelity by model, {"original": {"subject": 0.1}, "tuned": {...}}."""
-    if not file:
-        return {}
-    try:
-        figures = json.loads(Path(file).read_text())
-        if not all(isinstance(value, dict) for value in figures.values()):
-            raise ValueError
-    except (OSError, ValueError, AttributeError):
-        raise UserError(
-            f'--figures {file}: must be JSON like {{"original": {{...}}, "tuned": {{...}}}}'
-        ) from None
-    return figures
-
-
-def figures_table(figures):
-    """Column names and rows of text for the page; None without figures."""
-    if not figures:
-        return None
-    columns = list(dict.fromkeys(name for row in figures.values() for name in row))
-    rows = [
-        (model, [f"{row[name]:.2f}" if name in row else "" for name in columns])
-        for model, row in figures.items()
-    ]
-    return {"columns": columns, "rows": rows}
 
 
 def film_strips(folder):
@@ -153,7 +135,7 @@ def render(folder, images_dir=None, figures=None):
         ],
         strips=film_strips(folder),
         curves=curves.all_curves(rows),
-        figures=figures_table(figures),
+        figures=fidelity_figures.table(figures),
         facts=facts_of(record),
     )
     return html, rules
@@ -173,7 +155,7 @@ def main(args):
     record = run_record.read(folder)
     if not record:
         raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
-    html, rules = render(folder, args.images_dir, read_figures(args.figures))
+    html, rules = render(folder, args.images_dir, fidelity_figures.read(args.figures))
     atomic.replace_file(folder / PAGE, lambda file: file.write_text(html, encoding="utf-8"))
     pairs = find_pairs(args.images_dir)
     output_dir = Path(record["flags"]["output_dir"])
@@ -190,5 +172,5 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("report_dir", type=absolute_path, help="TUNED_MODEL_DIR.report, beside a result")
     add("--images_dir", type=absolute_path, help="images that generate.py made with --compare_to")
-    add("--figures", type=absolute_path, help="fidelity by model, a JSON file")
+    add("--figures", type=absolute_path, help="what tests/benchmarks/fidelity.py printed, or JSON")
     run_main(main, parser.parse_args())
