@@ -59,7 +59,7 @@ main() {
   ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
   if [[ "$ORIG_MODEL_NAME" == pocket ]]; then use_pocket; else use_stable_diffusion; fi
   set_paths
-  UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
+  UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn} PREVIEW_EVERY=${PREVIEW_EVERY:-50}
   CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
   if [[ "$ORIG_MODEL_NAME" == pocket ]]; then "$PYTHON" -m dreambooth.pocket.classes "$CLASS_PROMPT" "$INSTANCE_PROMPT"; fi
@@ -88,19 +88,21 @@ main() {
   fi
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$result" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
-    --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS
+    --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
+    --preview_prompts "$INSTANCE_PROMPT ${SCENES%%|*}" "$CLASS_PROMPT" --preview_every "$PREVIEW_EVERY"
 
-  step 5 "generate the subject in new places with the tuned model (under a minute)"
+  step 5 "generate the subject in new places, with the original model as well (under a minute)"
   local scenes prompts=()
   IFS='|' read -ra scenes <<<"$SCENES"
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
   "$PYTHON" generate.py "${tuned[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
-    --overwrite $SAMPLE_FLAGS
+    --compare_to "$ORIG_MODEL_PATH" --overwrite $SAMPLE_FLAGS
 
-  step 6 "put photos, class images and new images on one sheet"
+  step 6 "put photos, class images and new images on one sheet, and the run on a page"
   "$PYTHON" -m dreambooth.outputs --output "$SUBJECT_DIR/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
     "$CLASS_PROMPT, by the original model=$IMAGES_REG_DIR" "$INSTANCE_PROMPT ${SCENES//|/, }=$IMAGES_NEW_DIR"
-  echo "open $SUBJECT_DIR/dreambooth.png ($SECONDS s in all)"
+  echo "done: $SUBJECT_DIR/dreambooth.png, and the page ($SECONDS s in all)"
+  "$PYTHON" -m dreambooth.report_page "$result.report" --images_dir "$IMAGES_NEW_DIR"
 }
 
 step() { echo "--- $SECONDS s, step $1: $2"; }

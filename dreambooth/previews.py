@@ -17,7 +17,7 @@ from dreambooth import outputs
 
 FOLDER = "previews"
 FILM_STRIP = "film-strip.png"
-NUM_INFERENCE_STEPS = 25
+NUM_INFERENCE_STEPS = 20
 GUIDANCE_SCALE = 5.0
 
 

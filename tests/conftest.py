@@ -264,7 +264,8 @@ def run_train(run_script, train_argv, tmp_path_factory):
         argv = train_argv(output_dir, log_every=1, **changes)
         result = run_script("train.py", *argv, RAY_ADDRESS=ray_address)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert [path.name for path in folder.iterdir()] == ["out"]  # nothing else is left there
+        left = {path.name for path in folder.iterdir()}
+        assert left == {"out", "out.report"}  # nothing else is left there
         return SimpleNamespace(
             output_dir=output_dir, stdout=result.stdout, stderr=result.stderr, changes=changes
         )

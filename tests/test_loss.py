@@ -18,36 +18,42 @@ PREDICTION = rows([1, 2], [3, 5])
 ZERO = torch.zeros(2, 1, 1, 2)
 
 
+def loss_of(*args):
+    """The loss without its halves."""
+    loss, _ = prior_preserving_loss(*args)
+    return loss
+
+
 @pytest.mark.parametrize(("weight", "expected"), [(0, 2.5), (1, 19.5), (0.5, 11.0), (3, 53.5)])
 def test_weight_scales_the_class_half_alone(weight, expected):
-    assert prior_preserving_loss(PREDICTION, ZERO, weight).item() == expected
+    assert loss_of(PREDICTION, ZERO, weight).item() == expected
 
 
 def test_first_half_of_a_larger_batch_is_the_instance():
     """Errors 1, 3 | 5, 7: (1 + 9) / 2 + (25 + 49) / 2. Alternating rows would give another sum."""
     prediction = rows([1], [3], [5], [7])
     target = torch.zeros_like(prediction)
-    assert prior_preserving_loss(prediction, target, 0).item() == 5
-    assert prior_preserving_loss(prediction, target, 1).item() == 42
+    assert loss_of(prediction, target, 0).item() == 5
+    assert loss_of(prediction, target, 1).item() == 42
 
 
 def test_halves_are_not_mixed():
     """Each prediction is compared with its own target: (4 + 9) / 2 twice if they are swapped."""
-    assert prior_preserving_loss(PREDICTION, PREDICTION.clone(), 1).item() == 0
-    assert prior_preserving_loss(PREDICTION, PREDICTION.flip(0), 1).item() == 13
+    assert loss_of(PREDICTION, PREDICTION.clone(), 1).item() == 0
+    assert loss_of(PREDICTION, PREDICTION.flip(0), 1).item() == 13
 
 
 def test_gradient_reaches_both_halves():
     """The derivative is 2 p / n, times the weight in the class half."""
     prediction = PREDICTION.clone().requires_grad_()
-    prior_preserving_loss(prediction, ZERO, 0.5).backward()
+    loss_of(prediction, ZERO, 0.5).backward()
     assert prediction.grad.flatten().tolist() == [1, 2, 1.5, 2.5]
 
 
 def test_bfloat16_predictions_are_compared_in_float32():
     """1.0078125 is a bfloat16 number, its square is not."""
     prediction = torch.full((2, 1, 8, 8), 1.0078125, dtype=torch.bfloat16)
-    loss = prior_preserving_loss(prediction, torch.zeros_like(prediction), 1)
+    loss = loss_of(prediction, torch.zeros_like(prediction), 1)
     assert loss.dtype == torch.float32
     assert loss.item() == 2 * 1.0078125**2
 
@@ -55,8 +61,8 @@ def test_bfloat16_predictions_are_compared_in_float32():
 def test_weights_scale_each_image_alone():
     """Mean squared errors 2.5 and 17, times 2 and 3."""
     weights = torch.tensor([2.0, 3.0])
-    assert prior_preserving_loss(PREDICTION, ZERO, 1, weights).item() == 5 + 51
-    assert prior_preserving_loss(PREDICTION, ZERO, 1, torch.ones(2)).item() == 19.5
+    assert loss_of(PREDICTION, ZERO, 1, weights).item() == 5 + 51
+    assert loss_of(PREDICTION, ZERO, 1, torch.ones(2)).item() == 19.5
 
 
 @pytest.fixture
@@ -134,7 +140,7 @@ class Step:
             self.timesteps = latents.sample_timesteps(0, range(32), 1000)
         self.clean = posteriors[:, 0] + posteriors[:, 1] * posterior_noise
         self.spy = Spy()
-        self.loss = training_loss(
+        self.loss, _ = training_loss(
             self.spy,
             scheduler,
             posteriors,
@@ -199,5 +205,38 @@ def test_a_step_aims_at_what_the_model_predicts(scheduler, prediction_type, snr_
     weights = None
     if snr_gamma is not None:
         weights = min_snr_weights(prediction_type, step.timesteps, alphas_cumprod, snr_gamma)
-    expected = prior_preserving_loss(torch.zeros_like(target), target, 1, weights)
+    expected = loss_of(torch.zeros_like(target), target, 1, weights)
     assert step.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def reference(prediction, target, weight, weights=None):
+    """Ruiz et al. 2022, eq. 2, without the halves."""
+    error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    if weights is not None:
+        error = error * weights
+    instance, class_ = error.chunk(2)
+    return instance.mean() + weight * class_.mean()
+
+
+def test_loss_and_gradients_are_the_same_to_the_last_bit():
+    generator = torch.Generator().manual_seed(0)
+    for weight in (0, 0.3, 1.0, 2.5):
+        for weights in (None, torch.rand(6, generator=generator)):
+            prediction = torch.randn(6, 4, 8, 8, generator=generator).requires_grad_()
+            target = torch.randn(6, 4, 8, 8, generator=generator)
+            expected = reference(prediction, target, weight, weights)
+            (expected_gradient,) = torch.autograd.grad(expected, prediction)
+            loss, _ = prior_preserving_loss(prediction, target, weight, weights)
+            (gradient,) = torch.autograd.grad(loss, prediction)
+            assert torch.equal(loss, expected)
+            assert torch.equal(gradient, expected_gradient)
+
+
+def test_halves_are_those_before_weighting_and_carry_no_gradients():
+    """Squared errors 1, 4 | 9, 25 of one pair: means 2.5 and 17, whatever the weight."""
+    prediction = torch.tensor([[1.0, 2.0], [3.0, 5.0]]).view(2, 1, 1, 2).requires_grad_()
+    for weight in (0, 1, 3):
+        loss, halves = prior_preserving_loss(prediction, torch.zeros(2, 1, 1, 2), weight)
+        assert halves.tolist() == [2.5, 17.0]
+        assert loss.item() == 2.5 + weight * 17
+        assert not halves.requires_grad

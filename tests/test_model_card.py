@@ -1,7 +1,6 @@
 """The model card, as the Hub reads it; and what is said where the Hub cannot be used."""
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.repocard import metadata_load
@@ -67,8 +66,8 @@ def test_prompts_with_quotes_and_colons_survive(result):
     record = run_record.read(metrics.report_dir(folder))
     record["flags"]["instance_prompt"] = 'photo: of "unqtkn" #car'
     card = model_card.build("tuned", record, has_image=True)
-    head = str(card).split("---")[1]
-    assert yaml.safe_load(head)["instance_prompt"] == 'photo: of "unqtkn" #car'
+    read = ModelCard(str(card)).data.to_dict()
+    assert read["instance_prompt"] == 'photo: of "unqtkn" #car'
 
 
 def test_image_goes_beside_the_card(result, flat_image):

@@ -204,18 +204,17 @@ def test_frozen_layers_in_bfloat16_change_no_bit_of_the_loss(load_models):
             denoiser.float()
         set_second_matrices(denoiser)
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        losses.append(
-            training_loss(
-                denoiser,
-                scheduler,
-                posteriors=torch.ones(2, 2, 4, 16, 16),
-                prompt_ids=torch.arange(96).view(2, 48),
-                posterior_noise=noise,
-                noise=noise.flip(0),
-                timesteps=torch.tensor([10, 900]),
-                prior_loss_weight=1.0,
-            )
+        loss, _ = training_loss(
+            denoiser,
+            scheduler,
+            posteriors=torch.ones(2, 2, 4, 16, 16),
+            prompt_ids=torch.arange(96).view(2, 48),
+            posterior_noise=noise,
+            noise=noise.flip(0),
+            timesteps=torch.tensor([10, 900]),
+            prior_loss_weight=1.0,
         )
+        losses.append(loss)
     assert torch.equal(losses[0], losses[1])
 
 

@@ -62,7 +62,7 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
         timesteps = latents.sample_timesteps(0, batch["positions"], 1000).to(device)
         prompt_ids = torch.zeros(2, 48, dtype=torch.long, device=device)
         operations.results.clear()
-        loss = training_loss(
+        loss, _ = training_loss(
             denoiser,
             scheduler,
             batch["posteriors"],

@@ -18,7 +18,7 @@ def take_steps(denoiser, scheduler, optimizer, count):
     for step in range(count):
         posterior_noise, noise = latents.sample_noise(0, [step], (4, 16, 16), "cpu")
         timesteps = latents.sample_timesteps(0, [step], 1000)
-        loss = training_loss(
+        loss, _ = training_loss(
             denoiser, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps, 1.0
         )
         loss.backward()

@@ -21,7 +21,10 @@ SCRIPTS = {
     "train.py": train,
 }
 TEXTS = ["README.md", "run.sh"]
-FLAGS_OF_OTHERS = {"--help", "--quiet", "--disable-pip-version-check", "--check"}  # pip and ruff
+FLAGS_OF_OTHERS = {
+    "--help", "--quiet", "--disable-pip-version-check", "--check", "--logdir", "--address",
+    "--runtime-env-json",
+}  # fmt: skip
 # What step 2 downloads, a file of the user's, and a script of diffusers.
 NOT_HERE = {"images/dog", "prompts.txt", "train_dreambooth.py"}
 COLUMNS_ON_OTHERS = {"diffusers", "in place of", "the published example"}

@@ -1,5 +1,6 @@
 """train.py: the real thing as a command, against a training loop written out by hand."""
 
+import os
 import re
 import shutil
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 import generate
 import train
-from dreambooth import dataset, latents, outputs
+from dreambooth import dataset, latents, outputs, run_record
 from dreambooth import model_dir as directory
 from dreambooth.cli import UserError
 from dreambooth.training_plan import make_plan
@@ -275,7 +276,8 @@ def test_a_lora_is_a_file_that_diffusers_loads(lora_runs, model_dir):
     """Whichever images are more: fault 7 of the published example was an empty data set. The
     second matrices are zero before the first step."""
     for run in lora_runs:
-        assert [path.name for path in run.output_dir.iterdir()] == [directory.LORA_FILE]
+        names = {path.name for path in run.output_dir.iterdir()}
+        assert names == {directory.LORA_FILE, "README.md"}
         weights, _ = StableDiffusionPipeline.lora_state_dict(run.output_dir)
         for part in ("unet", "text_encoder"):
             second = [
@@ -309,11 +311,12 @@ def test_a_lora_changes_the_original_models_images(
 def test_a_run_that_diverges_is_a_user_error(
     run_script, assert_one_line, train_argv, tmp_path, ray_address
 ):
-    """It arises in the worker: a loss that is not finite. Nothing is left behind."""
+    """It arises in the worker: a loss that is not finite. Only the run's record is left."""
     argv = train_argv(tmp_path / "out", lr=1e30)
     result = run_script("train.py", *argv, RAY_ADDRESS=ray_address)
     assert_one_line(result, "the loss is", "at step 2", "lower --lr", "nothing was saved")
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == ["out.report"]
+    assert "the loss is" in run_record.read(tmp_path / "out.report")["status"]
 
 
 # train.py, with an image that is truncated after the checks and before the training.
@@ -343,7 +346,7 @@ def test_an_image_damaged_during_the_run_is_a_user_error(
     argv = train_argv(tmp_path / "out", instance_images_dir=photos)
     result = run_script(script, *argv, RAY_ADDRESS=ray_address, PYTHONPATH=str(root))
     assert_one_line(result, "0.png: unreadable or truncated image")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", script.name]
+    assert sorted(os.listdir(tmp_path)) == ["out.report", "photos", script.name]
 
 
 def test_a_user_error_of_the_command_is_one_line(run_script, assert_one_line, train_argv, tmp_path):

@@ -67,9 +67,10 @@ def loss_of_rows(models_and_prompts, batch, rows):
     """The loss of some of the images of a batch."""
     denoiser, scheduler, prompt_ids = models_and_prompts
     posteriors, posterior_noise, noise, timesteps = (tensor[rows] for tensor in batch)
-    return training_loss(
+    loss, _ = training_loss(
         denoiser, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps, 1.0
     )
+    return loss
 
 
 def set_averaged_gradients(parameters, losses):

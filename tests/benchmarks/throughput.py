@@ -129,7 +129,7 @@ class Ours:
         )
         timesteps = latents.sample_timesteps(0, self.positions, 1000)
         timesteps = timesteps.to(posteriors.device, non_blocking=True)
-        loss = training_loss(
+        loss, _ = training_loss(
             self.denoiser, self.scheduler, posteriors, self.prompt_ids, posterior_noise, noise,
             timesteps, 1.0,
         )  # fmt: skip
