@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.repocard import metadata_load
 
-from dreambooth import metrics, model_card, model_dir, run_record
+from dreambooth import metrics, model_card, model_dir, run_record, training_checks
 from dreambooth.cli import UserError
 from tests.test_report_page import record_of
 
@@ -81,9 +81,18 @@ def test_image_goes_beside_the_card(result, flat_image):
     assert "](before-after.png)" in (folder / "README.md").read_text()
 
 
-def test_card_files_belong_to_a_result(result):
-    """Training again may replace them."""
-    assert set(model_dir.CARD_FILES) <= set(model_dir.RESULT_NAMES)
+def test_a_card_is_replaced_with_the_result_that_it_belongs_to(result, train_args):
+    """Training again into the same directory is no mistake."""
+    folder = result()
+    model_card.write(folder)
+    (folder / "unet").mkdir()
+    training_checks.check_output_dir(train_args(folder))
+
+
+def test_without_a_class_there_is_no_class_prompt_on_the_card(result):
+    record = run_record.read(metrics.report_dir(result()))
+    record["flags"]["class_prompt"] = None
+    assert "class prompt" not in str(model_card.build("tuned", record, has_image=False))
 
 
 def test_whoever_is_not_logged_in_is_told_so(result, monkeypatch):

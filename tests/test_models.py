@@ -239,7 +239,7 @@ def test_a_saved_pipeline_is_complete_for_diffusers(load_models, model_dir, tmp_
     _, denoiser, _ = load_models()
     models.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
     directory.check_model_dir(tmp_path / "tuned")
-    assert set(os.listdir(tmp_path / "tuned")) <= set(directory.RESULT_NAMES)
+    assert set(os.listdir(tmp_path / "tuned")) <= set(directory.PIPELINE_NAMES)
     for file in ("scheduler/scheduler_config.json", "tokenizer/tokenizer.json"):
         saved = (tmp_path / "tuned" / file).read_bytes()
         assert saved.strip() == (model_dir / file).read_bytes().strip()

@@ -9,7 +9,7 @@ from PIL import Image
 import train
 from dreambooth import metrics, outputs, previews
 from dreambooth.cli import UserError
-from dreambooth.training_plan import check_numbers
+from dreambooth.training_checks import check_numbers
 from tests.test_metrics import make_report
 
 PROMPTS = ["photo of unqtkn car", "photo of a car"]
