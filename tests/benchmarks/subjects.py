@@ -36,9 +36,10 @@ from dreambooth.training_plan import make_plan
 from tests.benchmarks import fidelity
 
 POCKET = Path(render.__file__).parent / "model"
-FULL = "--train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300"
-LORA = "--use_lora --lora_rank 16 --lr 2e-3"
-RECIPES = {"full": FULL, "lora": f"{FULL} {LORA}"}  # as in run.sh; of two --lr the last counts
+SCHEDULE = "--lr_scheduler cosine --num_epochs 12 --max_train_steps 300"
+FULL = f"--train_batch_size 8 --lr 2e-4 {SCHEDULE}"
+LORA = f"--lora_rank 16 --lr 2e-3 --train_batch_size 8 {SCHEDULE}"
+RECIPES = {"full": FULL, "lora": f"--use_lora {LORA}"}  # as in run.sh
 SHEET_COLUMNS = 8
 
 
