@@ -60,7 +60,7 @@ def test_a_command_line_that_argparse_refuses_is_one_line_and_exit_code_2(name, 
 
 
 PATH_FLAGS = {
-    train: ["model_dir", "output_dir", "instance_images_dir", "class_images_dir"],
+    train: ["model_dir", "output_dir", "instance_images_dir", "class_images_dir", "storage_path"],
     generate: ["model_dir", "output_dir", "lora_weights_dir", "compare_to", "prompts_file"],
 }
 

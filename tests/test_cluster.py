@@ -1,108 +1,12 @@
-"""Ray's start, the hardware that a run asks for, and the errors that come back through Ray."""
+"""Ray's start, and the hardware that a run asks for."""
 
 import socket
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
-import ray
-import torch
 
 from dreambooth import cluster
 from dreambooth.cli import UserError
-
-
-def chain(error, *causes):
-    """`error` with the first of `causes` as its cause, that with the next one as its own, ..."""
-    effect = error
-    for cause in causes:
-        effect.__cause__ = cause
-        effect = cause
-    return error
-
-
-def test_a_user_error_is_found_itself():
-    assert cluster.user_error_in(UserError("a.png: gone")) == "a.png: gone"
-
-
-def test_a_user_error_is_found_in_a_chain_of_causes():
-    error = chain(RuntimeError("task failed"), ValueError("batch 3"), UserError("a.png: gone"))
-    assert cluster.user_error_in(error) == "a.png: gone"
-
-
-def test_a_user_error_is_found_as_the_cause_of_a_ray_task_error():
-    error = ray.exceptions.RayTaskError("map", "Traceback ...", UserError("a.png: gone"))
-    assert cluster.user_error_in(error) == "a.png: gone"
-    assert cluster.user_error_in(error.as_instanceof_cause()) == "a.png: gone"
-    assert cluster.user_error_in(chain(RuntimeError("worker failed"), error)) == "a.png: gone"
-
-
-def test_a_user_error_is_found_as_the_cause_of_the_cause_of_a_ray_task_error():
-    inner = chain(RuntimeError("in the map function"), UserError("a.png: gone"))
-    error = ray.exceptions.RayTaskError("map", "Traceback ...", inner)
-    assert cluster.user_error_in(error) == "a.png: gone"
-
-
-def test_a_user_error_is_found_in_a_text_that_is_all_ray_has_kept():
-    text = (
-        "ray::map() (pid=1)\n  File x.py, line 1\n"
-        "dreambooth.cli.UserError: a.png: truncated image\n\nmore"
-    )
-    assert cluster.user_error_in(RuntimeError(text)) == "a.png: truncated image"
-
-
-def test_of_several_in_a_text_the_last_one_is_it():
-    """A traceback ends with what was raised."""
-    text = "UserError: first\nDuring handling of it:\nUserError: second"
-    assert cluster.user_error_in(RuntimeError(text)) == "second"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("shape mismatch"),
-        ValueError("not a UserError"),
-        RuntimeError("MyUserError: of another library"),
-        chain(RuntimeError("task failed"), KeyError("bug")),
-        ray.exceptions.RayTaskError("map", "Traceback ...", KeyError("bug")),
-        ray.exceptions.ActorDiedError(),
-    ],
-)
-def test_a_bug_is_no_user_error(error):
-    assert cluster.user_error_in(error) is None
-
-
-def test_a_user_error_really_crosses_ray(ray_address):
-    @ray.remote
-    def fail():
-        raise UserError("a.png: gone")
-
-    with pytest.raises(ray.exceptions.RayTaskError) as raised:
-        ray.get(fail.remote())
-    assert cluster.user_error_in(raised.value) == "a.png: gone"
-
-
-def test_a_failed_training_is_the_users_if_a_workers_failure_is():
-    error = RuntimeError("training failed")
-    error.worker_failures = {0: KeyError("rank 0 waits"), 1: UserError("a.png: gone")}
-    found = cluster.training_error(error)
-    assert type(found) is UserError
-    assert str(found) == "a.png: gone"
-
-
-def test_too_little_gpu_memory_is_a_user_error_with_the_remedies():
-    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    for failure in (memory, RuntimeError("torch.OutOfMemoryError: CUDA out of memory")):
-        found = cluster.training_error(SimpleNamespace(worker_failures={0: failure}))
-        assert type(found) is UserError
-        assert "--gradient_checkpointing" in str(found)
-
-
-def test_a_failed_training_keeps_its_own_error_if_it_is_a_bug():
-    error = RuntimeError("shape mismatch")
-    error.worker_failures = {0: ValueError("shape mismatch")}
-    assert cluster.training_error(error) is error
-    assert cluster.training_error(RuntimeError("no workers")).args == ("no workers",)
 
 
 def test_there_is_a_gpu_or_else_a_core_for_each_worker():
@@ -158,7 +62,8 @@ def test_an_address_at_which_nothing_listens_is_found_at_once():
 def test_a_command_with_an_address_at_which_there_is_no_cluster(
     assert_one_line, run_script, train_argv, tmp_path, argv
 ):
-    """Both ways into Ray: a script, and the number of GPUs for run.sh. Ray would try for minutes."""
+    """Both ways into Ray: a script, and the number of GPUs for run.sh. Ray would try for
+    minutes."""
     if argv == ["train.py"]:
         argv = ["train.py", *train_argv(tmp_path / "out")]
     result = run_script(*argv, RAY_ADDRESS="127.0.0.1:1")
@@ -190,3 +95,84 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.delattr(cluster.os, "sched_getaffinity")
     monkeypatch.setattr(cluster.os, "cpu_count", lambda: 7)
     assert cluster.num_cores() == 7
+
+
+def test_ray_starts_in_the_background_and_its_errors_come_back(monkeypatch):
+    monkeypatch.setattr(cluster, "start_ray", lambda verbose: (2, 8))
+    assert cluster.start_ray_in_background().result(timeout=30) == (2, 8)
+
+    def fail(verbose):
+        raise UserError("no cluster")
+
+    monkeypatch.setattr(cluster, "start_ray", fail)
+    with pytest.raises(UserError, match="^no cluster$"):
+        cluster.start_ray_in_background().result(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "address", "in_driver"),
+    [((1, 1), "", True), ((1, 1), "auto", False), ((2, 2), "", False), ((1, 2), "", False)],
+)
+def test_one_worker_without_a_cluster_needs_no_other_process(
+    monkeypatch, num_workers, address, in_driver
+):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cluster.runs_in_driver(num_workers) == in_driver
+    assert (cluster.scaling_config(num_workers, 4, 16).num_workers == 0) == in_driver
+
+
+def test_on_gpus_each_worker_has_one():
+    scaling = cluster.scaling_config((4, 4), num_gpus=4, num_cpus=16)
+    assert scaling.num_workers == 4
+    assert scaling.use_gpu
+    assert scaling.resources_per_worker == {"GPU": 1}
+
+
+def test_a_range_of_workers_is_ray_trains():
+    assert cluster.scaling_config((2, 4), num_gpus=4, num_cpus=16).num_workers == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_cpus", "cores"), [(2, 2, 0.5), (2, 16, 1), (4, 4, 0.5), (3, 4, 0.5)]
+)
+def test_on_a_cpu_the_workers_leave_half_of_the_cores(num_workers, num_cpus, cores):
+    """Ray Data's tasks need them."""
+    scaling = cluster.scaling_config((num_workers, num_workers), 0, num_cpus)
+    assert not scaling.use_gpu
+    assert scaling.resources_per_worker == {"CPU": cores}
+
+
+class Clock:
+    """Time that passes only while a test sleeps."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(cluster.time, "time", lambda: self.now)
+        monkeypatch.setattr(cluster.time, "sleep", self.sleep)
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def test_a_run_waits_for_its_gpus(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(cluster, "resources", lambda: (2, 8) if clock.now >= 105 else (1, 8))
+    assert cluster.wait_for_workers(2, seconds=60) == (2, 8)
+    assert clock.now == 105
+    assert capsys.readouterr().out == "waiting 60 s for 2 GPUs: there are 1\n"
+
+
+def test_a_run_does_not_wait_for_ever(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(cluster, "resources", lambda: (1, 8))
+    with pytest.raises(UserError, match="still 1 GPUs after 60 s"):
+        cluster.wait_for_workers(2, seconds=60)
+    assert clock.now == 160
+
+
+def test_a_run_does_not_wait_unless_asked_to(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(cluster, "resources", lambda: (1, 8))
+    with pytest.raises(UserError, match="the cluster has 1 GPU,"):
+        cluster.wait_for_workers(2, seconds=0)
+    assert clock.now == 100

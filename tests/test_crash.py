@@ -1,4 +1,4 @@
-"""Generation survives what preemptible machines do: killed scripts and killed actors."""
+"""Both scripts survive what preemptible machines do: stopped and killed scripts, killed actors."""
 
 import json
 import os
@@ -120,3 +120,30 @@ def test_the_images_of_a_killed_actor_are_generated_by_another(
     assert victim is not None
     assert len(read_digests(killed)) == 48
     assert read_digests(killed) == read_digests(undisturbed)
+
+
+def test_a_stopped_training_run_goes_on_to_the_last_bit(
+    one_worker, train_argv, run_script, root, tmp_path
+):
+    """TERM before the first step: it is completed and saved. The same command then ends with the
+    weights of a run that nobody stopped."""
+    argv = ["train.py", *train_argv(tmp_path / "out", log_every=1)]
+    process = subprocess.Popen(
+        [sys.executable, *argv], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("training "):
+            process.send_signal(signal.SIGTERM)
+    errors = process.stderr.read()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert errors == "stopped after step 1: the same command goes on\n"
+    assert not (tmp_path / "out").exists()
+    resumed = run_script(*argv)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming after step 1" in resumed.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    files = sorted(one_worker.output_dir.rglob("*.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        name = file.relative_to(one_worker.output_dir)
+        assert file.read_bytes() == (tmp_path / "out" / name).read_bytes(), name

@@ -20,6 +20,8 @@ def make_plan(num_steps):
         resolution=64,
         pairs_per_step=4,
         num_steps=num_steps,
+        max_pairs_per_pass=2,
+        num_workers=(2, 2),
     )
 
 
@@ -69,6 +71,16 @@ def test_images_per_second_since_the_first_step(capsys, monkeypatch):
         now[0] += seconds
         run.take_step()
     assert " 8.0 images/s" in capsys.readouterr().out
+
+
+def test_a_resumed_run_counts_its_own_images(capsys):
+    """Not those of the steps before it: its only line comes with its first step."""
+    run = Run(num_steps=100, log_every=100).set_up()
+    run.step = 99
+    run.take_step()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("step 100/100 ")
+    assert line.endswith(" 0.0 images/s")
 
 
 def test_only_rank_0_prints(capsys):

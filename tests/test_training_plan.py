@@ -1,37 +1,19 @@
-"""What a run will do, and the flags that are refused before anything is loaded or written."""
+"""What a run will do, worked out from its flags."""
 
 import dataclasses
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 
 from dreambooth import model_dir as directory
-from dreambooth.cli import UserError
-from dreambooth.training_plan import make_plan
+from dreambooth.training_plan import RECIPE_FLAGS, make_plan, worker_range
 
 
 @pytest.fixture
 def plan(train_args, tmp_path):
     """The plan for some flags: plan(train_batch_size=2)."""
     return lambda **changes: make_plan(train_args(tmp_path / "out", **changes))
-
-
-@pytest.fixture
-def refusal(train_args, tmp_path):
-    """The line with which some flags are refused: refusal(lr=0). Nothing is written."""
-
-    def refuse(**changes):
-        output_dir = changes.pop("output_dir", tmp_path / "deep" / "out")
-        with pytest.raises(UserError) as error:
-            make_plan(train_args(output_dir, **changes))
-        message = str(error.value)
-        assert "\n" not in message
-        assert not (tmp_path / "deep").exists()
-        return message
-
-    return refuse
 
 
 def test_images_and_resolution(plan, instance_dir, class_dir):
@@ -53,6 +35,7 @@ def test_prompts_are_padded_to_the_models_length(plan, model_dir):
 def test_pairs_per_step_are_those_of_all_workers_and_forward_passes(plan):
     found = plan(train_batch_size=3, gradient_accumulation_steps=2, num_workers=4)
     assert found.pairs_per_step == 24
+    assert found.divide(4) == (3, 2)
 
 
 # Four class images: an epoch is four pairs.
@@ -70,8 +53,10 @@ def test_every_class_image_is_used_num_epochs_times_within_the_maximum(plan, cha
 
 
 def test_a_plan_reads_like_a_sentence(plan):
-    expected = "5 instance and 4 class images at 64 px, 3 steps of 2 pairs"
-    assert str(plan(train_batch_size=2)) == expected
+    images = "5 instance and 4 class images at 64 px"
+    assert str(plan(train_batch_size=2)) == f"{images}, 3 steps of 2 pairs, 1 worker(s)"
+    several = plan(train_batch_size=2, num_workers="2:3", max_train_steps=1)
+    assert str(several) == f"{images}, 1 steps of 6 pairs, 2 to 3 worker(s)"
 
 
 def test_a_plan_reaches_the_workers_as_a_dict(plan):
@@ -80,129 +65,88 @@ def test_a_plan_reaches_the_workers_as_a_dict(plan):
     assert type(found)(**dataclasses.asdict(found)) == found
 
 
-SIZES = [
-    "num_workers",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "num_epochs",
-    "max_train_steps",
-    "lora_rank",
-    "log_every",
-]
+@pytest.mark.parametrize(
+    ("text", "expected"), [("2", (2, 2)), ("1", (1, 1)), ("2:4", (2, 4)), ("3:3", (3, 3))]
+)
+def test_a_number_of_workers_is_a_range(text, expected):
+    assert worker_range(text) == expected
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("value", [0, -1])
-def test_sizes_below_one(refusal, name, value):
-    assert f"--{name} is {value}: must be at least 1" in refusal(**{name: value})
-
-
-NOT_NEGATIVE = [
-    "lr_warmup_steps",
-    "prior_loss_weight",
-    "seed",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_weight_decay",
-    "adam_epsilon",
-]
-
-
-@pytest.mark.parametrize("name", NOT_NEGATIVE)
-def test_negative_numbers(refusal, name):
-    assert f"--{name} is -1" in refusal(**{name: -1})
-
-
-@pytest.mark.parametrize("name", ["lr", "max_grad_norm", "snr_gamma"])
-@pytest.mark.parametrize("value", [0, -1])
-def test_numbers_with_which_nothing_is_learned(refusal, name, value):
-    """A gradient clipped to the norm 0 is 0."""
-    assert f"--{name} is {float(value)}: must be above 0" in refusal(**{name: value})
+@pytest.mark.parametrize("text", ["0", "-1", "0:2", "4:2", "1:2:3", "two", "", "2:"])
+def test_other_numbers_of_workers_are_refused_by_the_parser(train_args, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_args("out", num_workers=f" {text}")
+    assert stopped.value.code == 2
+    assert "--num_workers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "name", ["lr", "prior_loss_weight", "max_grad_norm", "snr_gamma", "adam_epsilon"]
+    ("num_workers", "expected"),
+    [(1, (3, 4)), (2, (3, 2)), (3, (2, 2)), (4, (3, 1)), (6, (2, 1)), (12, (1, 1))],
 )
-@pytest.mark.parametrize("value", ["nan", "inf"])
-def test_numbers_that_are_not_finite(refusal, name, value):
-    assert f"--{name} is {value}" in refusal(**{name: value})
+def test_any_number_of_workers_divides_a_step_equally(plan, num_workers, expected):
+    """Of 12 pairs, at most 3 per forward pass, in as few passes as possible."""
+    found = plan(train_batch_size=3, num_workers="1:4", max_train_steps=1)
+    assert found.pairs_per_step == 12
+    pairs_per_pass, num_passes = found.divide(num_workers)
+    assert (pairs_per_pass, num_passes) == expected
+    assert pairs_per_pass * num_passes * num_workers == 12
 
 
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        ({"lr_warmup_steps": 1}, "give --lr_scheduler constant_with_warmup"),
-        ({"adam_beta1": 1.0}, "below 1"),
-        ({"adam_beta2": 1.0}, "below 1"),
-        ({"adam_beta2": 0.999, "param_dtype": "bf16"}, "give 0.99"),
-        ({"use_lora": True, "param_dtype": "bf16"}, "full fine-tuning"),
-    ],
-)
-def test_flags_that_do_not_go_together(refusal, flags, text):
-    assert text in refusal(**flags)
+def test_the_identity_of_a_run_is_what_decides_its_result(plan, train_args, lora_dir):
+    """Each flag of the recipe, the images and the model change it; how the run is carried out does
+    not."""
+
+    def identity(**changes):
+        return plan(**changes).identity(train_args("out", **changes))
+
+    original = identity()
+    assert json.loads(json.dumps(original)) == original
+    for name in RECIPE_FLAGS:
+        assert name in original
+    decisive = {
+        "use_lora": True,
+        "lora_rank": 2,
+        "no_train_text_encoder": True,
+        "instance_prompt": "photo of zwxqj car",
+        "class_prompt": "photo of a boat",
+        "lr": 1e-3,
+        "lr_scheduler": "cosine",
+        "prior_loss_weight": 0.5,
+        "snr_gamma": 5.0,
+        "max_grad_norm": 2.0,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.9,
+        "adam_weight_decay": 0.1,
+        "adam_epsilon": 1e-6,
+        "seed": 1,
+        "param_dtype": "bf16",
+        "resolution": 32,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+    }
+    for name, value in decisive.items():
+        assert identity(**{name: value}) != original, name
+    indifferent = {
+        "log_every": 1,
+        "checkpointing_steps": 5,
+        "gradient_checkpointing": True,
+        "verbose": True,
+        "storage_path": "/elsewhere",
+    }
+    for name, value in indifferent.items():
+        assert identity(**{name: value}) == original, name
+    two_passes = identity(train_batch_size=2)
+    assert identity(gradient_accumulation_steps=2) == two_passes
+    assert identity(num_workers=2) == two_passes
 
 
-def test_a_warm_up_is_shorter_than_the_run(plan, refusal):
-    """Four class images, four epochs, two pairs per step: eight steps."""
-    flags = {"train_batch_size": 2, "max_train_steps": 100, "lr_scheduler": "cosine"}
-    assert plan(**flags, lr_warmup_steps=7).num_steps == 8
-    message = refusal(**flags, lr_warmup_steps=8)
-    assert "--lr_warmup_steps 8: the run has 8 steps" in message
-
-
-@pytest.mark.parametrize("resolution", [66, 0, -4, 2])
-def test_a_resolution_that_the_model_does_not_take(refusal, resolution):
-    message = refusal(resolution=resolution)
-    assert f"--resolution {resolution}: this model takes multiples of 4" in message
-
-
-def test_equal_prompts(refusal):
-    assert "are equal" in refusal(instance_prompt="photo of a car", class_prompt="photo of a car")
-
-
-@pytest.mark.parametrize("name", ["instance_prompt", "class_prompt"])
-def test_a_prompt_that_is_too_long(refusal, name):
-    message = refusal(**{name: "photo of a car " + "on the beach " * 14 + "at night"})
-    assert "prompt too long" in message
-    assert "'at night' would be cut off" in message
-
-
-FOLDERS = ["instance_images_dir", "class_images_dir"]
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_missing_image_folder(refusal, tmp_path, name):
-    message = refusal(**{name: tmp_path / "nowhere"})
-    assert f"{tmp_path / 'nowhere'}: no such folder" in message
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_an_empty_image_folder(refusal, tmp_path, name):
-    (tmp_path / "empty").mkdir()
-    assert f"{tmp_path / 'empty'}: no images there" in refusal(**{name: tmp_path / "empty"})
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_truncated_image(refusal, flat_image, tmp_path, name):
-    photo = flat_image("good.png", 0, folder=tmp_path / "photos")
-    photo.with_name("truncated.png").write_bytes(photo.read_bytes()[:-50])
-    message = refusal(**{name: photo.parent})
-    assert "truncated.png: unreadable or truncated image" in message
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_an_image_in_an_unreadable_format(refusal, flat_image, tmp_path, name):
-    photo = flat_image("good.png", 0, folder=tmp_path / "photos")
-    photo.with_name("IMG_0001.HEIC").write_bytes(b"ftypheic")
-    assert "IMG_0001.HEIC" in refusal(**{name: photo.parent})
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_an_image_that_is_too_small_for_the_resolution(plan, refusal, flat_image, tmp_path, name):
-    """The resolution of the flag, not that of the model."""
-    photo = flat_image("icon.png", 0, size=(15, 300), folder=tmp_path / "photos")
-    assert "icon.png: 15 x 300 pixels are too small" in refusal(**{name: photo.parent})
-    plan(**{name: photo.parent}, resolution=60)
+def test_the_identity_of_a_run_is_of_its_images_content(plan, train_args, tmp_path, class_dir):
+    photos = shutil.copytree(class_dir, tmp_path / "photos")
+    flags = {"instance_images_dir": photos}
+    before = plan(**flags).identity(train_args("out", **flags))
+    shutil.copy(photos / "0.png", photos / "1.png")
+    assert plan(**flags).identity(train_args("out", **flags)) != before
 
 
 def test_other_files_beside_the_photos_are_skipped(plan, flat_image, tmp_path):
@@ -211,63 +155,3 @@ def test_other_files_beside_the_photos_are_skipped(plan, flat_image, tmp_path):
         photo.with_name(name).write_text("no image")
     photo.with_name(".ipynb_checkpoints").mkdir()
     assert plan(instance_images_dir=photo.parent).instance_paths == [photo]
-
-
-def test_class_images_that_are_the_photos(refusal, instance_dir):
-    message = refusal(class_images_dir=instance_dir / ".." / instance_dir.name)
-    assert "are the same folder" in message
-
-
-def test_a_model_directory_that_does_not_exist(refusal, tmp_path):
-    message = refusal(model_dir=tmp_path / "nowhere")
-    assert f"--model_dir {tmp_path / 'nowhere'}: no such directory" in message
-    assert "cache_model.py" in message
-
-
-def test_a_model_that_predicts_something_else(refusal, model_dir, tmp_path):
-    copied = shutil.copytree(model_dir, tmp_path / "model")
-    file = copied / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "prediction_type": "sample"}))
-    assert "predicts sample" in refusal(model_dir=copied)
-
-
-def test_an_output_directory_that_cannot_be_written(train_args, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for folder in (tmp_path / "file" / "below", tmp_path / "file"):
-        with pytest.raises(UserError, match=f"--output_dir {folder} "):
-            make_plan(train_args(folder))
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_an_output_directory_with_other_files(refusal, tmp_path):
-    folder = tmp_path / "work"
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("years")
-    assert "holds other files (thesis.tex)" in refusal(output_dir=folder)
-    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
-
-
-def test_an_earlier_result_may_be_replaced(train_args, model_dir, tmp_path):
-    make_plan(train_args(shutil.copytree(model_dir, tmp_path / "tuned")))
-
-
-@pytest.mark.parametrize("name", ["", "..", "link"])
-def test_the_model_itself_is_not_replaced(refusal, model_dir, tmp_path, name):
-    """By whatever path it is given."""
-    folder = model_dir
-    if name == "..":
-        folder = model_dir / ".." / model_dir.name
-    if name == "link":
-        folder = tmp_path / "link"
-        folder.symlink_to(model_dir)
-    assert "--output_dir is --model_dir" in refusal(output_dir=folder)
-
-
-def test_a_disk_that_is_too_small_for_the_result(plan, refusal, monkeypatch):
-    """13 MB of weights, and 12 MB are free: enough for a LoRA. A model trained in bfloat16 is
-    saved in float32."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12e6))
-    assert "0.0 GB are free" in refusal()
-    assert "0.0 GB are free" in refusal(param_dtype="bf16")
-    plan(use_lora=True)

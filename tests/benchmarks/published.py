@@ -14,6 +14,8 @@ import argparse
 import importlib.util
 import sys
 import time
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -21,9 +23,25 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-if importlib.util.find_spec("ray") is None:  # the steps alone need no Ray; imports do
-    for name in ("ray", "ray.data", "ray.data.collate_fn", "ray.train", "ray.train.torch"):
-        sys.modules[name] = MagicMock()
+
+
+class RayStandIn(MetaPathFinder, Loader):
+    """Mocks for Ray's modules: train.py imports them, but the steps alone do not need them."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray":
+            return ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return MagicMock(__path__=[])
+
+    def exec_module(self, module):
+        pass
+
+
+if importlib.util.find_spec("ray") is None:
+    sys.meta_path.append(RayStandIn())
 
 import ray
 import ray.train

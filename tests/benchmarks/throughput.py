@@ -412,8 +412,8 @@ def run_job(name, command):
 
 
 def clean(line):
-    """A line without terminal colours and without the prefix that Ray gives to a worker's lines."""
-    line = re.sub(r"\x1b\[[\d;]*m", "", line)
+    """A line without terminal codes and without the prefix that Ray gives to a worker's lines."""
+    line = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", line)
     return re.sub(r"^\(.*?pid=[^)]*\) ?", "", line).strip()
 
 
