@@ -28,7 +28,7 @@ def test_gpus_end_together(num_gpus, batch_size):
     for num_records in (1, 3, 4, 17, 64, 65, 100, 200, 1000):
         num_batches = count_batches(num_records, num_gpus, num_gpus, batch_size)
         sizes = batch_sizes(num_records, num_batches)
-        assert 1 <= min(sizes)
+        assert min(sizes) >= 1
         assert max(sizes) <= largest
         batches_per_gpu = math.ceil(num_records / (num_gpus * largest))
         assert num_batches == min(num_records, batches_per_gpu * num_gpus)
