@@ -151,7 +151,7 @@ def build_pairs(instance_dir, class_dir, resolution):
 
 
 def main(args, report):
-    ray.init(include_dashboard=False)
+    ray.init(address="local", include_dashboard=False)
     on_gpu = bool(ray.cluster_resources().get("GPU"))
     resolution, _ = model_dir.resolution(args.model_dir)
     TorchTrainer(
