@@ -35,8 +35,10 @@ def training_error(error):
     the user's."""
     if "requires at least one CUDA device" in str(error):  # NCCL's, on another node
         return UserError(f"a GPU of the cluster: {hardware.unusable_gpu()}")
-    worker_failures = getattr(error, "worker_failures", {})  # none if train_fn ran in this process
-    for cause in [error, *worker_failures.values()]:
+    # None of either if train_fn ran in this process.
+    controller_failure = getattr(error, "controller_failure", None)
+    worker_failures = getattr(error, "worker_failures", {})
+    for cause in [error, controller_failure, *worker_failures.values()]:
         if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
             return UserError(
                 "out of GPU memory: give --gradient_checkpointing, --param_dtype bf16, --use_lora,"

@@ -41,7 +41,8 @@ def run_story(root, tmp_path):
         commands = {}
         for line in lines:
             script = line.removeprefix("-m ").split()[0]
-            commands.setdefault(script, []).append(line)
+            command = line.partition(" --preview_prompts ")[0].rstrip()  # previews cost no memory
+            commands.setdefault(script, []).append(command)
         return done, commands
 
     return run
@@ -50,7 +51,7 @@ def run_story(root, tmp_path):
 def test_one_large_gpu_needs_no_flag(run_story):
     done, commands = run_story(1, 22)
     (train,) = commands["train.py"]
-    assert train.rstrip().endswith(
+    assert train.endswith(
         "--num_workers 1 --train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200"
     )
     assert "--output_dir /data/subjects/dog/model-tuned " in train
