@@ -99,10 +99,12 @@ main() {
     --num_samples_per_prompt "$NUM_CLASS_IMAGES" --use_ray_data --overwrite $CLASS_FLAGS
 
   step 4 "fine-tune (minutes)"
+  local previews=(--preview_prompts "$INSTANCE_PROMPT ${SCENES%%|*}" "$CLASS_PROMPT" --preview_every "$PREVIEW_EVERY")
+  if ((PREVIEW_EVERY == 0)); then previews=(); fi
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
     --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
-    --preview_prompts "$INSTANCE_PROMPT ${SCENES%%|*}" "$CLASS_PROMPT" --preview_every "$PREVIEW_EVERY"
+    "${previews[@]}"
 
   step 5 "generate the subject in new places, with the original model as well (under a minute)"
   local scenes prompts=()
