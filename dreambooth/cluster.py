@@ -50,8 +50,12 @@ def start_ray(verbose=False, log_to_driver=True):
     if not ray.is_initialized():
         if not log_to_driver:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        with logs.silent_stderr(verbose):  # where it would say that it has read this level
+        # Ray would say that it has read this level. (Not in a thread, which train.py starts it in:
+        # there it would hide what the main thread says meanwhile.)
+        with logs.silent_stderr(verbose=verbose or log_to_driver):
             _connect(address, verbose, log_to_driver)
+        if len(ray.nodes()) < 2:  # no node is preempted but with the whole run
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = verbose
     data_context.execution_options.preserve_order = True  # the same rows in the same order

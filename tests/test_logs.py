@@ -16,7 +16,8 @@ TRAIN_LINES = [
     r"\d+ instance and \d+ class images at \d+ px, \d+ steps of \d+ pairs, \d+ worker\(s\);"
     r" \d+ GPUs, \d+ cores",
     r"training \d+\.\d\d M parameters in torch\.float32: \d+ x cpu",
-    r"step \d+/\d+ loss \d+\.\d{4} grad norm \d+\.\d{3} lr \d\.\d\de-\d\d \d+\.\d images/s",
+    r"step \d+/\d+ loss \d+\.\d{4} \(instance \d+\.\d{4}, class \d+\.\d{4}\)"
+    r" grad norm \d+\.\d{3} lr \d\.\d\de-\d\d \d+\.\d images/s",
     rf"start {SECONDS}, load {SECONDS}, first step {SECONDS}, steps {SECONDS}, save {SECONDS}",
     r"wrote /\S+ \(\d+ s in all\)",
 ]
@@ -84,9 +85,9 @@ print(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
 @pytest.mark.parametrize("mode", ["quiet", "verbose"])
 def test_configure_silences_logs_and_warnings_unless_verbose(root, mode):
     """In this process, and by its environment in those that it starts."""
-    done = subprocess.run(
-        [sys.executable, "-c", CONFIGURE, mode], cwd=root, capture_output=True, text=True
-    )
+    env = {name: os.environ[name] for name in os.environ if name not in logs.QUIET_ENVIRONMENT}
+    command = [sys.executable, "-c", CONFIGURE, mode]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     if mode == "quiet":
         assert done.stderr == ""
         assert done.stdout == "1\n"

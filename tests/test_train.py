@@ -436,6 +436,7 @@ def test_a_result_that_is_on_another_node_is_a_user_error(train_args, monkeypatc
     train.cluster.wait_for_workers.return_value = (0, 2)
     monkeypatch.setattr(train.checkpointer, "StopOnSignal", MagicMock())
     monkeypatch.setattr(train, "build_trainer", MagicMock())
+    monkeypatch.setattr(train, "check_shared_storage", MagicMock())
     with pytest.raises(UserError, match=f"{tmp_path / 'out'} is on another node"):
         train.main(train_args(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
