@@ -19,6 +19,7 @@ import numpy as np
 import ray.data
 import ray.train
 import torch
+from ray.data.expressions import col
 
 from dreambooth.images import crop_image
 from dreambooth.seeds import seed_for
@@ -85,7 +86,7 @@ class DealPairs(ray.train.DataConfig):
         class_key, equal for equal crops.
         """
         share = self.pairs_per_step // world_size
-        own = rows.filter(lambda row: row["position"] // share % world_size == rank)
+        own = rows.filter(expr=col("position") // share % world_size == rank)
         return own.map_batches(self.load_images, batch_size=None)
 
     def load_images(self, batch):

@@ -434,9 +434,10 @@ def test_a_result_that_is_on_another_node_is_a_user_error(train_args, monkeypatc
     """Rank 0 has saved it on its own disk: not on storage that all nodes see."""
     monkeypatch.setattr(train, "cluster", MagicMock())
     train.cluster.wait_for_workers.return_value = (0, 2)
+    train.cluster.fit.return_value.return_value = {"steps_s": 1.0}
     monkeypatch.setattr(train.checkpointer, "StopOnSignal", MagicMock())
     monkeypatch.setattr(train, "build_trainer", MagicMock())
     monkeypatch.setattr(train, "check_shared_storage", MagicMock())
     with pytest.raises(UserError, match=f"{tmp_path / 'out'} is on another node"):
         train.main(train_args(tmp_path / "out"))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.report"]  # the run's record
