@@ -84,9 +84,9 @@ def test_client_without_the_token_is_refused_by_a_running_training(
     )
     try:
         address = ray_address_of(process)
-        stranger = tmp_path / "stranger"
-        assert connect(address, stranger) == 3
-        assert connect(address, stranger, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64) == 3
+        other_home = tmp_path / "other_home"
+        assert connect(address, other_home) == 3
+        assert connect(address, other_home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64) == 3
         assert connect(address, home, RAY_AUTH_MODE="token") == 0
     finally:
         process.kill()
