@@ -54,8 +54,6 @@ def start_ray(verbose=False, log_to_driver=True):
         # there it would hide what the main thread says meanwhile.)
         with logs.silent_stderr(verbose=verbose or log_to_driver):
             _connect(address, verbose, log_to_driver)
-        if len(ray.nodes()) < 2:  # no node is preempted but with the whole run
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = verbose
     data_context.execution_options.preserve_order = True  # the same rows in the same order
@@ -91,6 +89,8 @@ def fit(trainer):
     Ctrl-C."""
     if trainer.running_in_local_mode:
         return trainer.fit()
+    if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     return ThreadPoolExecutor(1).submit(trainer.fit).result()
 
 
