@@ -34,6 +34,7 @@ def to_peft(weights):
 
 
 def main(args):
+    """Write the LoRA of `args.lora_dir` to `args.output`. UserError: there is none."""
     from safetensors.torch import load_file, save_file  # here: --help needs neither
 
     model_dir.check_lora_dir(args.lora_dir, "LORA_DIR")

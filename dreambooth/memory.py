@@ -138,6 +138,7 @@ def choose_for_gpus(free, job, given):
 
 
 def main(args):
+    """Print the flags that make training fit `args.gib` GiB per GPU, and on stderr why."""
     check_at_least(args, 1, "num_workers")
     check_at_least(args, 0, "gib", above=True)
     given = (LORA,) if args.use_lora else ()

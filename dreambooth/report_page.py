@@ -151,6 +151,7 @@ def write_before_after(pairs, file):
 
 
 def main(args):
+    """Write report.html into `args.report_dir`. UserError: no run is recorded there."""
     folder = Path(args.report_dir)
     record = run_record.read(folder)
     if not record:

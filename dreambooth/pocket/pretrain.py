@@ -392,6 +392,7 @@ def main(args):
 
 
 def parse_args(argv=None):
+    """The flags: where state and model go, and how long each model trains."""
     parser = ArgumentParser(__doc__)
     parser.add_argument(
         "--work_dir", type=Path, required=True, help="for the state of an unfinished training run"
