@@ -15,7 +15,7 @@ import itertools
 import os
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: see cluster.py
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch loads: see cluster.py
 
 from tqdm import tqdm
 

@@ -78,7 +78,7 @@ main() {
     RESULT=(--model_dir "$ORIG_MODEL_PATH" --lora_weights_dir "$LORA_DIR")
   fi
   UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
-  PREVIEW_EVERY=${PREVIEW_EVERY:-50}
+  PREVIEW_EVERY=${PREVIEW_EVERY:-100}
   CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
   if [[ "$ORIG_MODEL_NAME" == pocket ]]; then "$PYTHON" -m dreambooth.pocket.classes "$CLASS_PROMPT" "$INSTANCE_PROMPT"; fi

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: see cluster.py
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch loads: see cluster.py
 
 import ray.train
 import torch

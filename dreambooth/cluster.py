@@ -29,7 +29,7 @@ SETTINGS = {
     # Beside other programs, workers get their share of the cores: by default Ray lowers their
     # priority, and a thread of torch that waits for another one spins until its time is up.
     "RAY_worker_niceness": "0",
-    "GOMP_SPINCOUNT": "1000",
+    "GOMP_SPINCOUNT": "3000",
 }
 
 

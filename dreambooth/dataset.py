@@ -21,10 +21,9 @@ import ray.train
 import torch
 from ray.data.expressions import col
 
-from dreambooth.images import crop_image
+from dreambooth.images import KINDS, load_crops
 from dreambooth.seeds import seed_for
 
-KINDS = ("instance", "class")
 PAIRS_PER_BLOCK = 16  # decoded by one task of Ray Data: few enough for an early first batch
 
 
@@ -82,27 +81,12 @@ class DealPairs(ray.train.DataConfig):
     def shard(self, rows, rank, world_size):
         """The rows of one worker, with their images, which are read as they are consumed.
 
-        Columns: position; instance_image and class_image (3, R, R), uint8; instance_key and
-        class_key, equal for equal crops.
+        Columns: those of `load_crops`.
         """
         share = self.pairs_per_step // world_size
         own = rows.filter(expr=col("position") // share % world_size == rank)
-        return own.map_batches(self.load_images, batch_size=None)
-
-    def load_images(self, batch):
-        """Read and crop the images of `batch`, columns of paths, as `shard` describes."""
-        columns = {"position": batch["position"]}
-        for kind in KINDS:
-            if kind not in batch:
-                continue
-            stream = f"{kind} crop"
-            crops = [
-                crop_image(path, self.resolution, seed_for(stream, self.seed, int(position)))
-                for path, position in zip(batch[kind], batch["position"], strict=True)
-            ]
-            columns[f"{kind}_image"] = np.stack([image for image, _ in crops])
-            columns[f"{kind}_key"] = np.array([key for _, key in crops])
-        return columns
+        crop = {"resolution": self.resolution, "seed": self.seed}
+        return own.map_batches(load_crops, batch_size=None, fn_kwargs=crop)
 
 
 def collate(batch):

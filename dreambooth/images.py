@@ -17,7 +17,9 @@ from PIL import Image
 from dreambooth import atomic
 from dreambooth.cli import UserError, run_main, warn
 from dreambooth.decode import open_image
+from dreambooth.seeds import seed_for
 
+KINDS = ("instance", "class")  # of images
 READABLE = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm",
     ".heic", ".heif", ".hif",
@@ -100,8 +102,7 @@ def _resized(path, resolution):
 def crop_image(path, resolution, seed):
     """Read and resize one image and crop it at random (the same crop for the same `seed`).
 
-    Returns uint8 (3, R, R), and a key that tells this crop from all others. Without torch, so that
-    Ray Data's tasks start at once.
+    Returns uint8 (3, R, R), and a key that tells this crop from all others.
     """
     image = _resized(path, resolution)
     height, width, _ = image.shape
@@ -109,6 +110,26 @@ def crop_image(path, resolution, seed):
     top, left = np.random.default_rng(seed).integers(limits)
     crop = image[top : top + resolution, left : left + resolution]
     return crop.transpose(2, 0, 1), f"{path}:{top}:{left}"
+
+
+def load_crops(batch, resolution, seed):
+    """Read and crop the images of pairs: `batch` has columns of paths, `instance` and perhaps
+    `class`, and their positions in the run.
+
+    Columns of the result: position; instance_image and class_image (3, R, R), uint8; instance_key
+    and class_key, equal for equal crops. Here, without torch, so that Ray Data's tasks start soon.
+    """
+    columns = {"position": batch["position"]}
+    for kind in KINDS:
+        if kind not in batch:
+            continue
+        crops = [
+            crop_image(path, resolution, seed_for(f"{kind} crop", seed, int(position)))
+            for path, position in zip(batch[kind], batch["position"], strict=True)
+        ]
+        columns[f"{kind}_image"] = np.stack([image for image, _ in crops])
+        columns[f"{kind}_key"] = np.array([key for _, key in crops])
+    return columns
 
 
 def copy_images(source, folder):

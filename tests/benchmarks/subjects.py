@@ -30,7 +30,7 @@ import generate
 import train
 from dreambooth import atomic, dataset, latents, models, outputs, saving
 from dreambooth.cli import ArgumentParser, absolute_path
-from dreambooth.images import find_images
+from dreambooth.images import find_images, load_crops
 from dreambooth.pocket import render
 from dreambooth.training_plan import make_plan
 from tests.benchmarks import fidelity
@@ -74,13 +74,12 @@ def read_batches(plan, pairs_per_pass, seed):
     """What Ray Data hands to the only worker: a batch for each forward pass."""
     num_pairs = plan.num_steps * plan.pairs_per_step
     pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, num_pairs, seed)
-    deal = dataset.DealPairs(plan.pairs_per_step, plan.resolution, seed)
     for start in range(0, num_pairs, pairs_per_pass):
         rows = pairs[start : start + pairs_per_pass]
         columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-        images = deal.load_images(columns)
+        loaded = load_crops(columns, plan.resolution, seed)
         # As they come out of Ray: in other strides, the VAE's last bits would differ.
-        yield dataset.collate({name: np.ascontiguousarray(c) for name, c in images.items()})
+        yield dataset.collate({name: np.ascontiguousarray(c) for name, c in loaded.items()})
 
 
 class Bench:
