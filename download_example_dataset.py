@@ -45,10 +45,10 @@ def main(args):
     folder = Path(args.dir)
     atomic.check_writable(folder, "DIR")
     if folder.is_dir() and any(folder.iterdir()):
-        print(f"{len(find_images(folder))} photos are in {folder} already")
+        print(f"photos in {folder} already: {len(find_images(folder))}")
         return
     atomic.replace_dir(folder, download_photos)
-    print(f"{len(find_images(folder))} photos in {folder}")
+    print(f"photos in {folder}: {len(find_images(folder))}")
 
 
 if __name__ == "__main__":

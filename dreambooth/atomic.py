@@ -14,11 +14,16 @@ from dreambooth.cli import UserError
 
 
 def replace_file(file, write):
-    """Let `write(temporary)` write a temporary file, then rename it to `file`."""
+    """Let `write(temporary)` write a temporary file, then rename it to `file`, with the mode of new
+    files."""
     file = Path(file)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        with suppress(OSError):
+            temporary.chmod(mode)  # safetensors makes its own readable by their owner alone
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -124,11 +124,6 @@ def weight_files(model_dir):
     return files
 
 
-def weights_size(model_dir):
-    """The size of the models' weights, in bytes."""
-    return sum(file.stat().st_size for file in weight_files(model_dir))
-
-
 def num_parameters(model_dir):
     """The numbers of parameters of "unet", "text_encoder" and "vae": from the headers of their
     safetensors; of pickles from their size, as if in float32, which they are on the Hub."""

@@ -74,7 +74,8 @@ def check_output_dir(args):
     atomic.check_replaceable(args.output_dir, [*names, *model_dir.CARD_FILES])
     atomic.check_writable(metrics.report_dir(args.output_dir), "the report's directory,")
     if not args.use_lora:
-        atomic.check_space(args.output_dir, model_dir.weights_size(args.model_dir))
+        num_bytes = 4 * sum(model_dir.num_parameters(args.model_dir).values())  # float32
+        atomic.check_space(args.output_dir, num_bytes)
 
 
 def check_prompts(tokenizer, args):

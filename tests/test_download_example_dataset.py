@@ -49,7 +49,7 @@ def test_without_a_network_the_remedy_is_named(assert_one_line, run_script, tmp_
 def test_the_folder_holds_the_photos_alone(run, downloads, tmp_path, capsys):
     run()
     assert sorted(path.name for path in (tmp_path / "dog").iterdir()) == ["a.jpeg", "b.jpeg"]
-    assert capsys.readouterr().out == f"2 photos in {tmp_path / 'dog'}\n"
+    assert capsys.readouterr().out == f"photos in {tmp_path / 'dog'}: 2\n"
 
 
 def test_photos_that_are_there_are_not_downloaded_again(run, downloads, tmp_path, capsys):
@@ -57,7 +57,7 @@ def test_photos_that_are_there_are_not_downloaded_again(run, downloads, tmp_path
     (tmp_path / "dog" / "b.jpeg").unlink()
     run()
     assert len(downloads) == 1
-    assert "1 photos are in" in capsys.readouterr().out
+    assert "already: 1\n" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_refused(run, downloads, tmp_path):

@@ -30,6 +30,12 @@ def test_kohyas_layout_converts_back_bit_for_bit(lora_dir, tmp_path):
     assert set(alphas.values()) == {4.0}  # the rank: a scale of 1
 
 
+def test_the_exported_file_has_the_mode_of_new_files(lora_dir, tmp_path):
+    export(lora_dir, tmp_path / "subject.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "subject.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_names_are_kohyas(lora_dir, tmp_path):
     """As its scripts name them for models with one text encoder."""
     names = set(export(lora_dir, tmp_path / "subject.safetensors"))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dreambooth.cli import UserError
+from dreambooth.model_dir import num_parameters
 from dreambooth.training_checks import check_flags
 from dreambooth.training_plan import make_plan
 
@@ -230,3 +231,13 @@ def test_a_warm_up_is_shorter_than_the_run(plan, refusal):
     assert plan(**flags, lr_warmup_steps=7).num_steps == 8
     message = refusal(**flags, lr_warmup_steps=8)
     assert "--lr_warmup_steps 8: the run has 8 steps" in message
+
+
+def test_the_result_needs_space_for_float32(plan, model_dir, monkeypatch):
+    """Whatever the precision of the original model (here float16)."""
+    usage = SimpleNamespace(free=4 * sum(num_parameters(model_dir).values()))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    plan()
+    usage.free -= 1
+    with pytest.raises(UserError, match="GB are free"):
+        plan()
