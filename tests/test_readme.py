@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import metadata_load
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 import cache_model
 import download_example_dataset
@@ -241,6 +243,17 @@ def read_requirements(root):
     lines = (root / "requirements.txt").read_text().splitlines()
     lines = [line.partition("#")[0].strip() for line in lines]
     return [line for line in lines if line]
+
+
+def test_rays_launcher_accepts_the_cluster_file(root, tmp_path):
+    text = re.search(r"```yaml\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "cluster.md").write_text(f"---\n{text}---\n")  # as the Hub's library reads YAML
+    config = metadata_load(tmp_path / "cluster.md")
+    validate_config(prepare_config(config))
+    assert config["head_node_type"] in config["available_node_types"]
+    del config["available_node_types"]["gpu"]["resources"]
+    with pytest.raises(Exception, match="resources"):
+        validate_config(prepare_config(config))
 
 
 def test_each_requirement_is_pinned(root):

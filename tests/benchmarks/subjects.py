@@ -130,11 +130,15 @@ class Bench:
         flags += ["--seed", seed, "--num_workers", 1, *train_flags]
         return train.parse_args([str(flag) for flag in flags])
 
+    def metrics(self, name, sample):
+        """The metrics of the model that `sample` generates with."""
+        original_class = self.original(fidelity.class_prompt(render.SUBJECTS[name]))
+        return fidelity.subject_report(sample, self.judge(name), original_class)
+
     def report(self, name, model_dir, lora_weights_dir=None, sheet=None):
         """The metrics of a tuned model, which is at `model_dir` or is a LoRA on it."""
         sample = self.sampler(model_dir, lora_weights_dir)
-        original_class = self.original(fidelity.class_prompt(render.SUBJECTS[name]))
-        metrics = fidelity.subject_report(sample, self.judge(name), original_class)
+        metrics = self.metrics(name, sample)
         if sheet:
             write_sheet(sheet, {"photos": find_images(self.photos(name))}, sample.cache)
         return metrics
