@@ -280,6 +280,19 @@ def one_worker(run_train):
 
 
 @pytest.fixture(scope="session")
+def update(load_models):
+    """What a run of train.py has added to all weights of U-Net and text encoder, as one vector."""
+    _, start, _ = load_models()
+
+    def difference(run):
+        _, tuned, _ = load_models(run.output_dir)
+        pairs = zip(tuned.parameters(), start.parameters(), strict=True)
+        return torch.cat([(p.detach().double() - s.detach().double()).flatten() for p, s in pairs])
+
+    return difference
+
+
+@pytest.fixture(scope="session")
 def two_workers(run_train):
     """A run on two workers, each of which accumulates two forward passes per step. (AdamW's large
     epsilon makes its updates smooth in the gradients, so that rounding does not grow.)"""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,21 +123,32 @@ def test_the_images_of_a_killed_actor_are_generated_by_another(
     assert read_digests(killed) == read_digests(undisturbed)
 
 
+@pytest.fixture
+def stop_after_step_1(root):
+    """Start a training command with one worker, send TERM before the first step, and wait for its
+    end: the step is completed and saved."""
+
+    def stop(argv):
+        process = subprocess.Popen(
+            [sys.executable, *argv],
+            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("training "):
+                process.send_signal(signal.SIGTERM)
+        errors = process.stderr.read()
+        assert process.wait() == 128 + signal.SIGTERM
+        assert errors == "stopped after step 1: the same command goes on\n"
+
+    return stop
+
+
 def test_a_stopped_training_run_goes_on_to_the_last_bit(
-    one_worker, train_argv, run_script, root, tmp_path
+    one_worker, train_argv, run_script, stop_after_step_1, tmp_path
 ):
-    """TERM before the first step: it is completed and saved. The same command then ends with the
-    weights of a run that nobody stopped."""
+    """The same command ends with the weights of a run that nobody stopped."""
     argv = ["train.py", *train_argv(tmp_path / "out", log_every=1)]
-    process = subprocess.Popen(
-        [sys.executable, *argv], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("training "):
-            process.send_signal(signal.SIGTERM)
-    errors = process.stderr.read()
-    assert process.wait() == 128 + signal.SIGTERM
-    assert errors == "stopped after step 1: the same command goes on\n"
+    stop_after_step_1(argv)
     assert not (tmp_path / "out").exists()
     resumed = run_script(*argv)
     assert resumed.returncode == 0, resumed.stderr
@@ -147,3 +159,24 @@ def test_a_stopped_training_run_goes_on_to_the_last_bit(
     for file in files:
         name = file.relative_to(one_worker.output_dir)
         assert file.read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_a_run_goes_on_with_another_number_of_workers(
+    two_workers, train_argv, run_script, stop_after_step_1, update, tmp_path
+):
+    """One worker takes the first of two steps, two the second: the weights are, to rounding, those
+    of two workers that took both. (A pair used twice or not at all would change them.)"""
+
+    def argv(num_workers):
+        changes = {**two_workers.changes, "num_workers": num_workers}
+        changes["gradient_accumulation_steps"] = 4 // num_workers
+        return ["train.py", *train_argv(tmp_path / "out", log_every=1, **changes)]
+
+    stop_after_step_1(argv(1))
+    resumed = run_script(*argv(2))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming after step 1" in resumed.stdout
+    assert "2 x cpu" in resumed.stdout
+    resumed_run = SimpleNamespace(output_dir=tmp_path / "out")
+    expected = update(two_workers)
+    assert (update(resumed_run) - expected).norm() < 1e-3 * expected.norm()

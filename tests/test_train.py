@@ -164,19 +164,6 @@ class ByHand:
 
 
 @pytest.fixture(scope="module")
-def update(load_models):
-    """What a run of train.py has added to all weights of U-Net and text encoder, as one vector."""
-    _, start, _ = load_models()
-
-    def difference(run):
-        _, tuned, _ = load_models(run.output_dir)
-        pairs = zip(tuned.parameters(), start.parameters(), strict=True)
-        return torch.cat([(p.detach().double() - s.detach().double()).flatten() for p, s in pairs])
-
-    return difference
-
-
-@pytest.fixture(scope="module")
 def by_hand(train_args, load_models, ray_address):
     """The run of train.py, written out: by_hand(run)."""
     return lambda run, **how: ByHand(train_args("out", **run.changes), load_models, **how)
