@@ -182,7 +182,8 @@ def main(args):
     for prompt in args.prompts:
         rows[prompt] = images[0][prompt]
         if args.compare_to:
-            rows[f"{prompt}, by {Path(args.compare_to).name}"] = images[1][prompt]
+            name, _ = model_dir.name_and_revision(args.compare_to)
+            rows[f"{prompt}, by {name}"] = images[1][prompt]
     sheet = folder / outputs.CONTACT_SHEET
     outputs.contact_sheet(rows, sheet)
     print(f"look at {sheet}")

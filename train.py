@@ -72,10 +72,10 @@ def parse_args(argv=None):
     add("--adam_beta2", type=float, help="of its second moment (default: 0.999; bf16: 0.99)")
     add("--adam_weight_decay", type=float, default=1e-2, help="weight decay of AdamW")
     add("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
-    add("--seed", type=int, default=0, help="for pairs, crops, noise and timesteps")
+    add("--seed", type=int, default=0, help="for all random numbers of the run")
 
     add = parser.add_argument_group("run").add_argument
-    workers_help = "one GPU each, where there are GPUs; 2:4 for as many as there are"
+    workers_help = "one GPU each, where there are GPUs; 2:4 means two to four"
     add("--num_workers", type=worker_range, default="2", help=workers_help)
     dtype_help = "of trained weights and optimizer; bf16 (Kahan summation) takes 10 bytes, not 16"
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--storage_path", type=absolute_path, help="where they go (default: beside the result)")
     add("--restart", action="store_true", help="begin anew, whatever checkpoints there are")
     add("--max_failures", type=int, default=3, help="how often to restart after a worker's death")
-    add("--wait_for_gpus", type=int, default=0, help="seconds to wait for workers' GPUs or cores")
+    add("--wait_for_gpus", type=int, default=0, help="seconds to wait for the workers' GPUs")
     add("--log_every", type=int, default=10, help="steps between two lines of the log")
     add("--preview_prompts", nargs="+", type=valid_prompt, default=[], help="to try on the way")
     add("--preview_every", type=int, default=0, help="steps between previews (default: none)")
@@ -166,7 +166,7 @@ def train_fn(config):
     preview.step_is_done(first_step)
 
     # Encode each image once, when a step first needs it.
-    batches = latents.encode_batches(vae, batches, device)
+    batches = latents.encode_batches(vae, dataset.check_start(batches, first_step, plan), device)
     for step in range(first_step, plan.num_steps):
         losses = forward_backward(ddp, scheduler, batches, prompt_ids, num_passes, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -235,7 +235,7 @@ def main(args):
             result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))  # [10]
             record["seconds"] = result.return_value
     except ray_errors.FAILURES as error:
-        stop.exit_if_asked()
+        stop.exit_if_asked(error)
         raise ray_errors.training_error(error) or error from None
     finally:
         checkpoints.remove_unless_needed(run_dir)

@@ -48,6 +48,8 @@ def replace_dir(folder, write):
     new.mkdir(parents=True)
     try:
         write(new)
+        for path in (*new.rglob("*"), new):
+            flush(path)
     except Exception as error:
         shutil.rmtree(new, ignore_errors=True)
         if "No space left" in str(error):  # an OSError, or an error of safetensors' own
@@ -59,7 +61,17 @@ def replace_dir(folder, write):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(new, folder)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path):
+    """Wait until a file or a directory is on the disk, so that it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def apply_umask(folder):

@@ -1,22 +1,28 @@
 """Batch inference with Ray Data: records into images on every GPU of a cluster."""
 
 import math
+from pathlib import Path
 
 import ray.data
 
 from dreambooth import cluster, hardware, ray_errors
 from dreambooth.cli import UserError
 from dreambooth.image_generator import MAX_BATCH, ImageGenerator, cpu_batch_size
+from dreambooth.shared_storage import check_shared_storage
 
 
 def generate_with_ray(args, records):
     """Generate the images of `records` on a pool of actors, one per GPU (one without GPUs); yields
     each record once its image is saved. A row is a record.
 
-    UserError: fewer GPUs than --num_workers, or what an `ImageGenerator` raises.
+    UserError: fewer GPUs than --num_workers, a node that does not see a path, or what an
+    `ImageGenerator` raises.
     """
     num_gpus, num_cpus = cluster.start_ray(args.verbose, log_to_driver=args.verbose)  # [1]
     cluster.check_num_workers(args.num_workers or 1, num_gpus, num_cpus)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    paths = [args.model_dir, args.output_dir, args.lora_weights_dir]
+    check_shared_storage([path for path in paths if path])
     num_workers = args.num_workers or max(1, num_gpus)
     if not num_gpus:
         hardware.warn_of_slow_images(args, num_cpus)  # what an actor prints is not shown

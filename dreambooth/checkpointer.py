@@ -13,10 +13,12 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from torch.utils._pytree import tree_map_only
 
-from dreambooth import checkpoints
+from dreambooth import checkpoints, ray_errors
 from dreambooth.cli import UserError
+from dreambooth.report import DIVERGED
 
 SHORT_RUN = 60  # seconds: by default, runs shorter than this write no checkpoint
+STOPPED = "stopped after step"
 STEPS_BETWEEN_NOTICES = 10  # several workers ask as often whether a node is about to be preempted
 
 
@@ -46,8 +48,9 @@ class Checkpointer:
         self.noticed = None  # the preemption for which a checkpoint has been written
 
     def restore(self):
-        """Load the newest checkpoint, if there is one; returns the number of steps done."""
-        path, step = checkpoints.find_newest(self.folder)
+        """Load the newest checkpoint, if there is one, on all workers the one that rank 0 finds;
+        returns the number of steps done."""
+        path, step = broadcast_from_rank_zero(checkpoints.find_newest(self.folder))
         if path is None:
             return 0
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
@@ -68,7 +71,7 @@ class Checkpointer:
         if self.rank == 0 and (self.folder / "stop").exists():
             self._save(step)
             self.writing.result()
-            raise UserError(f"stopped after step {step}")
+            raise UserError(f"{STOPPED} {step}")
         if self.every and step % self.every == 0:
             is_long = time.time() - self.started > SHORT_RUN
             if not self.skip_if_short or broadcast_from_rank_zero(is_long):
@@ -104,9 +107,10 @@ class Checkpointer:
             return
         if self.writing:
             self.writing.result()
-        self.writing = self.thread.submit(
-            checkpoints.write, self._state(), step, self.folder, self.limit
-        )
+        state = self._state()
+        if not all(weight.isfinite().all() for weight in state["weights"].values()):
+            raise UserError(f"the weights are not finite after step {step}: {DIVERGED}")
+        self.writing = self.thread.submit(checkpoints.write, state, step, self.folder, self.limit)
 
     def _report(self):
         """Tell Ray Train of the last checkpoint, once it is written: every worker calls this."""
@@ -135,14 +139,16 @@ class StopOnSignal:
 
     def _stop(self, number, frame):
         if self.signal:
-            raise KeyboardInterrupt
+            sys.exit(128 + number)
         self.signal = number
         (self.folder / "stop").touch()
         print("stopping after this step (again: at once)", flush=True)
 
-    def exit_if_asked(self):
-        """Where a signal has stopped the run: say so, and exit with the signal's code."""
-        if self.signal:
+    def exit_if_asked(self, error):
+        """Where a signal has stopped the run: say so, and exit with the signal's code. Not if
+        `error`, with which it ended, is another that the user must know of."""
+        user_error = ray_errors.training_error(error)
+        if self.signal and (user_error is None or STOPPED in str(user_error)):
             _, step = checkpoints.find_newest(self.folder)
-            print(f"stopped after step {step}: the same command goes on", file=sys.stderr)
+            print(f"{STOPPED} {step}: the same command goes on", file=sys.stderr)
             sys.exit(128 + self.signal)

@@ -101,7 +101,7 @@ def write(state, step, folder, limit):
         complete = json.dumps({"step": step, "num_bytes": num_bytes})
         (temporary / "complete.json").write_text(complete)
         for file in (temporary / "state.pt", temporary / "complete.json", temporary):
-            flush(file)
+            atomic.flush(file)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
@@ -115,16 +115,7 @@ def write(state, step, folder, limit):
         ) from error
     shutil.rmtree(path, ignore_errors=True)
     os.rename(temporary, path)
-    flush(folder)
+    atomic.flush(folder)
     for older in sorted(Path(folder).glob("step_*"))[:-limit]:
         shutil.rmtree(older, ignore_errors=True)
     return path
-
-
-def flush(path):
-    """Wait until a file or a directory is on the disk, so that it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,13 +8,14 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
 import ray
 import ray.data
 import ray.train
+from ray.autoscaler.sdk import request_resources
 
 from dreambooth import hardware, logs
 from dreambooth.cli import UserError
@@ -71,17 +72,22 @@ def resources():
 
 def start_ray_in_background(verbose=False):
     """`start_ray` in a thread, as it mostly waits; returns a future of its result."""
-    started = Future()
+    return _in_thread(start_ray, verbose)
 
-    def start():
+
+def _in_thread(function, *args):
+    """Call `function` in a thread for which nobody waits at the end; returns a future."""
+    future = Future()
+
+    def call():
         try:
-            started.set_result(start_ray(verbose))
+            future.set_result(function(*args))
         except Exception as error:
-            started.set_exception(error)
+            future.set_exception(error)
         threading.Event().wait()  # Linux kills Ray's processes with the thread that started them
 
-    threading.Thread(target=start, daemon=True).start()
-    return started
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def fit(trainer):
@@ -91,7 +97,7 @@ def fit(trainer):
         return trainer.fit()
     if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    return ThreadPoolExecutor(1).submit(trainer.fit).result()
+    return _in_thread(trainer.fit).result()
 
 
 def scaling_config(num_workers, num_gpus, num_cpus):
@@ -172,16 +178,21 @@ def check_address(address):
 
 def wait_for_workers(num_workers, seconds):
     """The numbers of GPUs and CPU cores of the cluster, which must suffice for `num_workers`; with
-    `seconds`, as soon as there is a GPU for each. UserError: not within that time."""
+    `seconds`, as soon as there is a GPU for each, which a cluster that grows by itself is asked
+    for. UserError: not within that time."""
     num_gpus, num_cpus = resources()
     deadline = time.time() + seconds
     if seconds and num_gpus < num_workers:
         print(f"waiting {seconds} s for {num_workers} GPUs: there are {num_gpus}", flush=True)
+        request_resources(bundles=[{"GPU": 1}] * num_workers)
     while num_gpus < num_workers and time.time() < deadline:
         time.sleep(1)
         num_gpus, num_cpus = resources()
+    if seconds:
+        request_resources(bundles=[])  # withdraws the request
     if seconds and num_gpus < num_workers:
-        raise UserError(f"still {num_gpus} GPUs after {seconds} s: give --num_workers {num_gpus}")
+        remedy = f"give --num_workers {num_gpus}" if num_gpus else "`ray status` may say why"
+        raise UserError(f"still {num_gpus} GPUs after {seconds} s: {remedy}")
     check_num_workers(num_workers, num_gpus, num_cpus)
     return num_gpus, num_cpus
 
@@ -191,9 +202,10 @@ def check_num_workers(num_workers, num_gpus, num_cpus):
     available, resource = (num_gpus, "GPU") if num_gpus else (num_cpus, "CPU core")
     if num_workers > available:
         plural = "s" if available != 1 else ""
+        remedy = f"give --num_workers {available} or less" if available else "start nodes with some"
         raise UserError(
             f"--num_workers {num_workers}: the cluster has {available} {resource}{plural}, and each"
-            f" worker needs one; give --num_workers {available} or less"
+            f" worker needs one; {remedy}"
         )
 
 

@@ -105,6 +105,15 @@ def collate(batch):
     }
 
 
+def check_start(batches, first_step, plan):
+    """Yield `batches`, which must begin with pairs of `first_step`: the dataset is built before the
+    workers look for a checkpoint. RuntimeError: it is another step, and Ray Train tries again."""
+    for i, batch in enumerate(batches):
+        if i == 0 and batch["positions"][0] // plan.pairs_per_step != first_step:
+            raise RuntimeError(f"the first pair is {batch['positions'][0]} in step {first_step}")
+        yield batch
+
+
 def prefetch_first(batches):
     """Start to fetch the first of `batches` now, in a thread; returns an iterator over all."""
     batches = iter(batches)

@@ -42,7 +42,10 @@ def main(args):
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: must end with .safetensors")
     atomic.check_writable(output.parent, "the directory of --output,")
-    weights = load_file(Path(args.lora_dir) / model_dir.LORA_FILE)
+    file = Path(args.lora_dir) / model_dir.LORA_FILE
+    if not file.is_file():
+        raise UserError(f"LORA_DIR {args.lora_dir}: no {file.name} there")
+    weights = load_file(file)
     if args.lora_format == "kohya":
         weights = to_kohya(weights)
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}

@@ -167,9 +167,10 @@ def check_prompt(tokenizer, prompt):
 
 def fingerprint(folder):
     """A digest that tells one model or LoRA from another: names, sizes and 64 samples of each
-    weight file in `folder`, so that it takes no time on large ones."""
+    weight file in `folder`, so that it takes no time on large ones, and all configurations."""
     digest = hashlib.sha256()
-    for file in sorted(Path(folder).rglob("*.safetensors")) or sorted(Path(folder).rglob("*.bin")):
+    weights = sorted(Path(folder).rglob("*.safetensors")) or sorted(Path(folder).rglob("*.bin"))
+    for file in weights + sorted(Path(folder).glob("*/*.json")):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with open(file, "rb") as opened:

@@ -11,6 +11,7 @@ from dreambooth import progress
 from dreambooth.cli import UserError
 from dreambooth.metrics import MetricsWriter, report_dir
 
+DIVERGED = "lower --lr, with --restart; nothing was saved"
 LOSSES = ("loss", "instance_loss", "class_loss")  # of a step, in this order
 
 
@@ -111,7 +112,7 @@ class Report:
     def _give_up(self, reason):
         if self.bar is not None:
             self.bar.close()
-        raise UserError(f"{reason}: lower --lr; nothing was saved")
+        raise UserError(f"{reason}: {DIVERGED}")
 
     def _images_per_s(self, step):
         images_per_step = len(self.plan.prompt_ids) * self.plan.pairs_per_step

@@ -53,8 +53,9 @@ def find_pairs(images_dir):
     pairs = []
     for after in sorted(Path(images_dir).glob("*-seed*.png")):
         before = after.parent / "compared" / after.name
-        record = outputs.read_record(after)
-        if record and outputs.read_record(before):
+        record, record_before = outputs.read_record(after), outputs.read_record(before)
+        same = ("prompt", "seed", "index")
+        if record and record_before and all(record[k] == record_before[k] for k in same):
             pairs.append((record["index"], record["prompt"], before, after))
     pairs.sort(key=lambda pair: pair[0])
     return [pair[1:] for pair in pairs[:MAX_PAIRS]]

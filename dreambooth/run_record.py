@@ -74,7 +74,7 @@ def prepare(folder, first_step):
     run's previews and page go. Nothing else in the directory is touched."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics.keep_until(folder, first_step)
-    previews.remove_later(folder, first_step if first_step else -1)
+    previews.remove_later(folder, first_step)
     if first_step == 0:
         shutil.rmtree(folder / previews.FOLDER, ignore_errors=True)
         for name in (previews.FILM_STRIP, "report.html"):

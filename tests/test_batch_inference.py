@@ -134,7 +134,7 @@ def test_more_workers_than_cores_are_refused(generate_args, ray_address):
         next(generate_with_ray(args, generate.plan(args)))
 
 
-def test_each_gpu_gets_an_actor(generate_args, monkeypatch):
+def test_each_gpu_gets_an_actor(generate_args, monkeypatch, tmp_path):
     """With --num_workers fewer of them. What would run is kept, as there is no GPU here."""
     calls = []
 
@@ -153,10 +153,28 @@ def test_each_gpu_gets_an_actor(generate_args, monkeypatch):
     monkeypatch.setattr(
         batch_inference.ray.data, "ActorPoolStrategy", lambda size: SimpleNamespace(size=size)
     )
-    args = generate_args("out", num_samples_per_prompt=200)
+    monkeypatch.setattr(batch_inference, "check_shared_storage", lambda paths: None)
+    args = generate_args(tmp_path, num_samples_per_prompt=200)
     list(generate_with_ray(args, generate.plan(args)))
-    args = generate_args("out", num_samples_per_prompt=200, num_workers=2)
+    args = generate_args(tmp_path, num_samples_per_prompt=200, num_workers=2)
     list(generate_with_ray(args, generate.plan(args)))
     assert [call["compute"].size for call in calls] == [4, 2]
     assert [call["num_gpus"] for call in calls] == [1, 1]
     assert [call["batch_size"] for call in calls] == [13, 15]
+
+
+def test_each_node_must_see_what_generation_reads_and_writes(
+    generate_args, ray_address, lora_dir, tmp_path, monkeypatch
+):
+    """Before a model loads on any of them."""
+    checked = []
+
+    def refuse(paths):
+        checked.extend(paths)
+        raise UserError("node b does not see it")
+
+    monkeypatch.setattr(batch_inference, "check_shared_storage", refuse)
+    args = generate_args(tmp_path / "out", use_ray_data=True, lora_weights_dir=lora_dir)
+    with pytest.raises(UserError, match="node b"):
+        next(generate_with_ray(args, generate.plan(args)))
+    assert checked == [args.model_dir, args.output_dir, args.lora_weights_dir]

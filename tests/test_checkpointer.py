@@ -1,5 +1,6 @@
 """When checkpoints are written while a run trains, and that a restored run is the same run."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ def make(train_argv, tmp_path, monkeypatch):
     """A small model with its optimizer, schedule and Checkpointer, as in train_fn."""
     context = SimpleNamespace(get_world_size=lambda: 1)
     monkeypatch.setattr(checkpointer.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(checkpointer, "broadcast_from_rank_zero", lambda value: value)
 
     def build(dtype=torch.float32, rank=0, **flags):
         flags = {"lr": 0.1, "lr_scheduler": "cosine", **flags}
@@ -90,7 +92,6 @@ def steps_saved(saver, monkeypatch):
     saved = []
     monkeypatch.setattr(saver, "_save", saved.append)
     monkeypatch.setattr(saver, "_report", lambda: None)
-    monkeypatch.setattr(checkpointer, "broadcast_from_rank_zero", lambda value: value)
     for step in range(1, NUM_STEPS + 1):
         saver.step_is_done(step)
     return saved
@@ -137,6 +138,38 @@ def test_failed_write_ends_the_run_at_the_next_step(make, monkeypatch):
     run.saver.thread.shutdown()
     with pytest.raises(UserError, match="no space"):
         run.saver.step_is_done(6)
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(make):
+    run = make()
+    take_steps(run, 0, 2)
+    run.saver._save(2)
+    run.model.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite after step 4: lower --lr, with --restart"):
+        run.saver._save(4)
+    assert checkpoints.find_newest(run.saver.folder)[1] == 2
+
+
+def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys):
+    """What else ended the run is not hidden behind the first one."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = checkpointer.StopOnSignal(tmp_path)
+        stop.exit_if_asked(RuntimeError("a worker died"))
+        signal.raise_signal(signal.SIGTERM)
+        assert (tmp_path / "stop").exists()
+        stop.exit_if_asked(UserError("no space for the checkpoint"))
+        for error in (UserError("stopped after step 3"), RuntimeError("a worker died")):
+            with pytest.raises(SystemExit) as found:
+                stop.exit_if_asked(error)
+            assert found.value.code == 128 + signal.SIGTERM
+            assert "the same command goes on" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as found:
+            signal.raise_signal(signal.SIGINT)
+        assert found.value.code == 128 + signal.SIGINT
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_notice_of_a_preemption_is_answered_by_one_checkpoint(make, monkeypatch):

@@ -131,7 +131,7 @@ def test_a_default_of_zero_appears_in_help(capsys):
         train.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "steps of linear warm-up from 0 (default: 0)" in text
-    assert "noise and timesteps (default: 0)" in text
+    assert "random numbers of the run (default: 0)" in text
 
 
 def test_check_at_least():

@@ -154,25 +154,37 @@ class Clock:
         self.now += seconds
 
 
-def test_a_run_waits_for_its_gpus(monkeypatch, capsys):
+@pytest.fixture
+def requests(monkeypatch):
+    """What the autoscaler is asked for."""
+    asked = []
+    monkeypatch.setattr(cluster, "request_resources", lambda bundles: asked.append(bundles))
+    return asked
+
+
+def test_a_run_waits_for_its_gpus(monkeypatch, capsys, requests):
+    """A cluster that grows by itself is asked for them, and no longer once they are there."""
     clock = Clock(monkeypatch)
     monkeypatch.setattr(cluster, "resources", lambda: (2, 8) if clock.now >= 105 else (1, 8))
     assert cluster.wait_for_workers(2, seconds=60) == (2, 8)
     assert clock.now == 105
     assert capsys.readouterr().out == "waiting 60 s for 2 GPUs: there are 1\n"
+    assert requests == [[{"GPU": 1}] * 2, []]
 
 
-def test_a_run_does_not_wait_for_ever(monkeypatch):
+def test_a_run_does_not_wait_for_ever(monkeypatch, requests):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(cluster, "resources", lambda: (1, 8))
     with pytest.raises(UserError, match="still 1 GPUs after 60 s"):
         cluster.wait_for_workers(2, seconds=60)
     assert clock.now == 160
+    assert requests[-1] == []
 
 
-def test_a_run_does_not_wait_unless_asked_to(monkeypatch):
+def test_a_run_does_not_wait_unless_asked_to(monkeypatch, requests):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(cluster, "resources", lambda: (1, 8))
     with pytest.raises(UserError, match="the cluster has 1 GPU,"):
         cluster.wait_for_workers(2, seconds=0)
     assert clock.now == 100
+    assert requests == []

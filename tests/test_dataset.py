@@ -4,6 +4,7 @@ import inspect
 from collections import Counter
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,15 @@ def test_instance_images_take_turns(num_instance, num_class):
         uses[row["instance"]] += 1
         assert max(uses.values()) - min(uses.values()) <= 1
     assert set(uses) == set(names("i", num_instance))
+
+
+def test_a_dataset_of_another_step_than_the_workers_is_noticed():
+    """Of 6 pairs per step, one of three workers gets pairs 14 and 15 of step 2."""
+    plan = SimpleNamespace(pairs_per_step=6)
+    batches = [{"positions": [14, 15]}, {"positions": [20, 21]}]
+    assert list(dataset.check_start(batches, 2, plan)) == batches
+    with pytest.raises(RuntimeError, match="pair is 14 in step 1"):
+        next(dataset.check_start(batches, 1, plan))
 
 
 def test_pairs_follow_from_the_seed():

@@ -61,3 +61,6 @@ def test_mistakes_are_named(lora_dir, tmp_path):
         export(lora_dir, tmp_path / "subject.bin")
     with pytest.raises(UserError, match="no pytorch_lora_weights"):
         export(tmp_path, tmp_path / "subject.safetensors")
+    export(lora_dir, tmp_path / "subject.safetensors")
+    with pytest.raises(UserError, match="no pytorch_lora_weights"):
+        export(tmp_path, tmp_path / "again.safetensors")

@@ -150,6 +150,8 @@ def test_fingerprint_tells_models_apart(model_dir, broken_model_dir, lora_dir, c
     digests = [directory.fingerprint(path) for path in (model_dir, broken_model_dir, lora_dir)]
     assert len(set(digests)) == 3
     assert directory.fingerprint(copied) == digests[0]  # wherever it lies
+    set_json(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    assert directory.fingerprint(copied) != digests[0]
 
 
 def test_directory_of_a_revision_is_that_of_the_hubs_cache(tmp_path):

@@ -113,6 +113,15 @@ def test_photos_before_and_after_film_strip_curves_and_facts(report, images_dir)
     assert "<at night>" not in text
 
 
+def test_images_of_another_prompt_are_not_before_and_after(images_dir):
+    """What is left in compared/ of an earlier command."""
+    pairs = report_page.find_pairs(images_dir)
+    *_, after = pairs[0]
+    record = {"prompt": "photo of a boat", "seed": 0, "index": 0}
+    outputs.save_image(Image.new("RGB", (64, 64)), record, after)
+    assert report_page.find_pairs(images_dir) == pairs[1:]
+
+
 def test_a_run_without_images_and_metrics_has_a_page_too(report):
     (report / metrics.FILE).unlink()
     shutil.rmtree(report / previews.FOLDER)
