@@ -41,12 +41,12 @@ def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     on_off = argparse.BooleanOptionalAction
     path = {"type": absolute_path, "required": True}
-
     add = parser.add_argument_group("model").add_argument
     add("--model_dir", **path, help="diffusers pipeline directory of the original model")
     add("--output_dir", **path, help="for the tuned model; replaces an earlier result")
     add("--use_lora", action="store_true", help="train LoRA matrices only: less memory, small file")
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
+    add("--lora_layers", choices=["attention", "all"], default="attention", help="of the U-Net")
     add("--train_text_encoder", action=on_off, default=True, help="tune the text encoder as well")
 
     add = parser.add_argument_group("images").add_argument

@@ -22,10 +22,13 @@ from transformers import CLIPTextModel
 from dreambooth import logs
 from dreambooth.seeds import seed_for
 
-LORA_TARGETS = {
+LORA_TARGETS = {  # the projections of attention
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
+LORA_MORE_TARGETS = [  # of the U-Net: its feed-forward layers and convolutions
+    "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv",
+]  # fmt: skip
 
 
 class Denoiser(torch.nn.Module):
@@ -80,7 +83,7 @@ def load_models(args, device, autocast=None):
         unet.to(memory_format=torch.channels_last)
     if args.use_lora:
         torch.manual_seed(seed_for("lora", args.seed))
-        add_lora(denoiser, args.lora_rank, LORA_TARGETS if args.train_text_encoder else ["unet"])
+        add_lora(denoiser, args)
         if autocast:
             cast_frozen_to_bf16(denoiser)
     elif not args.train_text_encoder:
@@ -96,12 +99,15 @@ def load_models(args, device, autocast=None):
     return vae, denoiser, scheduler
 
 
-def add_lora(denoiser, rank, parts=tuple(LORA_TARGETS)):
-    """Freeze the denoiser and add trainable LoRA matrices of `rank` to the attention projections of
-    `parts` (Hu et al. 2021, arXiv 2106.09685)."""
+def add_lora(denoiser, args):
+    """Freeze the denoiser and add trainable LoRA matrices of `args.lora_rank` (Hu et al. 2021,
+    arXiv 2106.09685), with a scale of 1 (`lora_alpha` is the rank)."""
+    rank = args.lora_rank
     denoiser.requires_grad_(False)
-    for part in parts:
+    for part in LORA_TARGETS if args.train_text_encoder else ["unet"]:
         targets = LORA_TARGETS[part]
+        if part == "unet" and args.lora_layers == "all":
+            targets = targets + LORA_MORE_TARGETS
         settings = {"lora_alpha": rank, "init_lora_weights": "gaussian", "target_modules": targets}
         getattr(denoiser, part).add_adapter(LoraConfig(r=rank, **settings))
 

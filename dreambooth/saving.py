@@ -51,6 +51,7 @@ def save_lora(denoiser, output_dir):
             model = getattr(denoiser, part)
             if hasattr(model, "peft_config"):
                 layers[part] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+                layers[part] = {_with_one_layout(k): v for k, v in layers[part].items()}
         StableDiffusionPipeline.save_lora_weights(
             folder,
             unet_lora_layers=layers["unet"],
@@ -59,6 +60,12 @@ def save_lora(denoiser, output_dir):
         atomic.apply_umask(folder)
 
     atomic.replace_dir(output_dir, write)
+
+
+def _with_one_layout(name):
+    """diffusers renames the matrices of attention alone; of a file with both kinds of names it
+    would load one kind, and say nothing."""
+    return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
 
 
 def _with_hub_names(text_encoder_weights):

@@ -12,8 +12,8 @@ LR_SCHEDULERS = [
 ]  # fmt: skip
 # The flags that decide the result, beside the images, the model, and what follows from the others.
 RECIPE_FLAGS = [
-    "use_lora", "lora_rank", "train_text_encoder", "instance_prompt", "class_prompt", "lr",
-    "lr_scheduler", "lr_warmup_steps", "prior_loss_weight", "snr_gamma", "max_grad_norm",
+    "use_lora", "lora_rank", "lora_layers", "train_text_encoder", "instance_prompt", "class_prompt",
+    "lr", "lr_scheduler", "lr_warmup_steps", "prior_loss_weight", "snr_gamma", "max_grad_norm",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "seed", "param_dtype",
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from dreambooth import export_lora, image_generator
+from dreambooth import export_lora, image_generator, saving
 from dreambooth.cli import UserError
 from dreambooth.model_dir import LORA_FILE
 
@@ -19,9 +19,12 @@ def export(lora_dir, output, lora_format="kohya"):
     return load_file(output)
 
 
-def test_kohyas_layout_converts_back_bit_for_bit(lora_dir, tmp_path):
-    original = export_lora.to_peft(load_file(lora_dir / LORA_FILE))
-    export(lora_dir, tmp_path / "subject.safetensors")
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_kohyas_layout_converts_back_bit_for_bit(load_models, tmp_path, layers):
+    _, denoiser, _ = load_models(use_lora=True, lora_layers=layers)
+    saving.save_lora(denoiser, tmp_path / "lora")
+    original = export_lora.to_peft(load_file(tmp_path / "lora" / LORA_FILE))
+    export(tmp_path / "lora", tmp_path / "subject.safetensors")
     weights, alphas = StableDiffusionPipeline.lora_state_dict(tmp_path / "subject.safetensors")
     back = export_lora.to_peft(weights)
     assert set(back) == set(original)

@@ -169,6 +169,10 @@ def test_a_lora_trains_low_rank_matrices_on_both_parts_and_nothing_else(load_mod
     for part, targets in models.LORA_TARGETS.items():
         for target in targets:
             assert any(name.startswith(part) and f".{target}.lora_B" in name for name in trained)
+    _, larger, _ = load_models(use_lora=True, lora_rank=3, lora_layers="all")
+    convolutions = {name for name, p in trained_parameters(larger).items() if p.ndim == 4}
+    assert {name.split(".")[0] for name in convolutions} == {"unet"}
+    assert trained_parameters(larger).keys() > trained.keys()
     frozen = {
         name.replace(".base_layer", ""): p
         for name, p in denoiser.named_parameters()
@@ -270,14 +274,14 @@ def test_saved_files_carry_no_trace_of_compilation(load_models, model_dir, tmp_p
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("layers", ["attention", "all"])
 def test_a_saved_lora_does_in_a_fresh_pipeline_what_it_did_in_training(
-    load_models, model_dir, tmp_path
+    load_models, model_dir, tmp_path, layers
 ):
     """Also fault 12 of the published example, whose LoRA was built by hand on private API that no
     longer exists."""
-    _, denoiser, _ = load_models()
+    _, denoiser, _ = load_models(use_lora=True, lora_layers=layers)
     original = predict(denoiser)
-    models.add_lora(denoiser, rank=4)
     set_second_matrices(denoiser)
     trained = predict(denoiser)
     saving.save_lora(denoiser, tmp_path / "lora")
