@@ -3,6 +3,7 @@
 A record is a dict that says all an image depends on: prompt, seed, index, file name, and settings.
 """
 
+import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from dreambooth import cluster, hardware, logs, model_dir, outputs
-from dreambooth.cli import UserError
+from dreambooth.cli import UserError, warn
 from dreambooth.seeds import seed_for
 
 CPU_PIXELS = 16 * 64 * 64  # per batch on a CPU
@@ -155,12 +156,16 @@ def load_pipeline(model_dir, device, lora_weights_dir=None, lora_scale=1.0):
     )
     if lora_weights_dir:
         try:
-            pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"--lora_weights_dir {lora_weights_dir} does not fit --model_dir: {reason}"
             ) from error
+        if any("additional target modules" in str(warning.message) for warning in caught):
+            warn(f"--lora_weights_dir {lora_weights_dir}: some of its matrices were not loaded")
         pipeline.set_adapters("subject", lora_scale)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)

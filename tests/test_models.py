@@ -6,10 +6,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dreambooth import image_generator, models, saving
 from dreambooth import model_dir as directory
-from dreambooth import models, saving
 from dreambooth.loss import training_loss
 
 
@@ -294,6 +294,24 @@ def test_a_saved_lora_does_in_a_fresh_pipeline_what_it_did_in_training(
     # Both parts are in the file: without the text encoder's the prediction is another.
     pipeline.text_encoder.disable_adapters()
     assert (predict(pipeline) - trained).abs().max() > 1e-3
+
+
+def test_a_lora_that_is_not_loaded_whole_is_warned_of(load_models, model_dir, tmp_path, capsys):
+    """As where diffusers meets two layouts of names in one file."""
+    _, denoiser, _ = load_models(use_lora=True, lora_layers="all")
+    saving.save_lora(denoiser, tmp_path)
+    image_generator.load_pipeline(model_dir, "cpu", tmp_path)
+    assert capsys.readouterr().err == ""
+    weights = load_file(tmp_path / directory.LORA_FILE)
+    mixed = {
+        name.replace("lora.down", "lora_A").replace("lora.up", "lora_B")
+        if "conv" in name
+        else name: p
+        for name, p in weights.items()
+    }
+    save_file(mixed, tmp_path / directory.LORA_FILE, metadata={"format": "pt"})
+    image_generator.load_pipeline(model_dir, "cpu", tmp_path)
+    assert "some of its matrices were not loaded" in capsys.readouterr().err
 
 
 def test_a_lora_of_the_unet_alone_is_saved_and_loaded(load_models, model_dir, tmp_path):
