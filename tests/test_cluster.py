@@ -1,6 +1,7 @@
 """Ray's start, and the hardware that a run asks for."""
 
 import socket
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
