@@ -7,6 +7,8 @@ and exit code 2. A bug of ours keeps its stack trace.
 import argparse
 import math
 import sys
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -64,13 +66,28 @@ def _one_line(message):
 def run_main(main, args):
     """Call `main(args)`. A `UserError` becomes one line and exit code 2; Ctrl-C, exit code 130."""
     try:
-        main(args)
+        with _iterators_closed():
+            main(args)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def _iterators_closed():
+    """Where the body fails, close the iterators in the frames that the error has left: Ray Data's,
+    closed at the end of the process, after Ray, would start Ray again and wait for ever."""
+    try:
+        yield
+    except BaseException as error:
+        cause = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def check_at_least(args, minimum, *names, above=False):

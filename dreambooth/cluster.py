@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -95,22 +94,10 @@ def fit(trainer):
     """`trainer.fit()`, in a thread unless it runs in this process: Ray Train would else take over
     Ctrl-C."""
     if trainer.running_in_local_mode:
-        try:
-            return trainer.fit()
-        except BaseException as error:
-            _end_iterations(error)
-            raise
+        return trainer.fit()
     if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     return _in_thread(trainer.fit).result()
-
-
-def _end_iterations(error):
-    """Close the iterators over a dataset in the frames that `error` has left: one that is closed at
-    the end of the process, after Ray, would start Ray again and wait for ever."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def scaling_config(num_workers, num_gpus, num_cpus):

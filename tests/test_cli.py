@@ -134,6 +134,35 @@ def test_a_default_of_zero_appears_in_help(capsys):
     assert "random numbers of the run (default: 0)" in text
 
 
+def test_a_script_that_fails_closes_its_iterators():
+    """Even while its error is kept. Closed later, after Ray, Ray Data's would wait for ever."""
+    closed = []
+    kept = []
+
+    def rows():
+        try:
+            yield 1
+        finally:
+            closed.append("rows")
+
+    def read():
+        iterator = rows()
+        next(iterator)
+        raise OSError("disk")
+
+    def main(args):
+        try:
+            read()
+        except OSError as error:
+            kept.append(error)
+            raise UserError("no space") from error
+
+    with pytest.raises(SystemExit):
+        cli.run_main(main, None)
+    assert len(kept) == 1
+    assert closed == ["rows"]
+
+
 def test_check_at_least():
     args = SimpleNamespace(count=2, rate=0.5, unset=None, zero=0, infinite=float("inf"))
     cli.check_at_least(args, 2, "count", "unset")

@@ -1,7 +1,6 @@
 """Ray's start, and the hardware that a run asks for."""
 
 import socket
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -189,31 +188,3 @@ def test_a_run_does_not_wait_unless_asked_to(monkeypatch, requests):
         cluster.wait_for_workers(2, seconds=0)
     assert clock.now == 100
     assert requests == []
-
-
-def test_a_failed_run_in_this_process_closes_its_iterators():
-    """Even while its error is kept: closed later, after Ray, Ray Data's would wait for ever."""
-    closed = []
-
-    def rows():
-        try:
-            yield 1
-        finally:
-            closed.append("rows")
-
-    def train_fn():
-        iterator = rows()
-        next(iterator)
-        raise OSError("disk")
-
-    def fit():
-        try:
-            train_fn()
-        except OSError as error:
-            raise UserError("no space") from error
-
-    trainer = SimpleNamespace(running_in_local_mode=True, fit=fit)
-    with pytest.raises(UserError) as kept:
-        cluster.fit(trainer)
-    assert closed == ["rows"]
-    assert isinstance(kept.value.__cause__, OSError)
