@@ -108,7 +108,7 @@ def test_lora_from_outside(run_story):
     _, commands = run_story(0, LORA="1")
     (train,) = commands["train.py"]
     assert train.endswith(
-        " --num_workers 1 --lora_layers all --lora_rank 16 --lr 6e-4 --train_batch_size 8"
+        " --num_workers 1 --lora_layers all --lora_rank 16 --lr 8e-4 --train_batch_size 8"
         " --lr_scheduler cosine --num_epochs 12 --max_train_steps 300 --use_lora"
     )
     _, sample = commands["generate.py"]

@@ -39,7 +39,7 @@ from tests.benchmarks import fidelity
 POCKET = Path(render.__file__).parent / "model"
 SCHEDULE = "--lr_scheduler cosine --num_epochs 12 --max_train_steps 300"
 FULL = f"--train_batch_size 8 --lr 2e-4 {SCHEDULE}"
-LORA = f"--lora_layers all --lora_rank 16 --lr 6e-4 --train_batch_size 8 {SCHEDULE}"
+LORA = f"--lora_layers all --lora_rank 16 --lr 8e-4 --train_batch_size 8 {SCHEDULE}"
 RECIPES = {"full": FULL, "lora": f"--use_lora {LORA}"}  # as in run.sh
 SHEET_COLUMNS = 8
 
