@@ -115,7 +115,7 @@ def print_correlations(rows):
     table = pd.DataFrame(rows)
     ranks = table[[*METRICS, *SIGNALS]].rank()
     for signal in SIGNALS:
-        print(signal, {metric: round(ranks[signal].corr(ranks[metric]), 2) for metric in METRICS})
+        fidelity.print_row(signal, {metric: ranks[signal].corr(ranks[metric]) for metric in METRICS})
 
 
 def main(args):
