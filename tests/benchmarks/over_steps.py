@@ -115,7 +115,8 @@ def print_correlations(rows):
     table = pd.DataFrame(rows)
     ranks = table[[*METRICS, *SIGNALS]].rank()
     for signal in SIGNALS:
-        fidelity.print_row(signal, {metric: ranks[signal].corr(ranks[metric]) for metric in METRICS})
+        row = {metric: ranks[signal].corr(ranks[metric]) for metric in METRICS}
+        fidelity.print_row(signal, row)
 
 
 def main(args):
