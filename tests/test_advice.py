@@ -107,3 +107,19 @@ def test_an_overtrained_a_good_and_an_untrained_run_are_told_apart():
     assert names["good"] == []
     assert names["overtrained"] == ["class lost", "photos copied"]
     assert names["untrained"] == ["subject not there"]
+
+
+MEASURED = {  # of real runs on pocket: RESULTS.md
+    "run.sh's recipe": ((1.00, 0.98, 1.00, 1.02, 1.00), []),
+    "a tenth of its steps": ((0.50, 0.30, 0.84, 1.07, 0.97), ["subject not there"]),
+    "ten times its steps without the prior loss": (
+        (1.00, 0.39, 0.00, 0.61, 0.47), ["class lost", "photos copied"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", MEASURED)
+def test_the_figures_of_real_runs_get_their_advice(run):
+    figures, expected = MEASURED[run]
+    changes = dict(zip(GOOD, figures, strict=True))
+    assert [rule.name for rule in advice(facts(**changes))] == expected
