@@ -82,7 +82,7 @@ def _in_thread(function, *args):
     def call():
         try:
             future.set_result(function(*args))
-        except Exception as error:
+        except BaseException as error:  # whoever waits for the result must hear of any
             future.set_exception(error)
         threading.Event().wait()  # Linux kills Ray's processes with the thread that started them
 

@@ -188,3 +188,14 @@ def test_a_run_does_not_wait_unless_asked_to(monkeypatch, requests):
         cluster.wait_for_workers(2, seconds=0)
     assert clock.now == 100
     assert requests == []
+
+
+def test_what_ends_a_thread_reaches_whoever_waits_for_it():
+    """Also what is no Exception: else the wait would never end."""
+
+    def stop():
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        cluster._in_thread(stop).result(timeout=10)
+    assert cluster._in_thread(lambda x: 2 * x, 4).result(timeout=10) == 8
