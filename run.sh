@@ -51,14 +51,14 @@ choose_train_flags() {
   local added=
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
   if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
-    added=$("$PYTHON" -m dreambooth.memory --num_workers "$NUM_WORKERS" $added)
+    added=$("$PYTHON" -m dreambooth.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" $added)
   fi
   if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
   TRAIN_FLAGS+=" $added"
 }
 
 main() {
-  # Look for GPUs, on this machine or in the cluster at RAY_ADDRESS, and choose model and recipe.
+  # Look for GPUs, on this machine or in the cluster at RAY_ADDRESS, and choose the model.
   NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.gpus)}
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
@@ -70,13 +70,6 @@ main() {
   ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
   if [[ "$ORIG_MODEL_NAME" == pocket ]]; then use_pocket; else use_stable_diffusion; fi
   set_paths
-  [[ -n "$OWN_TRAIN_FLAGS" ]] || choose_train_flags
-  RESULT_DIR=$TUNED_MODEL_DIR
-  RESULT=(--model_dir "$TUNED_MODEL_DIR")
-  if [[ "$TRAIN_FLAGS" == *--use_lora* ]]; then
-    RESULT_DIR=$LORA_DIR
-    RESULT=(--model_dir "$ORIG_MODEL_PATH" --lora_weights_dir "$LORA_DIR")
-  fi
   UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
   PREVIEW_EVERY=${PREVIEW_EVERY:-100}
   CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
@@ -87,6 +80,13 @@ main() {
 
   step 1 "cache the original model (SD 1.4: a download of 4 GB, minutes; pocket: no time)"
   "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
+  [[ -n "$OWN_TRAIN_FLAGS" ]] || choose_train_flags
+  RESULT_DIR=$TUNED_MODEL_DIR
+  RESULT=(--model_dir "$TUNED_MODEL_DIR")
+  if [[ "$TRAIN_FLAGS" == *--use_lora* ]]; then
+    RESULT_DIR=$LORA_DIR
+    RESULT=(--model_dir "$ORIG_MODEL_PATH" --lora_weights_dir "$LORA_DIR")
+  fi
 
   step 2 "get the photos of the subject (seconds)"
   if [[ "$(realpath -m "$INSTANCE_DIR")" == "$(realpath -m images/dog)" ]]; then

@@ -14,7 +14,6 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch loads: see cluster.py
 
@@ -24,10 +23,11 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from dreambooth import checkpointer, checkpoints, cluster, dataset, latents, logs, ray_errors
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, valid_prompt
+from dreambooth.cli import ArgumentParser, absolute_path, run_main, valid_prompt
 from dreambooth.hardware import warn_of_slow_steps
 from dreambooth.loss import training_loss
 from dreambooth.memory import check_memory
+from dreambooth.metrics import report_dir
 from dreambooth.progress import shown_by_worker
 from dreambooth.report import Report, where_the_seconds_went
 from dreambooth.run_record import recorded
@@ -228,10 +228,11 @@ def main(args):
         warn_of_slow_steps(args, plan, num_cpus)
     run_dir = checkpoints.run_dir(args)
     checkpoints.prepare(args, plan.identity(args))
-    check_shared_storage([args.model_dir, *plan.image_dirs, str(run_dir)])
     stop = checkpointer.StopOnSignal(run_dir)
     try:
         with recorded(args, plan, num_gpus) as record:
+            folders = [args.model_dir, *plan.image_dirs, run_dir, report_dir(args.output_dir)]
+            check_shared_storage(folders)
             result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))  # [10]
             record["seconds"] = result.return_value
     except ray_errors.FAILURES as error:
@@ -239,8 +240,6 @@ def main(args):
         raise ray_errors.training_error(error) or error from None
     finally:
         checkpoints.remove_unless_needed(run_dir)
-    if not Path(args.output_dir).is_dir():
-        raise UserError(f"{args.output_dir} is on another node: it must be on shared storage")
     checkpoints.remove(run_dir)
     print(where_the_seconds_went(result.return_value))
     print(f"wrote {args.output_dir} ({time.time() - started:.0f} s in all)")

@@ -1,17 +1,16 @@
 """How much GPU memory training needs, as counted, and which flags make it fit.
 
-    python -m dreambooth.memory --num_workers 2             # the flags for the GPUs here
-    python -m dreambooth.memory --num_workers 2 --gib 23    # for GPUs with 23 GiB free
+    python -m dreambooth.memory --model_dir $ORIG_MODEL_PATH --num_workers 2    # for the GPUs here
+    python -m dreambooth.memory --model_dir $ORIG_MODEL_PATH --num_workers 2 --gib 23
 
 Prints the flags to add to train.py's, and on stderr why.
 """
 
-import argparse
 import sys
 from typing import NamedTuple
 
 from dreambooth import gpus, hardware, model_dir
-from dreambooth.cli import HelpFormatter, UserError, check_at_least, run_main
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, check_at_least, run_main
 
 
 class Counted(NamedTuple):
@@ -87,14 +86,12 @@ def check_memory(args, plan, num_workers, device):
     sizes = model_dir.num_parameters(args.model_dir)
     if sum(sizes.values()) < hardware.LARGE:
         return
-    trained = sizes["unet"] + (sizes["text_encoder"] if args.train_text_encoder else 0)
     pairs_per_pass, num_passes = plan.divide(num_workers)
     job = Job(
         pairs=pairs_per_pass * len(plan.prompt_ids) / 2,  # without class images, half of a pair
         keeps_gradients=num_workers > 1 or num_passes > 1,
         resolution=plan.resolution,
-        unet=sizes["unet"] / SD14["unet"],
-        trained=trained / sum(SD14.values()),
+        **relative(sizes, args.train_text_encoder),
     )
     gib = hardware.free_memory(device)
     if needed(given, job) > gib:
@@ -102,6 +99,12 @@ def check_memory(args, plan, num_workers, device):
             f"training needs about {needed(given, job):.1f} GiB of GPU memory, and {gib:.1f} are"
             f" free: {remedy(gib, job, given)}"
         )
+
+
+def relative(sizes, train_text_encoder=True):
+    """The fields of a `Job` that say how large a model is, of its numbers of parameters."""
+    trained = sizes["unet"] + (sizes["text_encoder"] if train_text_encoder else 0)
+    return {"unet": sizes["unet"] / SD14["unet"], "trained": trained / sum(SD14.values())}
 
 
 def remedy(gib, job, given):
@@ -141,22 +144,32 @@ def main(args):
     """Print the flags that make training fit `args.gib` GiB per GPU, and on stderr why."""
     check_at_least(args, 1, "num_workers")
     check_at_least(args, 0, "gib", above=True)
+    model_dir.check_model_dir(args.model_dir)
     given = (LORA,) if args.use_lora else ()
-    free = [args.gib] * args.num_workers
-    if not args.gib:
-        free = gpus.free_memory()
+    sizes = model_dir.num_parameters(args.model_dir)
+    free = []
+    if sum(sizes.values()) >= hardware.LARGE:
+        free = [args.gib] * args.num_workers if args.gib else gpus.free_memory()
     if not free:
         print(*given)
         return
-    job = Job(keeps_gradients=args.num_workers > 1)
+    resolution, _ = model_dir.resolution(args.model_dir)
+    keeps_gradients = args.num_workers > 1
+    job = Job(keeps_gradients=keeps_gradients, resolution=resolution, **relative(sizes))
     flags, why = choose_for_gpus(free, job, given)
     print(why, file=sys.stderr)
     print(flags)
 
 
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--model_dir", type=absolute_path, required=True, help="the original model")
+    add("--num_workers", type=int, default=1, help="one GPU per worker")
+    add("--gib", type=float, help="GiB free on each GPU (default: asks them)")
+    add("--use_lora", action="store_true", help="LoRA, whether or not more fits")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--num_workers", type=int, default=1, help="one GPU per worker")
-    parser.add_argument("--gib", type=float, help="GiB free on each GPU (default: asks them)")
-    parser.add_argument("--use_lora", action="store_true", help="LoRA, whether or not more fits")
-    run_main(main, parser.parse_args())
+    run_main(main, parse_args())

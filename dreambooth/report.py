@@ -88,7 +88,8 @@ class Report:
             self.bar.update()
 
     def _log(self, step, grad_norm, lr):
-        losses = torch.stack(self.unread_losses).tolist()  # here the CPU waits for the device
+        losses = mean_of_workers(torch.stack(self.unread_losses))
+        losses = losses.tolist()  # here the CPU waits for the device
         self.unread_losses = []
         grad_norm = grad_norm.item()
         means = [sum(column) / len(column) for column in zip(*losses, strict=True)]
@@ -143,6 +144,14 @@ class Report:
         phase under names that end with "_s"."""
         self._end_phase("save")
         return self.metrics
+
+
+def mean_of_workers(losses):
+    """The mean of all workers' `losses`, a tensor; each worker must call it."""
+    if not torch.distributed.is_initialized():
+        return losses
+    torch.distributed.all_reduce(losses)
+    return losses / torch.distributed.get_world_size()
 
 
 def where_the_seconds_went(metrics):

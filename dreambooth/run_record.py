@@ -23,6 +23,7 @@ from dreambooth import (
     progress,
     ray_errors,
 )
+from dreambooth.cli import UserError
 
 FILE = "run.json"
 PACKAGES = ["torch", "diffusers", "transformers", "peft", "ray"]
@@ -51,7 +52,7 @@ def recorded(args, plan, num_gpus):
         with progress.follow(folder, plan.num_steps, follows):
             yield record
         record["status"] = "finished"
-        write(folder, record)
+        write(folder, record)  # the card reads it
         write_card(args.output_dir)
     except BaseException as error:
         message = str(ray_errors.training_error(error) or error).strip() or "stopped"
@@ -62,11 +63,12 @@ def recorded(args, plan, num_gpus):
 
 
 def write_card(output_dir):
-    """Put the model card beside a result that is there: not if it is on another node."""
+    """Put the model card into the result. UserError: there is none here."""
     from dreambooth import model_card  # here: it reads the record
 
-    if Path(output_dir).is_dir():
-        model_card.write(output_dir)
+    if not Path(output_dir).is_dir():
+        raise UserError(f"{output_dir} is on another node: it must be on shared storage")
+    model_card.write(output_dir)
 
 
 def prepare(folder, first_step):

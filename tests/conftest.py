@@ -3,8 +3,10 @@
 The tests need neither a GPU nor a network.
 """
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,30 @@ def model_dir(tmp_path_factory):
     torch.manual_seed(0)
     pretrain.export(tokenizer, *pretrain.new_models(len(tokenizer)), folder / "pipeline")
     return folder / "pipeline"
+
+
+SD14_SIZES = {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
+
+
+@pytest.fixture(scope="session")
+def sd14_dir(model_dir, tmp_path_factory):
+    """A pipeline directory as large as Stable Diffusion 1.4 and for images of its size, to look at
+    and not to load: its weights are holes in files, which take no space."""
+    folder = tmp_path_factory.mktemp("sd14") / "pipeline"
+    shutil.copytree(model_dir, folder)
+    for name, count in SD14_SIZES.items():
+        (file,) = (folder / name).glob("*.safetensors")
+        tensor = {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}
+        header = json.dumps({"weights": tensor}).encode()
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(file, 8 + len(header) + count)
+    for config, changes in {
+        "unet": {"sample_size": 64},
+        "vae": {"block_out_channels": [128, 256, 512, 512]},
+    }.items():
+        file = folder / config / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
 
 
 def render_photos(folder, count, seed, aspect=1.0):

@@ -11,8 +11,6 @@ from dreambooth import cluster, hardware, memory, ray_errors
 from dreambooth import gpus as gpus_module
 from dreambooth.cli import UserError
 
-SD14_SIZES = {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
-
 
 @pytest.fixture
 def gpus(monkeypatch):
@@ -110,38 +108,32 @@ def test_the_number_of_gpus_is_that_of_those_that_can_be_used(gpus, monkeypatch)
         gpus_module.free_memory()
 
 
-@pytest.fixture
-def large_model(monkeypatch):
-    """Any model directory is that of a model as large as Stable Diffusion 1.4."""
-    monkeypatch.setattr(hardware.model_dir, "num_parameters", lambda folder: SD14_SIZES)
-    monkeypatch.setattr(hardware.model_dir, "resolution", lambda folder: (512, 8))
-
-
 def minutes(text):
     (line,) = text.splitlines()
     return int(re.match(r"warning: no GPU: .* about (\d+) min ", line).group(1))
 
 
-def test_minutes_per_image_on_a_cpu_are_said(large_model, generate_args, capsys):
+def test_minutes_per_image_on_a_cpu_are_said(sd14_dir, generate_args, capsys):
     """About 40 TFLOP with guidance, at 0.05 TFLOP/s per core."""
-    args = generate_args("out", num_inference_steps=25)
+    args = generate_args("out", model_dir=sd14_dir, num_inference_steps=25)
     hardware.warn_of_slow_images(args, num_cores=2)
     assert 5 <= minutes(capsys.readouterr().err) <= 10
-    args = generate_args("out", num_inference_steps=100)
+    args.num_inference_steps = 100
     hardware.warn_of_slow_images(args, num_cores=2)
     assert 20 <= minutes(capsys.readouterr().err) <= 40
-    args = generate_args("out", num_inference_steps=100, guidance_scale=1)
+    args.guidance_scale = 1
     hardware.warn_of_slow_images(args, num_cores=2)
     assert 10 <= minutes(capsys.readouterr().err) <= 20
 
 
-def test_minutes_per_step_on_a_cpu_are_said(large_model, train_args, capsys):
+def test_minutes_per_step_on_a_cpu_are_said(sd14_dir, train_args, capsys):
     """RESULTS.md counts 10 TFLOP for two pairs."""
+    args = train_args("out", model_dir=sd14_dir)
     plan = SimpleNamespace(resolution=512, pairs_per_step=2)
-    hardware.warn_of_slow_steps(train_args("out"), plan, num_cores=2)
+    hardware.warn_of_slow_steps(args, plan, num_cores=2)
     assert minutes(capsys.readouterr().err) == 2
     plan = SimpleNamespace(resolution=512, pairs_per_step=16)
-    hardware.warn_of_slow_steps(train_args("out"), plan, num_cores=2)
+    hardware.warn_of_slow_steps(args, plan, num_cores=2)
     assert 11 <= minutes(capsys.readouterr().err) <= 16
 
 
@@ -152,9 +144,11 @@ def test_nothing_is_said_of_a_small_model(generate_args, train_args, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_messages_for_the_cpu_are_the_same_everywhere():
+def test_messages_for_the_cpu_are_the_same_everywhere(sd14_dir):
     """What a user is told to set is what run.sh and the README know."""
     assert 'CUDA_VISIBLE_DEVICES=""' in hardware.USE_THE_CPU
     assert hardware.LARGE > 10 * 5_648_692
-    assert memory.SD14["unet"] == pytest.approx(SD14_SIZES["unet"], rel=0.01)
-    assert memory.SD14["text_encoder"] == pytest.approx(SD14_SIZES["text_encoder"], rel=0.01)
+    sizes = hardware.model_dir.num_parameters(sd14_dir)
+    assert memory.SD14["unet"] == pytest.approx(sizes["unet"], rel=0.01)
+    assert memory.SD14["text_encoder"] == pytest.approx(sizes["text_encoder"], rel=0.01)
+    assert sum(sizes.values()) == pytest.approx(hardware.SD14_PARAMETERS, rel=0.01)

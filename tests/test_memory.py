@@ -1,7 +1,9 @@
 """The memory that training needs, and the flags that make it fit a GPU."""
 
+import json
+import os
 import re
-from types import SimpleNamespace
+import shutil
 
 import pytest
 import torch
@@ -14,7 +16,6 @@ from tests.benchmarks.counting import count_gib
 from tests.benchmarks.throughput import sd14_side
 
 CUDA = torch.device("cuda", 0)
-SD14_SIZES = {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
 
 # GiB that are free on a card of so many GB: less than its name says, as measured by nobody here.
 FREE = {80: 78.5, 48: 44, 24: 22, 16: 14.6, 12: 11.3, 8: 7.4, 6: 5.5}
@@ -101,15 +102,14 @@ def plan_for(args, num_workers, resolution):
 
 
 @pytest.fixture
-def check(monkeypatch, train_args):
+def check(monkeypatch, train_args, sd14_dir):
     """`check_memory` for a model as large as Stable Diffusion 1.4 on a GPU with so many GiB free:
     check(22, use_lora=True)."""
-    monkeypatch.setattr(memory.model_dir, "num_parameters", lambda folder: SD14_SIZES)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (8, 0))
 
     def run(gib, num_workers=1, resolution=512, **flags):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (gib * 2**30, 80 * 2**30))
-        args = train_args("out", **{"train_batch_size": 2, **flags})
+        args = train_args("out", **{"model_dir": sd14_dir, "train_batch_size": 2, **flags})
         check_memory(args, plan_for(args, num_workers, resolution), num_workers, CUDA)
 
     return run
@@ -159,9 +159,8 @@ def test_the_pocket_model_is_never_refused(monkeypatch, train_args, model_dir):
     check_memory(args, plan_for(args, 8, 64), 8, CUDA)
 
 
-def test_without_a_gpu_there_is_nothing_to_refuse(monkeypatch, train_args):
-    monkeypatch.setattr(memory.model_dir, "num_parameters", lambda folder: SD14_SIZES)
-    args = train_args("out", train_batch_size=64)
+def test_without_a_gpu_there_is_nothing_to_refuse(train_args, sd14_dir):
+    args = train_args("out", model_dir=sd14_dir, train_batch_size=64)
     check_memory(args, plan_for(args, 8, 512), 8, torch.device("cpu"))
 
 
@@ -212,25 +211,42 @@ def test_the_flags_are_those_of_train(train_args):
         assert args.use_lora == (LORA in flags)
 
 
-@pytest.mark.parametrize(
-    ("num_workers", "gib", "printed"), [(1, 22, ""), (2, 22, CHECKPOINTING), (1, 3, None)]
-)
-def test_flags_for_run_sh_are_all_that_is_printed(capsys, num_workers, gib, printed):
-    args = SimpleNamespace(num_workers=num_workers, gib=gib, use_lora=False)
-    if printed is None:
-        with pytest.raises(UserError):
-            memory.main(args)
-        return
-    memory.main(args)
-    out, err = capsys.readouterr()
-    assert out == f"{printed}\n"
-    assert len(err.splitlines()) == 1
+@pytest.fixture
+def flags_for(capsys):
+    """What `python -m dreambooth.memory` prints: its flags, and the lines that say why."""
+
+    def run(model_dir, *flags):
+        memory.main(memory.parse_args(["--model_dir", str(model_dir), *flags]))
+        out, err = capsys.readouterr()
+        return out, err.splitlines()
+
+    return run
 
 
-def test_without_gpus_only_what_is_given_is_printed(capsys, monkeypatch):
+def test_flags_for_run_sh_are_all_that_is_printed(flags_for, sd14_dir):
+    flags, why = flags_for(sd14_dir, "--num_workers", "1", "--gib", "22")
+    assert (flags, len(why)) == ("\n", 1)
+    flags, why = flags_for(sd14_dir, "--num_workers", "2", "--gib", "22")
+    assert (flags, len(why)) == ("--gradient_checkpointing\n", 1)
+    with pytest.raises(UserError, match="use a larger GPU"):
+        flags_for(sd14_dir, "--gib", "3")
+
+
+def test_flags_for_run_sh_follow_the_model(flags_for, sd14_dir, model_dir, tmp_path):
+    """Stable Diffusion 2.1 is made for 768 px: more activations than run.sh's own model has."""
+    larger = tmp_path / "sd21"
+    shutil.copytree(sd14_dir, larger, copy_function=os.symlink)
+    config = json.loads((sd14_dir / "unet" / "config.json").read_text())
+    (larger / "unet" / "config.json").unlink()
+    (larger / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 96}))
+    assert flags_for(sd14_dir, "--gib", "21")[0] == "\n"
+    assert flags_for(larger, "--gib", "21")[0] == "--gradient_checkpointing\n"
+    assert flags_for(model_dir, "--gib", "1") == ("\n", [])  # pocket fits everywhere
+
+
+def test_without_gpus_only_what_is_given_is_printed(flags_for, sd14_dir, monkeypatch):
     monkeypatch.setattr(hardware, "gpu_memory", lambda: [])
-    memory.main(SimpleNamespace(num_workers=1, gib=None, use_lora=True))
-    assert capsys.readouterr() == (f"{LORA}\n", "")
+    assert flags_for(sd14_dir, "--use_lora") == (f"{LORA}\n", [])
 
 
 def test_the_numbers_are_those_that_are_counted():

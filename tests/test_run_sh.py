@@ -10,21 +10,21 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
   *dreambooth.installed) ;;
   *dreambooth.gpus) echo "$NUM_GPUS_FOUND" ;;
-  *dreambooth.memory*) exec "{python}" "$@" --gib "$GIB" ;;
-  *) echo "$*" >> "{log}" ;;
+  *) echo "$*" >> "{log}" ;;&
+  *dreambooth.memory*) exec "{python}" "$@" --gib "$GIB" --model_dir "{model_dir}" ;;
 esac
 """
 
 
 @pytest.fixture
-def run_story(root, tmp_path):
+def run_story(root, tmp_path, sd14_dir):
     """Run run.sh: run_story(num_gpus, gib, CLASS_NAME="cat") returns its result and its commands,
-    by script."""
+    by script. Stable Diffusion 1.4 stands in for what it would download."""
 
     def run(num_gpus, gib=0, **variables):
         log = tmp_path / "commands"
         stand_in = tmp_path / "python"
-        stand_in.write_text(STAND_IN.format(python=sys.executable, log=log))
+        stand_in.write_text(STAND_IN.format(python=sys.executable, log=log, model_dir=sd14_dir))
         stand_in.chmod(0o755)
         environment = {
             "PATH": "/usr/bin:/bin",
@@ -88,12 +88,15 @@ def test_where_lora_is_chosen_its_recipe_is_used_and_its_result(run_story):
     assert "--lora_weights_dir /data/subjects/dog/lora " in sample
 
 
-def test_gpus_that_are_too_small_are_refused_before_anything_starts(run_story):
+def test_gpus_that_are_too_small_are_refused_before_an_image_is_generated(run_story):
+    """The need follows from the model, which is downloaded before."""
     done, commands = run_story(1, 3)
     assert done.returncode == 2
     assert done.stderr.startswith("error: 3.0 GiB")
     assert len(done.stderr.splitlines()) == 1
-    assert commands == {}
+    assert list(commands) == ["cache_model.py", "dreambooth.memory"]
+    (choice,) = commands["dreambooth.memory"]
+    assert "/models--CompVis--stable-diffusion-v1-4/snapshots/b95be7d6f134" in choice
 
 
 def test_train_flags_from_outside_stay_as_they_are(run_story):

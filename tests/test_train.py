@@ -202,6 +202,7 @@ def test_two_workers_make_the_updates_of_one_process(two_workers, update, by_han
     """They take turns with the pairs, and average their gradients once per step: also if each
     accumulates two forward passes."""
     expected = by_hand(two_workers)
+    assert logged(two_workers, "loss") == pytest.approx(expected.losses, abs=1e-4)  # of all pairs
     assert logged(two_workers, "grad norm") == pytest.approx(expected.grad_norms, abs=1e-3)
     assert relative_distance(update(two_workers), expected.update()) < 1e-3
 
