@@ -123,9 +123,7 @@ def forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args)
 
 def train_fn(config):
     """What each worker runs: load the models, encode its images, train, and save (rank 0)."""
-    from diffusers.optimization import get_scheduler  # here: only the workers wait for diffusers
-
-    from dreambooth import models, previews, saving
+    from dreambooth import models, previews, saving  # here: only the workers wait for diffusers
 
     args = argparse.Namespace(**config["args"])
     plan = TrainingPlan(**config["plan"])
@@ -155,9 +153,7 @@ def train_fn(config):
         ddp.register_comm_hook(None, bf16_compress_hook)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
-    lr_schedule = get_scheduler(
-        args.lr_scheduler, optimizer, None, args.lr_warmup_steps, plan.num_steps
-    )
+    lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
     prompt_ids = torch.tensor(plan.prompt_ids, device=device)
     saver = checkpointer.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank)
     first_step = saver.restore()
@@ -221,6 +217,8 @@ def main(args):
     check_flags(args)
     ray_start = cluster.start_ray_in_background(args.verbose)
     plan = make_plan(args)
+    if cluster.runs_in_driver(args.num_workers):  # while Ray starts, import what train_fn needs
+        from dreambooth import models  # noqa: F401
     ray_start.result()
     num_gpus, num_cpus = cluster.wait_for_workers(args.num_workers[0], args.wait_for_gpus)
     print(f"{plan}; {num_gpus} GPUs, {num_cpus} cores")

@@ -16,6 +16,7 @@ little memory, Kahan summation keeps what is rounded off and adds it later.
 import optimi
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from transformers import CLIPTextModel
 
@@ -151,3 +152,8 @@ def build_optimizer(parameters, args):
     if in_bf16:
         return optimi.AdamW(parameters, **settings, kahan_sum=True)
     return torch.optim.AdamW(parameters, **settings, fused=True)
+
+
+def build_lr_schedule(optimizer, num_steps, args):
+    """The learning rate of each of `num_steps` steps: `args.lr` times what the schedule says."""
+    return get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, num_steps)

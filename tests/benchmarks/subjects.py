@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.optimization import get_scheduler
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -55,9 +54,7 @@ def train_here(args, on_step=None):
     vae, denoiser, scheduler = models.load_models(args, device)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
-    lr_schedule = get_scheduler(
-        args.lr_scheduler, optimizer, None, args.lr_warmup_steps, plan.num_steps
-    )
+    lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
     prompt_ids = torch.tensor(plan.prompt_ids)
     batches = latents.encode_batches(vae, read_batches(plan, pairs_per_pass, args.seed), device)
     for step in range(plan.num_steps):
