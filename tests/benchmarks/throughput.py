@@ -14,10 +14,10 @@ bfloat16 weights and noise schedule, VAE and text encoder at every step. The sid
 one of its features switched off or an option on.
 
 Jobs: from the command to the prompt, processes of their own, in turns, with 64 class images, once
-for each number of --job_steps: the published loop without its report at every step (the base of
-the ratios), train.py with 1, 2 and (on four GPUs) 4 workers, diffusers' own train_dreambooth.py if
---diffusers_script names it, and in the first turn of all the published loop with its report. The
-jobs' own lines say where the seconds went.
+for each number of --job_steps: the published loop without its report at every step, train.py with
+1, 2 and (on four GPUs) 4 workers, diffusers' own train_dreambooth.py if --diffusers_script names
+it, and in the first turn of all the published loop with its report. (--skip_published leaves both
+out.) Ratios are to the first. The jobs' own lines say where the seconds went.
 """
 
 import functools
@@ -299,9 +299,6 @@ def count_steps(num_pairs):
         )
 
 
-BASE_JOB = "published, without its report"
-
-
 @dataclass
 class JobFolders:
     """Where the jobs find the model, the photos and the class images, and where they write."""
@@ -371,7 +368,12 @@ def diffusers_command(script, folders, batch_size, num_steps):
 def list_jobs(args, folders, num_steps, with_report):
     """The command of each job by name: the base of the ratios first."""
     common = (folders, args.batch_size, num_steps)
-    jobs = {BASE_JOB: [*our_command(published.__file__, *common), "--no_report"]}
+    jobs = {}
+    if not args.skip_published:
+        jobs["published, without its report"] = [
+            *our_command(published.__file__, *common),
+            "--no_report",
+        ]
     for n in (1, 2, 4):
         if n <= (torch.cuda.device_count() or 2):
             num_epochs = math.ceil(num_steps * args.batch_size * n / NUM_CLASS_IMAGES)
@@ -383,7 +385,7 @@ def list_jobs(args, folders, num_steps, with_report):
     if args.diffusers_script:
         command = diffusers_command(args.diffusers_script, *common)
         jobs["diffusers' train_dreambooth.py"] = command
-    if with_report:  # takes minutes
+    if with_report and not args.skip_published:  # takes minutes
         jobs["published"] = our_command(published.__file__, *common)
     for name, command in jobs.items():
         command += ["--output_dir", folders.output_dir / name.replace(" ", "-")]
@@ -442,7 +444,7 @@ def run_turn(jobs):
     measured = {}
     for name, command in jobs.items():
         measured[name] = run_job(name, command)
-    base_seconds, base_rate = measured[BASE_JOB]
+    base_seconds, base_rate = next(iter(measured.values()))
     for name, (seconds, rate) in measured.items():
         columns = []
         if seconds and base_seconds:
@@ -497,6 +499,7 @@ def parse_args(argv=None):
         "--job_steps", type=int, nargs="+", default=[60], help="numbers of steps of the jobs"
     )
     group.add_argument("--job_turns", type=int, default=3, help="times each job is run")
+    group.add_argument("--skip_published", action="store_true", help="it takes minutes per job")
     group.add_argument(
         "--diffusers_script",
         metavar="PATH",
