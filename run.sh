@@ -14,8 +14,9 @@ use_pocket() {
   CLASS_NAME=${CLASS_NAME:-car}
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
-  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 8 --lr 2e-4 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300}
-  LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 8e-4 --train_batch_size 8 --lr_scheduler cosine --num_epochs 12 --max_train_steps 300}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---lr 2e-4 --lr_scheduler cosine}
+  LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine}
+  PAIRS=8 STEPS=300
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
 }
@@ -26,8 +27,9 @@ use_stable_diffusion() {
   CLASS_NAME=${CLASS_NAME:-dog}
   INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
   SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
-  TRAIN_FLAGS=${TRAIN_FLAGS:---train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200}
-  LORA_FLAGS=${LORA_FLAGS:---lora_rank 4 --lr 1e-4 --train_batch_size 2 --num_epochs 4 --max_train_steps 200}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---lr 5e-6}
+  LORA_FLAGS=${LORA_FLAGS:---lora_rank 4 --lr 1e-4}
+  PAIRS=2 STEPS=200
   CLASS_FLAGS=${CLASS_FLAGS:-}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
 }
@@ -47,14 +49,17 @@ set_paths() {
 }
 
 # Unless TRAIN_FLAGS is set from outside: LoRA's recipe if LORA is set, and what fits the memory of the GPUs.
+# Several GPUs share the pairs of a step, one each at least, and the number of steps stays: with fewer, the
+# subject is learned worse at any learning rate.
 choose_train_flags() {
-  local added=
+  local added= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
+  local epochs=$(((STEPS * pairs * NUM_WORKERS + NUM_CLASS_IMAGES - 1) / NUM_CLASS_IMAGES))
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
   if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
     added=$("$PYTHON" -m dreambooth.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" $added)
   fi
   if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
-  TRAIN_FLAGS+=" $added"
+  TRAIN_FLAGS="--train_batch_size $pairs --num_epochs $epochs --max_train_steps $STEPS $TRAIN_FLAGS $added"
 }
 
 main() {

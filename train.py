@@ -46,7 +46,8 @@ def parse_args(argv=None):
     add("--output_dir", **path, help="for the tuned model; replaces an earlier result")
     add("--use_lora", action="store_true", help="train LoRA matrices only: less memory, small file")
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
-    add("--lora_layers", choices=["attention", "all"], default="attention", help="of the U-Net")
+    layers = ["attention", "all"]
+    add("--lora_layers", choices=layers, default=layers[0], help="layers of the U-Net to adapt")
     add("--train_text_encoder", action=on_off, default=True, help="tune the text encoder as well")
 
     add = parser.add_argument_group("images").add_argument
@@ -64,12 +65,12 @@ def parse_args(argv=None):
     add("--lr", type=float, default=5e-6, help="learning rate of AdamW")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
-    weight_help = "of the class half; 0: no class images, and epochs count instance images"
+    weight_help = "weight of the class loss; 0: no class images, epochs count instance images"
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
-    add("--adam_beta2", type=float, help="of its second moment (default: 0.999; bf16: 0.99)")
+    add("--adam_beta2", type=float, help="decay of the second moment (default: 0.999; bf16: 0.99)")
     add("--adam_weight_decay", type=float, default=1e-2, help="weight decay of AdamW")
     add("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
     add("--seed", type=int, default=0, help="for all random numbers of the run")
@@ -77,7 +78,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     workers_help = "one GPU each, where there are GPUs; 2:4 means two to four"
     add("--num_workers", type=worker_range, default="2", help=workers_help)
-    dtype_help = "of trained weights and optimizer; bf16 (Kahan summation) takes 10 bytes, not 16"
+    dtype_help = "of trained weights; bf16 (Kahan summation) needs 10 bytes per weight, not 16"
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
@@ -86,10 +87,10 @@ def parse_args(argv=None):
     add("--checkpoints_total_limit", type=int, default=1, help="checkpoints to keep")
     add("--storage_path", type=absolute_path, help="where they go (default: beside the result)")
     add("--restart", action="store_true", help="begin anew, whatever checkpoints there are")
-    add("--max_failures", type=int, default=3, help="how often to restart after a worker's death")
+    add("--max_failures", type=int, default=3, help="restarts after a worker fails or dies")
     add("--wait_for_gpus", type=int, default=0, help="seconds to wait for the workers' GPUs")
     add("--log_every", type=int, default=10, help="steps between two lines of the log")
-    add("--preview_prompts", nargs="+", type=valid_prompt, default=[], help="to try on the way")
+    add("--preview_prompts", nargs="+", type=valid_prompt, default=[], help="prompts of previews")
     add("--preview_every", type=int, default=0, help="steps between previews (default: none)")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")
     return parser.parse_args(argv)

@@ -16,7 +16,7 @@ Rule = namedtuple("Rule", "name is_off finding remedy")
 Facts = namedtuple("Facts", "rows status tuned original contrast", defaults=({}, {}, None))
 
 MIN_ROWS = 6  # of metrics: fewer do not show a trend
-MIN_RISE = 1.1  # of the class half's loss, last third against first third
+MIN_RISE = 1.1  # of the loss on class images, last third against first third
 MIN_SHARE = 0.6  # of images that show what they should
 MIN_CLASS_SHARE = 0.8
 MIN_DIVERSITY = 0.7  # relative to the original model
@@ -100,7 +100,7 @@ RULES = [
     Rule(
         "class loss rises",
         class_loss_rises,
-        "The loss of the class half rises: the model is forgetting the class.",
+        "The loss on class images rises: the model is forgetting the class.",
         "Raise --prior_loss_weight, or train for fewer steps.",
     ),
     Rule(

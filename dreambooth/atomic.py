@@ -117,12 +117,11 @@ def check_replaceable(folder, own_names, flag="--output_dir"):
         )
 
 
-def check_space(folder, num_bytes, flag="--output_dir"):
-    """The disk of `folder` must have `num_bytes` free."""
+def check_space(folder, num_bytes, what):
+    """The disk of `folder` must have `num_bytes` free for `what`."""
     existing = next(parent for parent in Path(folder).absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UserError(
-            f"{flag} {folder}: the result takes {num_bytes / 1e9:.1f} GB,"
-            f" and {free / 1e9:.1f} GB are free"
+            f"{folder}: {free / 1e9:.1f} GB are free, and {what} will take {num_bytes / 1e9:.1f} GB"
         )

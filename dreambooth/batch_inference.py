@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import pandas as pd
 import ray.data
 
 from dreambooth import cluster, hardware, ray_errors
@@ -32,11 +33,15 @@ def generate_with_ray(args, records):
     resources = {"num_gpus": 1, "num_cpus": 0}
     if not num_gpus:  # Ray Data's tasks need the other cores
         resources = {"num_cpus": min(1.0, num_cpus / (2 * num_workers))}
-    rows = ray.data.from_items(records, override_num_blocks=num_batches)  # [2]
+    batch_size = math.ceil(len(records) / num_batches)
+    starts = range(0, len(records), batch_size)
+    # A block for each batch: Ray Data would join smaller ones.
+    blocks = [pd.DataFrame(records[start : start + batch_size]) for start in starts]
+    rows = ray.data.from_pandas(blocks)  # [2]
     rows = rows.map_batches(  # [3]
         ImageGenerator,
         fn_constructor_args=(args,),
-        batch_size=math.ceil(len(records) / num_batches),  # a block: batches end where blocks do
+        batch_size=batch_size,
         batch_format="pandas",
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         **resources,

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import ray.train
 import torch
@@ -19,7 +20,7 @@ from dreambooth.report import DIVERGED
 
 SHORT_RUN = 60  # seconds: by default, runs shorter than this write no checkpoint
 STOPPED = "stopped after step"
-STEPS_BETWEEN_NOTICES = 10  # several workers ask as often whether a node is about to be preempted
+STEPS_BETWEEN_NOTICES = 10  # steps between two questions whether a node is about to be preempted
 
 
 class Checkpointer:
@@ -31,7 +32,9 @@ class Checkpointer:
     def __init__(self, args, plan, denoiser, optimizer, lr_schedule, rank):
         self.folder = checkpoints.run_dir(args)
         self.every = args.checkpointing_steps
-        self.skip_if_short = self.every is None
+        fewest, most = args.num_workers
+        # When workers join, Ray Train stops those there are, perhaps within the first minute.
+        self.skip_if_short = self.every is None and fewest == most
         if self.every is None:
             self.every = max(1, round(plan.num_steps / 10))
         self.limit = args.checkpoints_total_limit
@@ -44,7 +47,6 @@ class Checkpointer:
         self.thread = ThreadPoolExecutor(1)
         self.writing = None  # a future of the path that is being written
         self.reported = True  # whether Ray Train knows of the last checkpoint
-        self.several = ray.train.get_context().get_world_size() > 1
         self.noticed = None  # the preemption for which a checkpoint has been written
 
     def restore(self):
@@ -72,21 +74,28 @@ class Checkpointer:
             self._save(step)
             self.writing.result()
             raise UserError(f"{STOPPED} {step}")
-        if self.every and step % self.every == 0:
-            is_long = time.time() - self.started > SHORT_RUN
-            if not self.skip_if_short or broadcast_from_rank_zero(is_long):
-                self._report()
-                self._save(step)
-        elif self.several and step % STEPS_BETWEEN_NOTICES == 0:
-            notice = ray.train.get_preemption_info()
-            if notice and notice != self.noticed:
-                self.noticed = notice
-                self._report()
-                self._save(step)
+        if self._is_due(step) or self._preemption_is_near(step):
+            self._report()
+            self._save(step)
 
     def finish(self):
         """Call after the last step, on every worker."""
         self._report()
+
+    def _is_due(self, step):
+        if not self.every or step % self.every:
+            return False
+        is_long = time.time() - self.started > SHORT_RUN
+        return not self.skip_if_short or broadcast_from_rank_zero(is_long)
+
+    def _preemption_is_near(self, step):
+        """Whether Ray has heard, since it was last asked, that a node will be taken away."""
+        if step % STEPS_BETWEEN_NOTICES:
+            return False
+        notice = ray.train.get_preemption_info()
+        is_new = notice is not None and notice != self.noticed
+        self.noticed = notice
+        return is_new
 
     def _trained(self):
         return [(name, p) for name, p in self.denoiser.named_parameters() if p.requires_grad]
@@ -141,7 +150,8 @@ class StopOnSignal:
         if self.signal:
             sys.exit(128 + number)
         self.signal = number
-        (self.folder / "stop").touch()
+        with suppress(OSError):  # the run may have ended, and its folder be gone
+            (self.folder / "stop").touch()
         print("stopping after this step (again: at once)", flush=True)
 
     def exit_if_asked(self, error):

@@ -113,7 +113,9 @@ def write(state, step, folder, limit):
             f" it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free;"
             " make room and give the same command again"
         ) from error
-    shutil.rmtree(path, ignore_errors=True)
+    for other in Path(folder).glob("step_*"):
+        if other.name >= path.name:  # damaged, as the run went on from an earlier one
+            shutil.rmtree(other, ignore_errors=True)
     os.rename(temporary, path)
     atomic.flush(folder)
     for older in sorted(Path(folder).glob("step_*"))[:-limit]:

@@ -67,7 +67,7 @@ def start_ray(verbose=False, log_to_driver=True):
 def resources():
     """The numbers of GPUs and CPU cores of the cluster, now."""
     total = ray.cluster_resources()
-    return int(total.get("GPU", 0)), int(total.get("CPU", 1))
+    return int(total.get("GPU", 0)), int(total.get("CPU", 0))
 
 
 def start_ray_in_background(verbose=False):
@@ -91,8 +91,8 @@ def _in_thread(function, *args):
 
 
 def fit(trainer):
-    """`trainer.fit()`, in a thread unless it runs in this process: Ray Train would else take over
-    Ctrl-C."""
+    """`trainer.fit()`, in a thread unless it runs in this process: Ray Train would otherwise take
+    over Ctrl-C."""
     if trainer.running_in_local_mode:
         return trainer.fit()
     if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice

@@ -5,7 +5,7 @@ import re
 
 # A curve's title, and the metrics in it with their labels.
 CURVES = [
-    ("Loss", {"instance_loss": "instance half", "class_loss": "class half"}),
+    ("Loss", {"instance_loss": "instance images", "class_loss": "class images"}),
     ("Gradient norm", {"grad_norm": ""}),
     ("Learning rate", {"lr": ""}),
     ("Images per second", {"images_per_s": ""}),

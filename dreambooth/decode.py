@@ -1,5 +1,6 @@
 """One image file of any format as upright 8 bit sRGB."""
 
+import errno
 from io import BytesIO
 
 import numpy as np
@@ -11,6 +12,8 @@ from dreambooth.cli import UserError
 DAMAGED = (  # what Pillow and its plugins raise on reading a file
     OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError,
 )  # fmt: skip
+
+STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # which may pass: no image's fault
 
 pillow_heif.register_heif_opener()  # Pillow then reads HEIC, what phones take photos in
 
@@ -33,6 +36,8 @@ def open_image(path):
                 image = _to_srgb(image, profile)
             return image.convert("RGB")
     except DAMAGED as error:
+        if getattr(error, "errno", None) in STORAGE_FAILED:
+            raise
         raise UserError(
             f"{path}: unreadable or truncated image ({error}); replace or remove it"
         ) from None

@@ -17,8 +17,8 @@ FILE = "metrics.jsonl"
 # The tags under which TensorBoard shows them.
 TAGS = {
     "loss": "loss/total",
-    "instance_loss": "loss/instance half",
-    "class_loss": "loss/class half",
+    "instance_loss": "loss/instance images",
+    "class_loss": "loss/class images",
     "grad_norm": "gradient norm",
     "lr": "learning rate",
     "images_per_s": "images per second",
@@ -65,6 +65,7 @@ class MetricsWriter:
         for name, value in row.items():
             if name in TAGS:
                 self.events.add_scalar(TAGS[name], value, row["step"])
+        self.events.flush()  # a run that is killed keeps its curves
 
     def add_image(self, name, image, step):
         """Add a Pillow image to TensorBoard's."""

@@ -38,7 +38,7 @@ TEXT = """
 - base model: {base}{revision}
 - instance prompt: {prompt}
 {class_prompt}- {plan}
-- learning rate {lr}, weight of the class half {weight}, seed {seed}
+- learning rate {lr}, prior loss weight {weight}, seed {seed}
 
 The base model's licence holds for this model as well. The photos' subject may have rights of its
 own: mind what you publish.
@@ -54,13 +54,14 @@ pipeline.load_lora_weights("{name}")
 pipeline("{prompt}").images[0]"""
 
 
-def write(output_dir, image=None):
-    """Write the card of the result in `output_dir`, with the file `image` if one is given."""
+def write(output_dir, image=None, repo=None):
+    """Write the card of the result in `output_dir`, with the file `image` if one is given, and with
+    the name that the result has on the Hub, if it has one."""
     output_dir = Path(output_dir)
     record = run_record.read(metrics.report_dir(output_dir))
     if image:
         atomic.replace_file(output_dir / IMAGE, lambda file: shutil.copyfile(image, file))
-    card = build(output_dir.name, record, (output_dir / IMAGE).exists())
+    card = build(repo or output_dir.name, record, (output_dir / IMAGE).exists())
     atomic.replace_file(output_dir / CARD, lambda file: file.write_text(str(card)))
 
 
@@ -129,7 +130,7 @@ def main(args):
         raise UserError(f"{folder} holds no result of train.py")
     if not run_record.read(metrics.report_dir(folder)):
         raise UserError(f"{metrics.report_dir(folder)} is missing: it says how the model was made")
-    write(folder)
+    write(folder, repo=args.push)
     print(f"wrote {folder / CARD}")
     if args.push:
         print(f"uploaded to {push(folder, args.push, private=not args.public)}")

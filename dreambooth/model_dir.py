@@ -169,8 +169,8 @@ def fingerprint(folder):
     """A digest that tells one model or LoRA from another: names, sizes and 64 samples of each
     weight file in `folder`, so that it takes no time on large ones, and all configurations."""
     digest = hashlib.sha256()
-    weights = sorted(Path(folder).rglob("*.safetensors")) or sorted(Path(folder).rglob("*.bin"))
-    for file in weights + sorted(Path(folder).glob("*/*.json")):
+    weights = weight_files(folder) or Path(folder).glob("*.safetensors")  # of a model, or a LoRA
+    for file in sorted(weights) + sorted(Path(folder).glob("*/*.json")):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with open(file, "rb") as opened:

@@ -35,7 +35,7 @@ def training_error(error):
     the user's."""
     if "requires at least one CUDA device" in str(error):  # NCCL's, on another node
         return UserError(f"a GPU of the cluster: {hardware.unusable_gpu()}")
-    # None of either if train_fn ran in this process.
+    # Both are absent if train_fn ran in this process.
     controller_failure = getattr(error, "controller_failure", None)
     worker_failures = getattr(error, "worker_failures", {})
     for cause in [error, controller_failure, *worker_failures.values()]:

@@ -95,7 +95,7 @@ def facts_of(record):
         ("status", record["status"]),
         ("images and steps", record["plan"]),
         ("learning rate", f"{flags['lr']:g}, {flags['lr_scheduler']}"),
-        ("weight of the class half", f"{flags['prior_loss_weight']:g}"),
+        ("prior loss weight", f"{flags['prior_loss_weight']:g}"),
         ("LoRA", f"rank {flags['lora_rank']}" if flags["use_lora"] else "no"),
         ("seed", flags["seed"]),
         ("hardware", record["hardware"]),

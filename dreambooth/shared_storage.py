@@ -14,10 +14,11 @@ def _missing_paths(paths):
 
 
 def check_shared_storage(paths):
-    """Every node must see each of `paths`: a UserError names a node and the path that it lacks."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    if len(nodes) < 2:
-        return
+    """Every node must see each of `paths`, which this process sees: a UserError names a node and
+    the path that it lacks."""
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    nodes = [node for node in others if node["Resources"].get("CPU")]
     on_node = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     tasks = [_missing_paths.options(scheduling_strategy=node).remote(paths) for node in on_node]
     for node, missing in zip(nodes, ray.get(tasks), strict=True):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dreambooth import atomic, images, metrics, model_dir
+from dreambooth import atomic, checkpoints, images, metrics, model_dir
 from dreambooth.cli import UserError, check_at_least, warn
 from dreambooth.pocket import classes
 
@@ -74,8 +74,24 @@ def check_output_dir(args):
     atomic.check_replaceable(args.output_dir, [*names, *model_dir.CARD_FILES])
     atomic.check_writable(metrics.report_dir(args.output_dir), "the report's directory,")
     if not args.use_lora:
-        num_bytes = 4 * sum(model_dir.num_parameters(args.model_dir).values())  # float32
-        atomic.check_space(args.output_dir, num_bytes)
+        sizes = model_dir.num_parameters(args.model_dir)
+        num_bytes = 4 * sum(sizes.values())  # float32
+        atomic.check_space(args.output_dir, num_bytes, "the result")
+        check_space_for_checkpoints(args, sizes)
+
+
+def check_space_for_checkpoints(args, sizes):
+    """The disk must have room for the checkpoints of full fine-tuning, and for one more while that
+    is written, beside those that are there. Trained weights and optimizer take 12 bytes per weight;
+    8 in bfloat16."""
+    if args.checkpointing_steps == 0:
+        return
+    trained = sizes["unet"] + (sizes["text_encoder"] if args.train_text_encoder else 0)
+    num_bytes = {"fp32": 12, "bf16": 8}[args.param_dtype] * trained
+    what = f"{args.checkpoints_total_limit} + 1 checkpoints (none with --checkpointing_steps 0)"
+    folder = checkpoints.run_dir(args)
+    existing = sum(file.stat().st_size for file in folder.glob("step_*/state.pt"))
+    atomic.check_space(folder, (args.checkpoints_total_limit + 1) * num_bytes - existing, what)
 
 
 def check_prompts(tokenizer, args):

@@ -9,7 +9,7 @@ from dreambooth.advice import RULES, Facts, advice
 
 
 def curve(first, last, count=30, noise=0.1, seed=0):
-    """Metrics whose class half goes from `first` to `last`, as noisy as a real run's."""
+    """Metrics whose loss on class images goes from `first` to `last`, as noisy as a real run's."""
     rng = np.random.default_rng(seed)
     means = np.linspace(first, last, count)
     return [
@@ -86,7 +86,7 @@ def test_a_run_without_figures_and_images_gets_no_advice():
 
 
 def test_noise_is_not_taken_for_a_rise():
-    """Of a class half's loss that stays where it is, in 200 runs."""
+    """Of a loss on class images that stays where it is, in 200 runs."""
     alarms = sum(
         bool(advice(facts(rows=curve(0.1, 0.1, noise=0.3, seed=seed)))) for seed in range(200)
     )

@@ -229,9 +229,9 @@ def test_a_directory_whose_parent_cannot_be_written_cannot_be_replaced(tmp_path)
 
 def test_space_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=3e9))
-    atomic.check_space(tmp_path / "deep" / "out", 2.9e9)
-    with pytest.raises(UserError, match="--output_dir .*takes 4.2 GB, and 3.0 GB are free"):
-        atomic.check_space(tmp_path / "deep" / "out", 4.2e9)
+    atomic.check_space(tmp_path / "deep" / "out", 2.9e9, "the result")
+    with pytest.raises(UserError, match="3.0 GB are free, and the result will take 4.2 GB"):
+        atomic.check_space(tmp_path / "deep" / "out", 4.2e9, "the result")
 
 
 def test_space_is_that_of_the_disk_of_the_folder(tmp_path, monkeypatch):
@@ -244,6 +244,6 @@ def test_space_is_that_of_the_disk_of_the_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     (tmp_path / "disk").mkdir()
-    atomic.check_space(tmp_path / "disk" / "deep" / "out", 1)
-    atomic.check_space(tmp_path / "disk", 1)
+    atomic.check_space(tmp_path / "disk" / "deep" / "out", 1, "the result")
+    atomic.check_space(tmp_path / "disk", 1, "the result")
     assert asked == [tmp_path / "disk", tmp_path]

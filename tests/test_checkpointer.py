@@ -173,9 +173,8 @@ def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys):
 
 
 def test_notice_of_a_preemption_is_answered_by_one_checkpoint(make, monkeypatch):
-    """Several workers ask every tenth step; the same notice is answered once."""
+    """Workers ask every tenth step; the same notice is answered once."""
     saver = make(checkpointing_steps=0).saver
-    saver.several = True
     asked = []
     saved = []
     monkeypatch.setattr(saver, "_save", saved.append)

@@ -66,6 +66,15 @@ def test_only_the_newest_are_kept(folder, limit, kept):
     assert names(folder) == [f"step_{step:06d}" for step in kept]
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_damaged_one_does_not_take_the_place_of_a_good_one(folder, limit):
+    """The run goes on from step 10, as 20 cannot be read."""
+    (folder / "step_000020" / "state.pt").write_bytes(b"half")
+    checkpoints.write(STATE, 15, folder, limit)
+    assert names(folder) == ["step_000010", "step_000015"][-limit:]
+    assert checkpoints.find_newest(folder)[1] == 15
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), RuntimeError("writer")])
 def test_full_disk_says_how_much_is_missing_and_keeps_the_last(folder, monkeypatch, error):
     """24 bytes of weights, and 10 are free."""

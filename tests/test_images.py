@@ -1,10 +1,12 @@
 """Folders of images: how each is read, what is skipped or refused; the folder of one subject."""
 
+import errno
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth import images
+from dreambooth import decode, images
 from dreambooth.cli import UserError
 
 WHITE = (255, 255, 255)
@@ -122,6 +124,19 @@ def test_truncated_files_are_refused_by_name(tmp_path, suffix):
             assert str(truncated) in str(error)
             refused += 1
     assert refused >= 35  # some formats do not need their last bytes
+
+
+def test_storage_that_fails_for_a_while_is_not_the_images_fault(tmp_path, flat_image, monkeypatch):
+    """Ray then reads it again; a damaged image would end the run."""
+    path = flat_image("a.png", (255, 0, 0))
+
+    def stale(file):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(decode.Image, "open", stale)
+    with pytest.raises(OSError, match="Stale file handle") as error:
+        images.open_image(path)
+    assert not isinstance(error.value, UserError)
 
 
 @pytest.mark.parametrize(

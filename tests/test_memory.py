@@ -54,6 +54,16 @@ def test_the_readme_says_what_fits_which_cards(root):
             assert named == list(flags), gigabytes
 
 
+def test_the_readmes_cluster_has_cards_for_its_job(root):
+    """An A10G has 24 GB."""
+    readme = (root / "README.md").read_text()
+    assert "one A10G with 24 GB" in readme
+    job = readme.partition("ray job submit")[2].partition("```")[0]
+    pairs = int(re.search(r"--train_batch_size (\d+)", job)[1])
+    flags = tuple(flag for flag in (CHECKPOINTING, BF16, LORA) if flag in job)
+    assert needed(flags, Job(pairs=pairs, keeps_gradients=True)) < FREE[24]
+
+
 def test_a_card_that_is_too_small_for_everything(capsys):
     assert choose(4, Job()) is None
     with pytest.raises(UserError, match="^4.0 GiB .* even with .*--use_lora.* larger GPU"):

@@ -39,7 +39,15 @@ def test_a_resumed_run_continues_its_curves_without_a_fold(tmp_path):
     expected = [(2, 1.0), (4, 1.0), (6, 1.0), (8, 3.0), (10, 3.0), (12, 3.0)]
     assert [(row["step"], row["loss"]) for row in metrics.read(tmp_path)] == expected
     assert curve(tmp_path, "loss/total") == expected
-    assert curve(tmp_path, "loss/class half") == [(step, value / 2) for step, value in expected]
+    assert curve(tmp_path, "loss/class images") == [(step, value / 2) for step, value in expected]
+
+
+def test_a_run_that_is_killed_keeps_its_curves(tmp_path):
+    """Also TensorBoard's, which its writer would hold back for two minutes."""
+    writer = metrics.MetricsWriter(tmp_path, 0)
+    writer.add(rows_of(2, value=5.0)[0])
+    assert curve(tmp_path, "loss/total") == [(2, 5.0)]
+    writer.close()
 
 
 def test_a_new_run_drops_an_earlier_one(tmp_path):

@@ -107,6 +107,15 @@ def test_whoever_is_not_logged_in_is_told_so(result, monkeypatch):
         model_card.push(folder, "me/model", private=True)
 
 
+def test_the_card_on_the_hub_loads_the_model_from_there(result):
+    """And not from a folder of the machine that made it."""
+    folder = result(use_lora=True)
+    model_card.write(folder)
+    assert 'load_lora_weights("tuned")' in (folder / "README.md").read_text()
+    model_card.write(folder, repo="me/model")
+    assert 'load_lora_weights("me/model")' in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_private_unless_public_and_the_card_is_validated(result, monkeypatch, private):
     folder = result()

@@ -154,6 +154,15 @@ def test_fingerprint_tells_models_apart(model_dir, broken_model_dir, lora_dir, c
     assert directory.fingerprint(copied) != digests[0]
 
 
+def test_fingerprint_covers_the_pickles_of_a_model_that_is_partly_safetensors(copied):
+    (copied / "text_encoder" / "model.safetensors").unlink()
+    digests = set()
+    for content in (b"a", b"b"):
+        (copied / "text_encoder" / "pytorch_model.bin").write_bytes(content)
+        digests.add(directory.fingerprint(copied))
+    assert len(digests) == 2
+
+
 def test_directory_of_a_revision_is_that_of_the_hubs_cache(tmp_path):
     expected = tmp_path / "models--CompVis--stable-diffusion-v1-4" / "snapshots" / "abc"
     assert directory.snapshot_dir(tmp_path, "CompVis/stable-diffusion-v1-4", "abc") == expected

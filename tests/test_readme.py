@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import math
 import re
 import shlex
 import subprocess
@@ -127,8 +128,16 @@ def test_recipes_of_run_sh_are_accepted_by_the_scripts(run_sh, train_argv, gener
 
 
 def test_recipes_of_the_readme_are_those_of_run_sh(root, run_sh):
-    readme = " ".join((root / "README.md").read_text().split())
-    for name in ("TRAIN_FLAGS", "LORA_FLAGS", "CLASS_FLAGS", "SAMPLE_FLAGS"):
+    """For one worker, with 200 class images."""
+    readme = (root / "README.md").read_text().replace("\\\n", " ")
+    readme = " ".join(readme.split())
+    sizes = [tuple(map(int, found)) for found in re.findall(r"PAIRS=(\d+) STEPS=(\d+)", run_sh)]
+    for name in ("TRAIN_FLAGS", "LORA_FLAGS"):
+        for flags, (pairs, steps) in zip(recipes(run_sh, name), sizes, strict=True):
+            epochs = math.ceil(pairs * steps / 200)
+            numbers = f"--train_batch_size {pairs} --num_epochs {epochs} --max_train_steps {steps}"
+            assert f"{numbers} {flags}" in readme
+    for name in ("CLASS_FLAGS", "SAMPLE_FLAGS"):
         for flags in recipes(run_sh, name):
             assert flags in readme
 

@@ -107,7 +107,7 @@ def test_photos_before_and_after_film_strip_curves_and_facts(report, images_dir)
     assert page.tags.count("img") == 5 + 2 * 2 + 2 * 3
     for expected in (
         "Before and after", "While it trained", "2 cores", "python train.py --lr 2e-4",
-        "pocket, revision embedded", "previews 12.3 s", "&lt;at night&gt;", "instance half",
+        "pocket, revision embedded", "previews 12.3 s", "&lt;at night&gt;", "instance images",
     ):  # fmt: skip
         assert expected in text, expected
     assert "<at night>" not in text

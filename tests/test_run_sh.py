@@ -52,7 +52,7 @@ def test_one_large_gpu_needs_no_flag(run_story):
     done, commands = run_story(1, 22)
     (train,) = commands["train.py"]
     assert train.endswith(
-        "--num_workers 1 --train_batch_size 2 --lr 5e-6 --num_epochs 4 --max_train_steps 200"
+        "--num_workers 1 --train_batch_size 2 --num_epochs 2 --max_train_steps 200 --lr 5e-6"
     )
     assert "--output_dir /data/subjects/dog/model-tuned " in train
     _, sample = commands["generate.py"]
@@ -66,7 +66,7 @@ def test_two_gpus_of_24_gb_need_gradient_checkpointing(run_story):
     """One line says so, and why."""
     done, commands = run_story(2, 22)
     (train,) = commands["train.py"]
-    assert "--num_workers 2 --train_batch_size 2 --lr 5e-6" in train
+    assert "--num_workers 2 --train_batch_size 1 --num_epochs 2" in train
     assert train.endswith(" --gradient_checkpointing")
     (line,) = done.stderr.splitlines()
     assert "2 x 22.0 GiB" in line
@@ -111,14 +111,29 @@ def test_lora_from_outside(run_story):
     _, commands = run_story(0, LORA="1")
     (train,) = commands["train.py"]
     assert train.endswith(
-        " --num_workers 1 --lora_layers all --lora_rank 16 --lr 8e-4 --train_batch_size 8"
-        " --lr_scheduler cosine --num_epochs 12 --max_train_steps 300 --use_lora"
+        " --num_workers 1 --train_batch_size 8 --num_epochs 12 --max_train_steps 300"
+        " --lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine --use_lora"
     )
     _, sample = commands["generate.py"]
     assert "--model_dir /data/model-orig/models--pocket/snapshots/embedded " in sample
     assert "--lora_weights_dir /data/subjects/lego-car/lora " in sample
     _, commands = run_story(1, 79, LORA="1")
-    assert commands["train.py"][-1].endswith(" --max_train_steps 200 --use_lora")
+    assert commands["train.py"][-1].endswith(" --lora_rank 4 --lr 1e-4 --use_lora")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "numbers"),
+    [
+        (1, "--train_batch_size 2 --num_epochs 2 --max_train_steps 200"),
+        (2, "--train_batch_size 1 --num_epochs 2 --max_train_steps 200"),
+        (4, "--train_batch_size 1 --num_epochs 4 --max_train_steps 200"),
+        (8, "--train_batch_size 1 --num_epochs 8 --max_train_steps 200"),
+    ],
+)
+def test_several_gpus_make_as_many_steps_as_one(run_story, num_gpus, numbers):
+    """RESULTS.md has what fewer steps lose. They share the pairs of a step, at least one each."""
+    _, commands = run_story(num_gpus, 79)
+    assert f"--num_workers {num_gpus} {numbers} " in commands["train.py"][0]
 
 
 def test_lora_in_train_flags_from_outside(run_story):

@@ -8,9 +8,15 @@ from dreambooth import shared_storage
 from dreambooth.cli import UserError
 
 
-def test_a_node_that_does_not_see_a_path_is_named(monkeypatch):
-    """Two nodes, of which the second has a disk of its own."""
+@pytest.mark.parametrize("here", ["first node", "a head without cores"])
+def test_a_node_that_does_not_see_a_path_is_named(monkeypatch, here):
+    """Two nodes, of which the second has a disk of its own: where this process is on the first one,
+    and where it is on a head that the workers do not use."""
+    nodes_here = {"first node": "a", "a head without cores": "h"}
+    context = SimpleNamespace(get_node_id=lambda: nodes_here[here])
+    monkeypatch.setattr(shared_storage.ray, "get_runtime_context", lambda: context)
     nodes = [
+        {"Alive": True, "NodeID": "h", "NodeManagerHostname": "head", "Resources": {}},
         {"Alive": True, "NodeID": "a", "NodeManagerHostname": "first", "Resources": {"CPU": 4}},
         {"Alive": True, "NodeID": "b", "NodeManagerHostname": "second", "Resources": {"CPU": 4}},
         {"Alive": False, "NodeID": "c", "NodeManagerHostname": "dead", "Resources": {"CPU": 4}},

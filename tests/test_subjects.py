@@ -1,5 +1,7 @@
 """The subjects that DreamBooth learns on pocket, and the benchmark that learns them all."""
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,7 +91,13 @@ def test_a_judge_does_not_take_one_subject_for_another(world):
 
 
 def test_the_recipes_are_those_of_run_sh(root):
+    """For one worker, with 200 class images."""
     script = (root / "run.sh").read_text()
+    pairs, steps = map(int, re.search(r"PAIRS=(\d+) STEPS=(\d+)", script).groups())
+    assert (
+        f"--train_batch_size {pairs} --num_epochs {math.ceil(pairs * steps / 200)}"
+        f" --max_train_steps {steps}"
+    ) == benchmark.STEPS
     assert f"{{TRAIN_FLAGS:-{benchmark.FULL}}}" in script
     assert f"{{LORA_FLAGS:-{benchmark.LORA}}}" in script
 

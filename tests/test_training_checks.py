@@ -8,7 +8,7 @@ import pytest
 
 from dreambooth.cli import UserError
 from dreambooth.model_dir import num_parameters
-from dreambooth.training_checks import check_flags
+from dreambooth.training_checks import check_flags, check_space_for_checkpoints
 from dreambooth.training_plan import make_plan
 
 
@@ -237,7 +237,30 @@ def test_the_result_needs_space_for_float32(plan, model_dir, monkeypatch):
     """Whatever the precision of the original model (here float16)."""
     usage = SimpleNamespace(free=4 * sum(num_parameters(model_dir).values()))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    plan()
+    plan(checkpointing_steps=0)
     usage.free -= 1
-    with pytest.raises(UserError, match="GB are free"):
-        plan()
+    with pytest.raises(UserError, match="GB are free, and the result"):
+        plan(checkpointing_steps=0)
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("fp32", 12), ("bf16", 8)])
+def test_checkpoints_need_space_for_one_more(
+    train_args, monkeypatch, tmp_path, sd14_dir, dtype, num_bytes
+):
+    """While that is written. What is there already counts, so that a run can go on."""
+    sizes = num_parameters(sd14_dir)
+    needed = 3 * num_bytes * (sizes["unet"] + sizes["text_encoder"])
+    args = train_args(tmp_path / "out", param_dtype=dtype, checkpoints_total_limit=2)
+    usage = SimpleNamespace(free=needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    check_space_for_checkpoints(args, sizes)
+    usage.free -= 1000
+    with pytest.raises(UserError, match=r"2 \+ 1 checkpoints"):
+        check_space_for_checkpoints(args, sizes)
+    state = tmp_path / "out.checkpoints" / "step_000003" / "state.pt"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(bytes(1000))
+    check_space_for_checkpoints(args, sizes)
+    args.checkpointing_steps = 0
+    usage.free = 0
+    check_space_for_checkpoints(args, sizes)

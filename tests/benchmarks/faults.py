@@ -7,7 +7,7 @@
     driver       SIGKILL to the script; the same command again
     term         SIGTERM to the script (exit code 143); the same command again
     truncated    SIGKILL to the script, its newest checkpoint cut off; the same command again
-    disk         the disk is full while a checkpoint is written; with more room, the same command
+    disk         the disk is full while a checkpoint is written; with room again, the same command
     node         a node with a worker dies in training (a Ray cluster of a head and two nodes)
     generation   a node with an actor dies while images are generated
 
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -131,10 +132,14 @@ def truncated(run):
 
 
 def disk(run):
-    """On a file system with room for one checkpoint and a half; needs root."""
+    """On a small file system, which something else fills; needs root."""
     run.start()
+    run.wait_for_step(random.randint(1, STEPS - 6))
+    filler = run.storage.parent / "filler"
+    with suppress(OSError), open(filler, "wb") as file:
+        file.write(bytes(shutil.disk_usage(run.storage.parent).free - 2**24))
     stopped = run.finish() == 2 and "no space" in run.log.read_text().splitlines()[-1]
-    subprocess.run(["mount", "-o", "remount,size=1g", run.storage.parent], check=True)
+    filler.unlink()
     return stopped and run.again() == 0
 
 
@@ -197,7 +202,7 @@ def trial(name, folder):
     if name == "disk":
         small = folder / "disk"
         small.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", small], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=250m", "tmpfs", small], check=True)
         run = Run(folder, storage_path=small)
         try:
             return run.digest() if disk(run) else None

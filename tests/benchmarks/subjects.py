@@ -36,10 +36,10 @@ from dreambooth.training_plan import make_plan
 from tests.benchmarks import fidelity
 
 POCKET = Path(render.__file__).parent / "model"
-SCHEDULE = "--lr_scheduler cosine --num_epochs 12 --max_train_steps 300"
-FULL = f"--train_batch_size 8 --lr 2e-4 {SCHEDULE}"
-LORA = f"--lora_layers all --lora_rank 16 --lr 8e-4 --train_batch_size 8 {SCHEDULE}"
-RECIPES = {"full": FULL, "lora": f"--use_lora {LORA}"}  # as in run.sh
+STEPS = "--train_batch_size 8 --num_epochs 12 --max_train_steps 300"
+FULL = "--lr 2e-4 --lr_scheduler cosine"
+LORA = "--lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine"
+RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
 SHEET_COLUMNS = 8
 
 
