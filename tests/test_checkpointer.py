@@ -17,8 +17,7 @@ NUM_STEPS = 20
 @pytest.fixture
 def make(train_argv, tmp_path, monkeypatch):
     """A small model with its optimizer, schedule and Checkpointer, as in train_fn."""
-    context = SimpleNamespace(get_world_size=lambda: 1)
-    monkeypatch.setattr(checkpointer.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(checkpointer.ray.train, "get_preemption_info", lambda: None)
     monkeypatch.setattr(checkpointer, "broadcast_from_rank_zero", lambda value: value)
 
     def build(dtype=torch.float32, rank=0, **flags):
@@ -108,6 +107,12 @@ def test_by_default_every_tenth_of_a_long_run_and_none_of_a_short_one(make, monk
     long = make().saver
     long.started -= 61
     assert steps_saved(long, monkeypatch) == list(range(2, NUM_STEPS, 2))
+
+
+def test_elastic_workers_write_from_the_start(make, monkeypatch):
+    """Ray Train looks after 60 seconds whether there are more, and then stops those there are."""
+    saver = make(num_workers="2:4").saver
+    assert steps_saved(saver, monkeypatch) == list(range(2, NUM_STEPS, 2))
 
 
 def test_only_rank_zero_writes(make):
