@@ -2,72 +2,79 @@
 
     python tests/benchmarks/overhead.py
 
-train.py on pocket with one worker, in turns: with neither, with a checkpoint every 16 steps, and
-with two previews every 20. Printed are the seconds per step, from which those of the previews are
-left out, and their ratio to the run with neither in the same turn.
+train.py on pocket, once with a checkpoint and once with two previews every 20 steps. Within each
+run, the 10 steps after one are compared with the 10 steps before the next: by then a checkpoint is
+written, and what a preview has left in caches is gone. The first of the 10 waits for a checkpoint's
+copy to memory; the seconds of the previews themselves are counted apart.
 """
 
-import json
-import subprocess
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import cache_model
-from dreambooth import metrics, run_record
+import train
 from dreambooth.cli import ArgumentParser
 from dreambooth.pocket import render
+from dreambooth.report import Report
 
-PLAIN = "neither"
+EVERY = 20
 SIDES = {
-    PLAIN: ["--checkpointing_steps", 0],
-    "checkpoints": ["--checkpointing_steps", 16],
+    "checkpoints": ["--checkpointing_steps", EVERY],
     "previews": [
-        "--checkpointing_steps", 0, "--preview_every", 20,
+        "--checkpointing_steps", 0, "--preview_every", EVERY,
         "--preview_prompts", "photo of unqtkn car in the snow", "photo of a car",
     ],
 }  # fmt: skip
 
 
-def seconds_of(folder, num_steps, flags):
-    """Where the seconds of one run went, by phase."""
-    output_dir = folder / "tuned"
-    command = [
-        sys.executable, "train.py", "--model_dir", cache_model.POCKET_DIR,
-        "--output_dir", output_dir, "--instance_images_dir", folder / "instance",
-        "--instance_prompt", "photo of unqtkn car", "--class_images_dir", folder / "class",
-        "--class_prompt", "photo of a car", "--num_workers", 1, "--train_batch_size", 2,
-        "--num_epochs", 1000, "--max_train_steps", num_steps, *flags,
+class TimedReport(Report):
+    """A Report that keeps the seconds of each step."""
+
+    ends = []
+
+    def step_is_done(self, step, *args):
+        super().step_is_done(step, *args)
+        self.ends.append(time.perf_counter() - self.metrics.get("previews_s", 0.0))
+
+
+def step_seconds(folder, name, num_steps):
+    """The seconds of each step of one run but the first, without those of its previews."""
+    argv = [
+        "--model_dir", cache_model.POCKET_DIR, "--output_dir", folder / name,
+        "--instance_images_dir", folder / "instance", "--class_images_dir", folder / "class",
+        "--instance_prompt", "photo of unqtkn car", "--class_prompt", "photo of a car",
+        "--num_workers", 1, "--train_batch_size", 2, "--num_epochs", 1000,
+        "--max_train_steps", num_steps, *SIDES[name],
     ]  # fmt: skip
-    subprocess.run([str(word) for word in command], cwd=ROOT, check=True, capture_output=True)
-    return run_record.read(metrics.report_dir(output_dir))["seconds"]
+    TimedReport.ends = []
+    train.main(train.parse_args([str(word) for word in argv]))
+    return [end - start for start, end in zip(TimedReport.ends, TimedReport.ends[1:], strict=False)]
 
 
 def main(args):
-    per_step = {name: [] for name in SIDES}
+    train.Report = TimedReport
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         render.write_photos("lego_car", folder / "instance")
         render.write_photos("windmill", folder / "class")
-        for _ in range(args.turns):
-            for name, flags in SIDES.items():
-                seconds = seconds_of(folder, args.steps, flags)
-                per_step[name].append(seconds["steps_s"] / (args.steps - 1))
-                own = {key: round(seconds[key], 1) for key in seconds if key != "loss"}
-                ratio = per_step[name][-1] / per_step[PLAIN][-1]
-                print(f"{name:>12} {per_step[name][-1]:.4f} s, {ratio:.3f} x", flush=True)
-                print(f"    {json.dumps(own)}", flush=True)
-    for name, values in per_step.items():
-        print(f"{name:>12} best of {args.turns}: {min(values) / min(per_step[PLAIN]):.3f} x")
+        for name in SIDES:
+            # seconds[i] is of step i + 2; the first EVERY steps come before the first checkpoint.
+            seconds = step_seconds(folder, name, args.steps)[EVERY - 1 :]
+            after = [s for i, s in enumerate(seconds) if i % EVERY < EVERY // 2]
+            before = [s for i, s in enumerate(seconds) if i % EVERY >= EVERY // 2]
+            ratio = statistics.mean(after) / statistics.mean(before)
+            print(f"{name}: {statistics.mean(before):.3f} s per step, after one {ratio:.3f} x")
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--steps", type=int, default=120, help="of each run")
-    parser.add_argument("--turns", type=int, default=3, help="times each is run")
+    parser.add_argument("--steps", type=int, default=200, help="of each run")
     return parser.parse_args(argv)
 
 
