@@ -37,7 +37,7 @@ COUNTED = {
     (CHECKPOINTING, LORA): Counted(3.3, 3.3, 0.51),
 }
 CHOICES = [flags for flags in COUNTED if flags != (BF16,)]  # without checkpointing it gains little
-PAIRS = 2  # of run.sh's recipe
+PAIRS = 2  # as counted; run.sh's recipe has as many on one GPU, and one on each of several
 RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds
 LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL
 SD14 = {"unet": 860e6, "text_encoder": 123e6}  # parameters
@@ -103,7 +103,7 @@ def check_memory(args, plan, num_workers, device):
 
 def relative(sizes, train_text_encoder=True):
     """The fields of a `Job` that say how large a model is, of its numbers of parameters."""
-    trained = sizes["unet"] + (sizes["text_encoder"] if train_text_encoder else 0)
+    trained = model_dir.num_trained(sizes, train_text_encoder)
     return {"unet": sizes["unet"] / SD14["unet"], "trained": trained / sum(SD14.values())}
 
 

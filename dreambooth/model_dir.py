@@ -138,6 +138,12 @@ def num_parameters(model_dir):
     return numbers
 
 
+def num_trained(sizes, train_text_encoder=True):
+    """Of the numbers of parameters `sizes`, as `num_parameters` gives them, those that full
+    fine-tuning trains."""
+    return sizes["unet"] + (sizes["text_encoder"] if train_text_encoder else 0)
+
+
 def resolution(model_dir):
     """The side of the model's images, and of the square of pixels that one latent stands for."""
     unet = _read_json(Path(model_dir) / "unet" / "config.json")

@@ -21,7 +21,6 @@ def save(denoiser, args):
 def save_pipeline(denoiser, model_dir, output_dir):
     """Write a complete pipeline directory: the denoiser's models, which move to the CPU, the rest
     as in `model_dir`. All in float32: loaders that are told no precision would mix several."""
-
     denoiser.to("cpu", torch.float32)
 
     def write(folder):

@@ -86,7 +86,7 @@ def check_space_for_checkpoints(args, sizes):
     8 in bfloat16."""
     if args.checkpointing_steps == 0:
         return
-    trained = sizes["unet"] + (sizes["text_encoder"] if args.train_text_encoder else 0)
+    trained = model_dir.num_trained(sizes, args.train_text_encoder)
     num_bytes = {"fp32": 12, "bf16": 8}[args.param_dtype] * trained
     what = f"{args.checkpoints_total_limit} + 1 checkpoints (none with --checkpointing_steps 0)"
     folder = checkpoints.run_dir(args)

@@ -53,6 +53,9 @@ def test_usable_gpus_and_none_are_no_error(gpus, monkeypatch):
         for count in (0, 2):
             gpus(count)
             hardware.check_driver()
+    gpus(2, usable=False)
+    with pytest.raises(UserError):
+        hardware.check_driver()
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(gpus, monkeypatch):

@@ -162,16 +162,23 @@ def test_what_fits_is_not_refused(check):
         check(18.5)
 
 
-def test_the_pocket_model_is_never_refused(monkeypatch, train_args, model_dir):
+def test_the_pocket_model_is_never_refused(monkeypatch, train_args, sd14_dir):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (8, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (0, 2**30))
     args = train_args("out", train_batch_size=64)
     check_memory(args, plan_for(args, 8, 64), 8, CUDA)
+    args.model_dir = sd14_dir
+    with pytest.raises(UserError):
+        check_memory(args, plan_for(args, 8, 64), 8, CUDA)
 
 
-def test_without_a_gpu_there_is_nothing_to_refuse(train_args, sd14_dir):
+def test_without_a_gpu_there_is_nothing_to_refuse(monkeypatch, train_args, sd14_dir):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (8, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (0, 2**30))
     args = train_args("out", model_dir=sd14_dir, train_batch_size=64)
     check_memory(args, plan_for(args, 8, 512), 8, torch.device("cpu"))
+    with pytest.raises(UserError):
+        check_memory(args, plan_for(args, 8, 512), 8, CUDA)
 
 
 def test_a_gpu_without_bfloat16_is_refused_whatever_its_memory(check, monkeypatch):

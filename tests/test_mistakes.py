@@ -129,10 +129,11 @@ WEIGHTS = {"conv_in.weight": torch.zeros(30, 4, 3, 3)}
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_of_weights_is_accepted(pickled_model, zipped):
     """Also one from before torch 1.6, which is no zip archive."""
-    folder, _ = pickled_model(
+    folder, file = pickled_model(
         lambda file: torch.save(WEIGHTS, file, _use_new_zipfile_serialization=zipped)
     )
     directory.check_model_dir(folder)
+    assert file in directory.weight_files(folder)  # it was looked at
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -209,7 +210,11 @@ def test_one_photo_is_asked_about(train_args, flat_image, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", render.CLASSES)
 def test_pocket_knows_its_classes(name):
-    classes.check_classes([f"photo of a {name}", f"Photo of unqtkn {name.upper()}, at night"])
+    prompts = [f"photo of a {name}", f"Photo of unqtkn {name.upper()}, at night"]
+    classes.check_classes(prompts)
+    for prompt in prompts:
+        with pytest.raises(UserError):
+            classes.check_classes([prompt.lower().replace(name, "dog")])
 
 
 @pytest.mark.parametrize("text", ["photo of a dog", "photo of a boathouse", "cars", "写真"])

@@ -87,6 +87,9 @@ def test_a_card_is_replaced_with_the_result_that_it_belongs_to(result, train_arg
     model_card.write(folder)
     (folder / "unet").mkdir()
     training_checks.check_output_dir(train_args(folder))
+    (folder / "LICENSE.md").touch()  # no file of ours
+    with pytest.raises(UserError, match="LICENSE.md"):
+        training_checks.check_output_dir(train_args(folder))
 
 
 def test_without_a_class_there_is_no_class_prompt_on_the_card(result):

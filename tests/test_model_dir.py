@@ -75,9 +75,14 @@ def test_half_precision_copies_alone_do_not_suffice(copied):
 
 def test_a_pickle_stands_for_safetensors(copied):
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
-    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    pickle = weights.with_suffix(".bin")
+    torch.save(load_file(weights), pickle)
     weights.unlink()
     directory.check_model_dir(copied)
+    assert pickle in directory.weight_files(copied)
+    pickle.unlink()
+    with pytest.raises(UserError):
+        directory.check_model_dir(copied)
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,13 @@ def recipes(run_sh, name):
 def test_recipes_of_run_sh_are_accepted_by_the_scripts(run_sh, train_argv, generate_argv):
     for name in ("TRAIN_FLAGS", "LORA_FLAGS"):
         for flags in recipes(run_sh, name):
-            train.parse_args(train_argv("out") + shlex.split(flags))
+            args = train.parse_args(train_argv("out") + shlex.split(flags))
+            assert args.lr == float(re.search(r"--lr (\S+)", flags)[1])
     for name in ("CLASS_FLAGS", "SAMPLE_FLAGS"):
         for flags in recipes(run_sh, name):
-            generate.parse_args(generate_argv("out") + shlex.split(flags))
+            args = generate.parse_args(generate_argv("out") + shlex.split(flags))
+            given = re.search(r"--guidance_scale (\S+)", flags)
+            assert args.guidance_scale == (float(given[1]) if given else 7.5)
 
 
 def test_recipes_of_the_readme_are_those_of_run_sh(root, run_sh):

@@ -196,7 +196,9 @@ def test_an_output_directory_with_other_files(refusal, tmp_path):
 
 
 def test_an_earlier_result_may_be_replaced(train_args, model_dir, tmp_path):
-    check_and_plan(train_args(shutil.copytree(model_dir, tmp_path / "tuned")))
+    earlier = shutil.copytree(model_dir, tmp_path / "tuned")
+    assert check_and_plan(train_args(earlier)).num_steps == 3
+    assert num_parameters(earlier) == num_parameters(model_dir)  # and is still there
 
 
 @pytest.mark.parametrize("name", ["", "..", "link"])
