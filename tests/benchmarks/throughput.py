@@ -1,58 +1,46 @@
-"""Training speed and memory: this project's step and job against the published example's, as ratios
-within one run.
+"""Training speed and memory: this project's step against the published example's, as ratios within
+one run. (jobs.py compares whole jobs.)
 
-    python tests/benchmarks/throughput.py --model pocket           # steps, then whole jobs on Ray
-    python tests/benchmarks/throughput.py --model sd14 --no_ray    # on a GPU; Ray may be missing
+    python tests/benchmarks/throughput.py --model pocket
+    python tests/benchmarks/throughput.py --model sd14             # on a GPU; Ray may be missing
     python tests/benchmarks/throughput.py --model sd14 --count     # on any machine: memory and
                                                                    # arithmetic of a step
 
 "sd14" is Stable Diffusion 1.4's architecture with random weights.
 
-Steps: each side trains its own copy of the model. On a CPU the sides take turns, so that a busy
-machine slows them alike; on a GPU one side at a time is in memory. "plain" is the published step:
-bfloat16 weights and noise schedule, VAE and text encoder at every step. The sides below "ours" have
-one of its features switched off or an option on.
-
-Jobs: from the command to the prompt, processes of their own, in turns, with 64 class images, once
-for each number of --job_steps: the published loop without its report at every step, train.py with
-1, 2 and (on four GPUs) 4 workers, diffusers' own train_dreambooth.py if --diffusers_script names
-it, and in the first turn of all the published loop with its report. (--skip_published leaves both
-out.) Ratios are to the first. The jobs' own lines say where the seconds went.
+Each side trains its own copy of the model. On a CPU the sides take turns, so that a busy machine
+slows them alike; on a GPU one side at a time is in memory. "plain" is the published step: bfloat16
+weights and noise schedule, VAE and text encoder at every step. The sides below "ours" have one of
+its features switched off or an option on.
 """
 
 import functools
 import gc
-import math
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.benchmarks import published  # may stand in for Ray: before its users
 from tests.benchmarks.counting import GIB, META, count_gib, count_tflop, without_weights
-from tests.benchmarks.published import PROMPTS, Plain, settings_for, tokenize_prompts
+from tests.benchmarks.published import Plain, settings_for, tokenize_prompts
 
 # isort: split
 import cache_model
 from dreambooth import cluster, latents, logs, model_dir, models
 from dreambooth.cli import ArgumentParser
 from dreambooth.loss import training_loss
-from dreambooth.pocket import pretrain, render
+from dreambooth.pocket import pretrain
 
-NUM_CLASS_IMAGES = 64
 FEATURES = ["cached latents", "prompts encoded once"]
 GPU_FEATURES = ["channels_last", "fused AdamW"]
 OPTIONS = [
@@ -299,161 +287,6 @@ def count_steps(num_pairs):
         )
 
 
-@dataclass
-class JobFolders:
-    """Where the jobs find the model, the photos and the class images, and where they write."""
-
-    pipeline_dir: Path
-    float32_dir: Path
-    instance_dir: Path
-    class_dir: Path
-    output_dir: Path  # a folder in it for each job
-
-
-def write_class_images(folder, resolution):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(NUM_CLASS_IMAGES):
-        image = render.render(render.sample_scene(rng), rng)
-        image.resize((resolution, resolution)).save(folder / f"{i}.png")
-
-
-def write_in_float32(pipeline_dir, folder):
-    """A copy of the pipeline with float32 weights, which diffusers' script insists on."""
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_dir, dtype=torch.float32)
-    pipeline.save_pretrained(folder)
-
-
-def our_command(script, folders, batch_size, num_steps):
-    """The flags that train.py and published.py share."""
-    return [
-        script,
-        "--model_dir", folders.pipeline_dir,
-        "--instance_images_dir", folders.instance_dir,
-        "--instance_prompt", PROMPTS[0],
-        "--class_images_dir", folders.class_dir,
-        "--class_prompt", PROMPTS[1],
-        "--train_batch_size", batch_size,
-        "--max_train_steps", num_steps,
-    ]  # fmt: skip
-
-
-def diffusers_command(script, folders, batch_size, num_steps):
-    """diffusers' examples/dreambooth/train_dreambooth.py with the same work: its batch size counts
-    pairs too."""
-    resolution, _ = model_dir.resolution(folders.pipeline_dir)
-    settings = settings_for(folders.pipeline_dir, "-")
-    return [
-        script,
-        "--pretrained_model_name_or_path", folders.float32_dir,
-        "--instance_data_dir", folders.instance_dir,
-        "--instance_prompt", PROMPTS[0],
-        "--class_data_dir", folders.class_dir,
-        "--class_prompt", PROMPTS[1],
-        "--with_prior_preservation",
-        "--prior_loss_weight", settings.prior_loss_weight,
-        "--num_class_images", NUM_CLASS_IMAGES,
-        "--train_text_encoder",
-        "--resolution", resolution,
-        "--train_batch_size", batch_size,
-        "--max_train_steps", num_steps,
-        "--checkpointing_steps", num_steps + 1,  # none
-        "--learning_rate", settings.lr,
-        "--lr_warmup_steps", 0,
-        "--mixed_precision", "bf16" if torch.cuda.is_available() else "no",
-        "--seed", 0,
-    ]  # fmt: skip
-
-
-def list_jobs(args, folders, num_steps, with_report):
-    """The command of each job by name: the base of the ratios first."""
-    common = (folders, args.batch_size, num_steps)
-    jobs = {}
-    if not args.skip_published:
-        jobs["published, without its report"] = [
-            *our_command(published.__file__, *common),
-            "--no_report",
-        ]
-    for n in (1, 2, 4):
-        if n <= (torch.cuda.device_count() or 2):
-            num_epochs = math.ceil(num_steps * args.batch_size * n / NUM_CLASS_IMAGES)
-            jobs[f"train.py, {n} worker{'s' if n > 1 else ''}"] = [
-                *our_command(ROOT / "train.py", *common),
-                "--num_workers", n,
-                "--num_epochs", num_epochs,
-            ]  # fmt: skip
-    if args.diffusers_script:
-        command = diffusers_command(args.diffusers_script, *common)
-        jobs["diffusers' train_dreambooth.py"] = command
-    if with_report and not args.skip_published:  # takes minutes
-        jobs["published"] = our_command(published.__file__, *common)
-    for name, command in jobs.items():
-        command += ["--output_dir", folders.output_dir / name.replace(" ", "-")]
-    return jobs
-
-
-def run_job(name, command):
-    """Run a job and print what its own lines say of speed and of where the seconds went.
-
-    Returns its seconds from command to prompt, and its images per second, each None if unknown.
-    """
-    start = time.perf_counter()
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    lines = (done.stdout + done.stderr).splitlines()
-    if done.returncode:
-        print(f"{name:32} exit code {done.returncode} after {seconds:.1f} s: {lines[-1:]}")
-        return None, None
-    print(f"{name:32} {seconds:6.1f} s from command to prompt", flush=True)
-    own_lines = [clean(line) for line in lines if re.search(r"images/s|save |Steps: 100%", line)]
-    for line in list(dict.fromkeys(own_lines))[-2:]:
-        print(f"    {line}", flush=True)
-    rates = re.findall(r"([\d.]+) images/s", "\n".join(own_lines))
-    return seconds, float(rates[-1]) if rates else None
-
-
-def clean(line):
-    """A line without terminal codes and without the prefix that Ray gives to a worker's lines."""
-    line = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", line)
-    return re.sub(r"^\(.*?pid=[^)]*\) ?", "", line).strip()
-
-
-def compare_jobs(args, pipeline_dir, folder):
-    """Print the seconds of each job in each turn, and its ratios to the base job in that turn."""
-    resolution, _ = model_dir.resolution(pipeline_dir)
-    folders = JobFolders(
-        pipeline_dir=pipeline_dir,
-        float32_dir=folder / "float32",
-        instance_dir=ROOT / "images" / "lego-car",
-        class_dir=folder / "class",
-        output_dir=folder / "results",
-    )
-    write_class_images(folders.class_dir, resolution)
-    if args.diffusers_script:
-        write_in_float32(pipeline_dir, folders.float32_dir)
-    for num_steps in args.job_steps:
-        for turn in range(args.job_turns):
-            print(f"jobs of {num_steps} steps, turn {turn + 1}", flush=True)
-            with_report = turn == 0 and num_steps == args.job_steps[0]
-            run_turn(list_jobs(args, folders, num_steps, with_report))
-
-
-def run_turn(jobs):
-    """Run each job once; then print its seconds and images per second with their ratios."""
-    measured = {}
-    for name, command in jobs.items():
-        measured[name] = run_job(name, command)
-    base_seconds, base_rate = next(iter(measured.values()))
-    for name, (seconds, rate) in measured.items():
-        columns = []
-        if seconds and base_seconds:
-            columns.append(f"{seconds:6.1f} s {base_seconds / seconds:5.2f} x")
-        if rate and base_rate:
-            columns.append(f"{rate:7.2f} images/s {rate / base_rate:5.2f} x")
-        print(f"{name:32} {'  '.join(columns) or 'not measured'}", flush=True)
-
-
 def main(args):
     if args.count:
         count_steps(args.batch_size)
@@ -467,10 +300,7 @@ def main(args):
         pipeline_dir = cache_model.POCKET_DIR
         if args.model == "sd14":
             pipeline_dir = build_sd14(folder / "sd14")
-        if not args.jobs_only:
-            compare_steps(args, pipeline_dir, device)
-        if not args.no_ray:
-            compare_jobs(args, pipeline_dir, folder)
+        compare_steps(args, pipeline_dir, device)
 
 
 def parse_args(argv=None):
@@ -486,25 +316,11 @@ def parse_args(argv=None):
     )
 
     group = parser.add_argument_group("steps")
-    group.add_argument("--no_ray", action="store_true", help="steps alone, no jobs")
     group.add_argument(
         "--compile", action="store_true", help="time --compile too, and print when it pays"
     )
     group.add_argument("--steps", type=int, default=5, help="steps per turn")
     group.add_argument("--turns", type=int, default=5, help="turns measured")
-
-    group = parser.add_argument_group("jobs")
-    group.add_argument("--jobs_only", action="store_true", help="jobs alone, no steps")
-    group.add_argument(
-        "--job_steps", type=int, nargs="+", default=[60], help="numbers of steps of the jobs"
-    )
-    group.add_argument("--job_turns", type=int, default=3, help="times each job is run")
-    group.add_argument("--skip_published", action="store_true", help="it takes minutes per job")
-    group.add_argument(
-        "--diffusers_script",
-        metavar="PATH",
-        help="also run diffusers' examples/dreambooth/train_dreambooth.py from there",
-    )
     return parser.parse_args(argv)
 
 
