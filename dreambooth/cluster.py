@@ -17,7 +17,7 @@ import ray.data
 import ray.train
 from ray.autoscaler.sdk import request_resources
 
-from dreambooth import hardware, logs
+from dreambooth import hardware, logs, shortage
 from dreambooth.cli import UserError
 
 SETTINGS = {
@@ -97,7 +97,7 @@ def fit(trainer):
         return trainer.fit()
     if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    return _in_thread(trainer.fit).result()
+    return shortage.wait_and_tell(_in_thread(trainer.fit), trainer.scaling_config)
 
 
 def scaling_config(num_workers, num_gpus, num_cpus):

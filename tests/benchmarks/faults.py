@@ -9,6 +9,7 @@
     truncated    SIGKILL to the script, its newest checkpoint cut off; the same command again
     disk         the disk is full while a checkpoint is written; with room again, the same command
     node         a node with a worker dies in training (a Ray cluster of a head and two nodes)
+    late_node    the same, and there is no other node until the run says that it waits for one
     generation   a node with an actor dies while images are generated
 
 Each ends with the weights (images) of an undisturbed run, byte for byte, or it is counted as lost.
@@ -38,7 +39,8 @@ from dreambooth.cli import HelpFormatter
 
 STEPS = 24
 TRIALS = {
-    "worker": 20, "driver": 20, "term": 5, "truncated": 5, "disk": 5, "node": 5, "generation": 5,
+    "worker": 20, "driver": 20, "term": 5, "truncated": 5, "disk": 5, "node": 5, "late_node": 5,
+    "generation": 5,
 }  # fmt: skip
 
 
@@ -152,6 +154,16 @@ def node(run, cluster, nodes):
     return run.finish() == 0
 
 
+def late_node(run, cluster, nodes):
+    run.start()
+    run.wait_for_step(random.randint(4, STEPS - 1))
+    cluster.remove_node(nodes.pop(), allow_graceful=False)
+    while run.process.poll() is None and "waiting: 2 workers" not in run.log.read_text():
+        time.sleep(0.1)
+    nodes.append(cluster.add_node(num_cpus=2))
+    return run.finish() == 0
+
+
 def run_in_cluster(run, fault):
     """A head and two nodes for one run."""
     cluster = Cluster(
@@ -208,9 +220,9 @@ def trial(name, folder):
             return run.digest() if disk(run) else None
         finally:
             subprocess.run(["umount", small], check=True)
-    if name == "node":
+    if name in ("node", "late_node"):
         run = Run(folder, num_workers=2)
-        return run.digest() if run_in_cluster(run, node) else None
+        return run.digest() if run_in_cluster(run, globals()[name]) else None
     run = Run(folder, num_workers=2 if name == "worker" else 1)
     return run.digest() if globals()[name](run) else None
 
@@ -218,7 +230,7 @@ def trial(name, folder):
 def undisturbed(name, folder):
     """The digest that each trial of a fault must reach."""
     folder.mkdir(parents=True)
-    run = Run(folder, num_workers=2 if name in ("worker", "node") else 1)
+    run = Run(folder, num_workers=2 if name in ("worker", "node", "late_node") else 1)
     if name == "generation":
         run = Generation(folder)
     assert run.again() == 0, run.log.read_text()
