@@ -9,7 +9,7 @@
     truncated    SIGKILL to the script, its newest checkpoint cut off; the same command again
     disk         the disk is full while a checkpoint is written; with room again, the same command
     node         a node with a worker dies in training (a Ray cluster of a head and two nodes)
-    late_node    the same, and there is no other node until the run says that it waits for one
+    late_node    both nodes die, and another one comes when the run has said that it waits
     generation   a node with an actor dies while images are generated
 
 Each ends with the weights (images) of an undisturbed run, byte for byte, or it is counted as lost.
@@ -157,10 +157,13 @@ def node(run, cluster, nodes):
 def late_node(run, cluster, nodes):
     run.start()
     run.wait_for_step(random.randint(4, STEPS - 1))
-    cluster.remove_node(nodes.pop(), allow_graceful=False)
-    while run.process.poll() is None and "waiting: 2 workers" not in run.log.read_text():
+    while nodes:
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+    while "waiting: 2 workers" not in run.log.read_text():
+        if run.process.poll() is not None:
+            return False
         time.sleep(0.1)
-    nodes.append(cluster.add_node(num_cpus=2))
+    nodes.append(cluster.add_node(num_cpus=4))
     return run.finish() == 0
 
 
