@@ -55,10 +55,7 @@ class Checkpointer:
         path, step = broadcast_from_rank_zero(checkpoints.find_newest(self.folder))
         if path is None:
             return 0
-        # Mapped, the file is in a node's memory once and not once for each of its workers. (On a
-        # CPU the optimizer would go on using the mapped file, which the next checkpoint replaces.)
-        on_gpu = next(self.denoiser.parameters()).device.type == "cuda"
-        state = torch.load(path / "state.pt", map_location="cpu", mmap=on_gpu, weights_only=True)
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, p in self._trained():
                 p.copy_(state["weights"][name])

@@ -23,7 +23,7 @@ def wait_and_tell(future, scaling_config, interval=5):
             continue
         short_since = short_since or time.monotonic()
         if not told and time.monotonic() - short_since >= GRACE:
-            print(f"waiting: {missing}. Ctrl-C stops; the same command goes on", flush=True)
+            print(f"waiting: {missing}. Ctrl-C, twice, stops; the same command goes on", flush=True)
             told = True
     return future.result()
 
