@@ -1,5 +1,7 @@
 """The result of a training run on disk: a complete pipeline directory, or the file of a LoRA."""
 
+from functools import partial
+
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -22,43 +24,43 @@ def save_pipeline(denoiser, model_dir, output_dir):
     """Write a complete pipeline directory: the denoiser's models, which move to the CPU, the rest
     as in `model_dir`. All in float32: loaders that are told no precision would mix several."""
     denoiser.to("cpu", torch.float32)
-
-    def write(folder):
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            model_dir,
-            text_encoder=denoiser.text_encoder,
-            unet=denoiser.unet,
-            dtype=torch.float32,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.save_pretrained(folder)
-        weights = folder / "text_encoder" / "model.safetensors"
-        save_file(_with_hub_names(load_file(weights)), weights, metadata={"format": "pt"})
-        atomic.apply_umask(folder)
-
-    atomic.replace_dir(output_dir, write)
+    atomic.replace_dir(output_dir, partial(_write_pipeline, denoiser, model_dir))
 
 
 def save_lora(denoiser, output_dir):
     """Write the LoRA matrices as diffusers' `load_lora_weights` reads them."""
+    atomic.replace_dir(output_dir, partial(_write_lora, denoiser))
 
-    def write(folder):
-        layers = {}
-        for part in LORA_TARGETS:
-            model = getattr(denoiser, part)
-            if hasattr(model, "peft_config"):
-                layers[part] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
-                layers[part] = {_with_one_layout(k): v for k, v in layers[part].items()}
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=layers["unet"],
-            text_encoder_lora_layers=_with_hub_names(layers.get("text_encoder", {})),
-        )
-        atomic.apply_umask(folder)
 
-    atomic.replace_dir(output_dir, write)
+def _write_pipeline(denoiser, model_dir, folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model_dir,
+        text_encoder=denoiser.text_encoder,
+        unet=denoiser.unet,
+        dtype=torch.float32,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    weights = folder / "text_encoder" / "model.safetensors"
+    save_file(_with_hub_names(load_file(weights)), weights, metadata={"format": "pt"})
+    atomic.apply_umask(folder)
+
+
+def _write_lora(denoiser, folder):
+    layers = {}
+    for part in LORA_TARGETS:
+        model = getattr(denoiser, part)
+        if hasattr(model, "peft_config"):
+            layers[part] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+            layers[part] = {_with_one_layout(k): v for k, v in layers[part].items()}
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=layers["unet"],
+        text_encoder_lora_layers=_with_hub_names(layers.get("text_encoder", {})),
+    )
+    atomic.apply_umask(folder)
 
 
 def _with_one_layout(name):

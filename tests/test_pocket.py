@@ -6,11 +6,13 @@ import torch
 
 from dreambooth.model_dir import load_tokenizer
 from dreambooth.pocket import pretrain, render
+from dreambooth.pocket.caption_tokenizer import CAPTION_TERMS, MAX_TOKENS, build_tokenizer
+from dreambooth.pocket.training_run import Run
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return pretrain.build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def tokenize(tokenizer, text):
@@ -21,7 +23,7 @@ def tokenize(tokenizer, text):
 def test_each_word_of_the_world_is_one_token(tokenizer):
     nouns = ["beach", "snow", "grass", "road", "night"]
     parts = [part for parts in render.PARTS.values() for part in parts]
-    for word in [*pretrain.CAPTION_TERMS, *nouns, *render.CLASSES, *render.COLOURS, *parts]:
+    for word in [*CAPTION_TERMS, *nouns, *render.CLASSES, *render.COLOURS, *parts]:
         assert len(tokenize(tokenizer, word)) == 1, word
 
 
@@ -53,7 +55,7 @@ def test_any_prompt_is_tokenized(tokenizer, prompt):
 
 def test_the_tokenizer_survives_the_pipeline_directory(tokenizer, model_dir):
     loaded = load_tokenizer(model_dir)
-    assert loaded.model_max_length == pretrain.MAX_TOKENS
+    assert loaded.model_max_length == MAX_TOKENS
     for prompt in ("photo of unqtkn car in the snow", "🚗 straße"):
         assert tokenize(loaded, prompt) == tokenize(tokenizer, prompt)
 
@@ -91,7 +93,7 @@ def train_toy(work_dir, stop_after=None):
     work_dir.mkdir(exist_ok=True)
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
-    run = pretrain.Run("toy", module, work_dir, steps=4, lr=0.1, ema=0.5)
+    run = Run("toy", module, work_dir, steps=4, lr=0.1, ema=0.5)
 
     def loss_of_step(step, rng):
         if step == stop_after:

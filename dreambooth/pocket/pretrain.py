@@ -10,10 +10,7 @@ directory in float16, is written to --output_dir, with a sheet of samples in --w
 Letters: N images, B images in a batch, H and W height and width, L tokens in a prompt.
 """
 
-import json
-import math
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -28,75 +25,20 @@ from diffusers import (
 )
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from dreambooth.cli import ArgumentParser
 from dreambooth.pocket import render
+from dreambooth.pocket.caption_tokenizer import MAX_TOKENS, build_tokenizer
+from dreambooth.pocket.training_run import Run
 
 SIZE = 64  # pixels; the autoencoder turns them into 16 x 16 latents
-MAX_TOKENS = 48
-CAPTION_TERMS = ("photo", "of", "a", "an", "with", "and", "on", "in", "the", "at")
 SHEET_PROMPTS = (
     "photo of a red car on the beach",
     "photo of a house in the snow",
     "photo of a boat at night",
     "photo of a car",
 )
-
-
-def _printable_bytes():
-    """The 256 characters that stand for the bytes in byte-level BPE (GPT-2, CLIP)."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in kept]
-    return [chr(b) for b in kept] + [chr(256 + i) for i in range(len(rest))]
-
-
-def _merge(pieces, pair):
-    merged = []
-    for piece in pieces:
-        if merged and (merged[-1], piece) == pair:
-            merged[-1] += piece
-        else:
-            merged.append(piece)
-    return merged
-
-
-def _build_merges(lexicon):
-    """BPE merges that turn each word of `lexicon` into one token, letter by letter."""
-    merges = []
-    for word in lexicon:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:
-            pieces = _merge(pieces, pair)
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces = _merge(pieces, merges[-1])
-    return merges
-
-
-def build_tokenizer(folder):
-    """Write a byte-level CLIP tokenizer to `folder` and return it.
-
-    Its tokens are 256 bytes, 256 bytes that end a word, and one for each word of the captions and
-    for each of its prefixes. Any other word falls into shorter pieces, down to letters.
-    """
-    nouns = [place.split()[-1] for place in render.PLACES]
-    parts = dict.fromkeys(part for parts in render.PARTS.values() for part in parts)
-    lexicon = [*CAPTION_TERMS, *nouns, *render.CLASSES, *render.COLOURS, *parts]
-    merges = _build_merges(lexicon)
-    characters = _printable_bytes()
-    tokens = characters + [c + "</w>" for c in characters]
-    tokens += dict.fromkeys(a + b for a, b in merges)
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab_file = folder / "vocab.json"
-    merges_file = folder / "merges.txt"
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab_file.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    merges_file.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    tokenizer = CLIPTokenizer(str(vocab_file), str(merges_file), model_max_length=MAX_TOKENS)
-    for word in lexicon:
-        assert len(tokenizer(word).input_ids) == 3, f"{word!r} is not one token"
-    return tokenizer
 
 
 def new_models(vocab_size):
@@ -164,90 +106,6 @@ def to_batch(images):
     """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return batch.contiguous(memory_format=torch.channels_last)
-
-
-class Run:
-    """A resumable training loop: AdamW, linear warm-up, cosine decay, an EMA of the weights."""
-
-    def __init__(self, name, module, work_dir, steps, lr, ema):
-        self.name = name
-        self.module = module
-        self.steps = steps
-        self.lr = lr
-        self.decay = ema
-        self.file = work_dir / f"{name}.pt"
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=1e-2)
-        self.average = {k: v.clone() for k, v in module.state_dict().items()}
-        self.step = 0
-        if self.file.exists():
-            self._resume()
-
-    def _resume(self):
-        state = torch.load(self.file, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average = state["average"]
-        self.step = state["step"]
-        print(f"{self.name}: resumed at step {self.step}")
-
-    def save(self):
-        state = {
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "step": self.step,
-        }
-        temporary = self.file.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.file)
-
-    def _set_lr(self):
-        warm_up = (self.step + 1) / 200
-        cosine = 0.5 + 0.5 * math.cos(math.pi * (self.step / self.steps)) + 1e-3
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(warm_up, cosine)
-
-    def _update_average(self):
-        keep = min(self.decay, self.step / (self.step + 10))
-        for name, value in self.module.state_dict().items():
-            if value.is_floating_point():
-                self.average[name].lerp_(value, 1 - keep)
-            else:
-                self.average[name].copy_(value)
-
-    def _train_step(self, loss_of_step):
-        rng = np.random.default_rng((self.steps, self.step))
-        torch.manual_seed(self.step)
-        self._set_lr()
-        loss = loss_of_step(self.step, rng)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        self._update_average()
-        return loss.item()
-
-    def train(self, loss_of_step):
-        """Minimise `loss_of_step(step, rng)`, a scalar; at the end the module holds the EMA."""
-        start = time.time()
-        first = self.step
-        losses = []
-        while self.step < self.steps:
-            losses.append(self._train_step(loss_of_step))
-            if self.step % 100 == 0:
-                seconds = (time.time() - start) / (self.step - first)
-                minutes_left = seconds * (self.steps - self.step) / 60
-                print(
-                    f"{self.name} {self.step}/{self.steps} loss {np.mean(losses):.4f}"
-                    f" {seconds:.3f} s per step, {minutes_left:.0f} min left",
-                    flush=True,
-                )
-                losses = []
-            if self.step % 500 == 0:
-                self.save()
-        self.save()
-        self.module.load_state_dict(self.average)
 
 
 def train_vae(vae, images, work_dir, steps):

@@ -1,6 +1,6 @@
 """Subjects for DreamBooth to learn: each belongs to a class that the pocket model knows, and has
 parts that no member of that class has. Pretraining never shows them to the model: none of their
-bodies is in render.BODIES. The LEGO car's body is beside the other cars in render.py.
+bodies is in render.BODIES. The LEGO car's body is beside the other cars in drawing.py.
 
 Coordinates are those of a canvas after `stand_at`: tenths of the object's width, x from its middle
 and y upwards from the ground below it.

@@ -26,13 +26,12 @@ from diffusers import StableDiffusionPipeline
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import cache_model
 from dreambooth import model_dir
 from dreambooth.cli import ArgumentParser
 from dreambooth.pocket import render
 from tests.benchmarks import published
 from tests.benchmarks.published import PROMPTS, settings_for
-from tests.benchmarks.throughput import build_sd14
+from tests.benchmarks.throughput import pipeline_of
 
 NUM_CLASS_IMAGES = 64
 
@@ -194,11 +193,7 @@ def run_turn(jobs):
 
 def main(args):
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        pipeline_dir = cache_model.POCKET_DIR
-        if args.model == "sd14":
-            pipeline_dir = build_sd14(folder / "sd14")
-        compare_jobs(args, pipeline_dir, folder)
+        compare_jobs(args, pipeline_of(args.model, folder), Path(folder))
 
 
 def parse_args(argv=None):

@@ -70,6 +70,11 @@ def new_sd14_models():
     return vae, text_encoder, unet
 
 
+def pipeline_of(model, folder):
+    """The pipeline directory of a --model: sd14 is made in `folder`."""
+    return build_sd14(Path(folder) / "sd14") if model == "sd14" else cache_model.POCKET_DIR
+
+
 def build_sd14(folder):
     """Write a pipeline directory with `new_sd14_models`. The tokenizer is pocket's, padded to 77
     tokens."""
@@ -296,11 +301,7 @@ def main(args):
     torch.set_float32_matmul_precision("high")  # as in train.py
     logs.hide_progress_bars(verbose=False)
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        pipeline_dir = cache_model.POCKET_DIR
-        if args.model == "sd14":
-            pipeline_dir = build_sd14(folder / "sd14")
-        compare_steps(args, pipeline_dir, device)
+        compare_steps(args, pipeline_of(args.model, folder), device)
 
 
 def parse_args(argv=None):

@@ -1,0 +1,125 @@
+"""A training run written out by hand, against which train.py is tested."""
+
+import torch
+
+from dreambooth import dataset, latents
+from dreambooth import model_dir as directory
+from dreambooth.training_plan import make_plan
+
+
+class AdamW:
+    """Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, as they wrote it."""
+
+    def __init__(self, parameters, args):
+        self.parameters = parameters
+        self.beta1 = args.adam_beta1
+        self.beta2 = 0.999 if args.adam_beta2 is None else args.adam_beta2
+        self.epsilon = args.adam_epsilon
+        self.weight_decay = args.adam_weight_decay
+        self.first = [torch.zeros_like(p) for p in parameters]
+        self.second = [torch.zeros_like(p) for p in parameters]
+        self.step_number = 0
+
+    @torch.no_grad()
+    def step(self, gradients, lr):
+        self.step_number += 1
+        t = self.step_number
+        for p, m, v, g in zip(self.parameters, self.first, self.second, gradients, strict=True):
+            m.mul_(self.beta1).add_((1 - self.beta1) * g)
+            v.mul_(self.beta2).add_((1 - self.beta2) * g * g)
+            m_hat = m / (1 - self.beta1**t)
+            v_hat = v / (1 - self.beta2**t)
+            p.sub_(lr * self.weight_decay * p)
+            p.sub_(lr * m_hat / (v_hat.sqrt() + self.epsilon))
+
+
+def learning_rate(step, num_steps, args):
+    """Of `step`, counted from 0."""
+    if args.lr_scheduler == "constant":
+        return args.lr
+    assert args.lr_scheduler == "linear"
+    if step < args.lr_warmup_steps:
+        return args.lr * step / args.lr_warmup_steps
+    return args.lr * (num_steps - step) / (num_steps - args.lr_warmup_steps)
+
+
+class ByHand:
+    """The run of some arguments in one process and in float64, each step in a single forward pass:
+    no Ray, no shards, no accumulation, no torch.optim, no code of train.py or loss.py."""
+
+    def __init__(self, args, load_models, clip=True):
+        self.args = args
+        self.vae, self.denoiser, self.scheduler = load_models()
+        self.vae.double()
+        self.denoiser.double()
+        self.parameters = list(self.denoiser.parameters())
+        self.start = [p.detach().clone() for p in self.parameters]
+        self.losses = []
+        self.grad_norms = []
+        self.learning_rates = []
+        plan = make_plan(args)
+        self.prompt_ids = self.tokenize()
+        rows = self.read_rows(plan)
+        optimizer = AdamW(self.parameters, args)
+        for step in range(plan.num_steps):
+            start = step * plan.pairs_per_step
+            loss = self.loss(rows[start : start + plan.pairs_per_step])
+            gradients = torch.autograd.grad(loss, self.parameters)
+            norm = sum(g.square().sum() for g in gradients).sqrt()
+            if clip and norm > args.max_grad_norm:
+                gradients = [g * args.max_grad_norm / norm for g in gradients]
+            lr = learning_rate(step, plan.num_steps, args)
+            optimizer.step(gradients, lr)
+            self.losses.append(loss.item())
+            self.grad_norms.append(norm.item())
+            self.learning_rates.append(lr)
+
+    def tokenize(self):
+        tokenizer = directory.load_tokenizer(self.args.model_dir)
+        prompts = [self.args.instance_prompt, self.args.class_prompt]
+        length = tokenizer.model_max_length
+        inputs = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
+        return inputs.input_ids
+
+    def read_rows(self, plan):
+        """All pairs of the run with their images, in order."""
+        num_pairs = plan.num_steps * plan.pairs_per_step
+        seed = self.args.seed
+        pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, num_pairs, seed)
+        deal = dataset.DealPairs(plan.pairs_per_step, plan.resolution, seed)
+        rows = deal.shard(dataset.build_dataset(pairs), 0, 1).take_all()
+        assert [row["position"] for row in rows] == list(range(num_pairs))
+        return rows
+
+    def loss(self, rows):
+        """Of B pairs: instance half first."""
+        images = [row["instance_image"] for row in rows] + [row["class_image"] for row in rows]
+        pixels = torch.stack([torch.tensor(image) for image in images]).double() / 127.5 - 1
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels).latent_dist
+        positions = [row["position"] for row in rows]
+        posterior_noise, noise = latents.sample_noise(
+            self.args.seed, positions, posterior.mean.shape[1:], "cpu"
+        )
+        x = posterior.mean + posterior.std * posterior_noise
+        x = x * self.vae.config.scaling_factor
+        timesteps = latents.sample_timesteps(self.args.seed, positions, 1000)
+        a = self.scheduler.alphas_cumprod.double()[timesteps]
+        noisy = a.sqrt().view(-1, 1, 1, 1) * x + (1 - a).sqrt().view(-1, 1, 1, 1) * noise
+        hidden_states = self.denoiser.text_encoder(self.prompt_ids)[0]
+        hidden_states = torch.cat(
+            [hidden_states[i : i + 1].expand(len(rows), -1, -1) for i in (0, 1)]
+        )
+        predicted = self.denoiser.unet(noisy, timesteps, hidden_states).sample
+        errors = (predicted - noise).square().mean(dim=(1, 2, 3))
+        if self.args.snr_gamma is not None:
+            snr = a / (1 - a)
+            errors = errors * snr.clamp(max=self.args.snr_gamma) / snr
+        instance = errors[: len(rows)].mean()
+        prior = errors[len(rows) :].mean()
+        return instance + self.args.prior_loss_weight * prior
+
+    def update(self):
+        """What the run has added to all weights, as one vector."""
+        pairs = zip(self.parameters, self.start, strict=True)
+        return torch.cat([(p.detach() - start).flatten() for p, start in pairs])
