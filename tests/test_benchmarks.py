@@ -21,7 +21,8 @@ from tests.benchmarks import encoders, fidelity
 
 @pytest.fixture(scope="module")
 def judge():
-    return fidelity.Judge(render.LEGO_CAR, fidelity.label_world(count=4000), num_subject=500)
+    own = fidelity.label_subject(render.LEGO_CAR, count=500)
+    return fidelity.Judge(render.LEGO_CAR, fidelity.label_world(count=4000), own)
 
 
 def test_the_judge_recognises_renders_that_it_has_not_seen(judge):

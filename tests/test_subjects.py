@@ -75,14 +75,16 @@ def world():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_judge_of_each_subject_reads_renders_that_it_has_not_seen(world, name):
-    judge = fidelity.Judge(render.SUBJECTS[name], world, num_subject=300)
+    own = fidelity.label_subject(render.SUBJECTS[name], count=300)
+    judge = fidelity.Judge(render.SUBJECTS[name], world, own)
     accuracy = fidelity.judge_accuracy(judge, count=100)
     assert accuracy["subject"] > 0.95
     assert accuracy["class"] > 0.9
 
 
 def test_a_judge_does_not_take_one_subject_for_another(world):
-    judge = fidelity.Judge(render.SUBJECTS["tugboat"], world, num_subject=300)
+    own = fidelity.label_subject(render.SUBJECTS["tugboat"], count=300)
+    judge = fidelity.Judge(render.SUBJECTS["tugboat"], world, own)
     for name in NAMES:
         scenes = fidelity.subject_in_turn(render.SUBJECTS[name], 20)
         judged = judge(fidelity.render_all(scenes, np.random.default_rng(4)))

@@ -106,17 +106,21 @@ def label_world(vae=None, count=12_000, seed=1):
     return LabelledRenders(scenes, rng, vae)
 
 
+def label_subject(subject, vae=None, count=2_000, seed=2):
+    """Scenes of `subject`, which its judge knows beside the world's."""
+    return LabelledRenders(subject_in_turn(subject, count), np.random.default_rng(seed), vae)
+
+
 class Judge:
-    """Labels an image by its nearest neighbours among renders of the `world` and of one `subject`.
+    """Labels an image by its nearest neighbours among renders of the `world` and `own` ones, of one
+    `subject`.
 
     The nearest by edges names the class, the nearest by colours all else (place, colour, subject
     or not).
     """
 
-    def __init__(self, subject, world, vae=None, num_subject=2_000, seed=2):
+    def __init__(self, subject, world, own):
         self.subject = subject
-        own_scenes = subject_in_turn(subject, num_subject)
-        own = LabelledRenders(own_scenes, np.random.default_rng(seed), vae)
         self.scenes = world.scenes + own.scenes
         self.colours = torch.cat([world.colours, own.colours])
         self.edges = torch.cat([world.edges, own.edges])
@@ -256,7 +260,7 @@ def report_pocket_metrics(args, samplers):
     original = samplers["original"]
     subject = render.SUBJECTS[args.pocket_subject]
     vae = original.generator.pipeline.vae
-    judge = Judge(subject, label_world(vae), vae)
+    judge = Judge(subject, label_world(vae), label_subject(subject, vae))
     print_row("judge", judge_accuracy(judge))
     if args.world:
         print_row("world", world_report(lambda prompt: original(prompt, 8), judge))

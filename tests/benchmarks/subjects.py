@@ -96,16 +96,21 @@ class Bench:
         return fidelity.Sampler(fidelity.parse_args(flags), model_dir, lora_weights_dir)
 
     def judge(self, name):
-        file = self.work_dir / "world.pickle"  # minutes of rendering
-        if not file.exists():
-            world = fidelity.label_world(self.vae)
-            atomic.replace_file(file, lambda file: file.write_bytes(pickle.dumps(world)))
         if self.world is None:
-            self.world = pickle.loads(file.read_bytes())
+            self.world = self.rendered_once("world", fidelity.label_world, self.vae)
         if name not in self.judges:
             subject = render.SUBJECTS[name]
-            self.judges[name] = fidelity.Judge(subject, self.world, self.vae)
+            own = self.rendered_once(name, fidelity.label_subject, subject, self.vae)
+            self.judges[name] = fidelity.Judge(subject, self.world, own)
         return self.judges[name]
+
+    def rendered_once(self, name, label, *args):
+        """`label(*args)`, from a file in --work_dir if it is there: it takes minutes."""
+        file = self.work_dir / f"{name}.pickle"
+        if not file.exists():
+            renders = pickle.dumps(label(*args))
+            atomic.replace_file(file, lambda file: file.write_bytes(renders))
+        return pickle.loads(file.read_bytes())
 
     def photos(self, name):
         folder = self.work_dir / "photos" / name
@@ -181,13 +186,14 @@ def print_table(results):
     fidelity.print_row("worst", {m: min(result[m] for result in results) for m in metrics})
 
 
-def main(args):
+def main(args, results="results.jsonl"):
+    """Train and judge what is not yet in the file `results` of --work_dir, and print the table."""
     train_flags = shlex.split(RECIPES[args.recipe]) + shlex.split(args.train_flags)
-    file = Path(args.work_dir) / "results.jsonl"
+    file = Path(args.work_dir) / results
     file.parent.mkdir(parents=True, exist_ok=True)
     finished = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     bench = None
-    results = []
+    rows = []
     for name in args.subjects:
         for seed in args.seeds:
             key = {"subject_name": name, "seed": seed, "train_flags": train_flags}
@@ -197,12 +203,12 @@ def main(args):
                 bench = bench or Bench(args)
                 found = [{**key, **bench.run(name, seed, train_flags)}]
                 atomic.append_line(file, json.dumps(found[0]))
-            results.append(found[0])
-    print_table(results)
+            rows.append(found[0])
+    print_table(rows)
 
 
-def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
+def build_parser(description):
+    parser = ArgumentParser(description)
     add = parser.add_argument
     add("--work_dir", type=absolute_path, required=True, help="for images, sheets and results")
     add("--model_dir", type=absolute_path, default=str(POCKET), help="the original model")
@@ -212,8 +218,8 @@ def parse_args(argv=None):
     add("--train_flags", default="", help="more flags of train.py, which override the recipe's")
     add("--num_samples", type=int, default=48, help="images per prompt")
     add("--num_class_images", type=int, default=200, help="as in run.sh")
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(build_parser(__doc__).parse_args())

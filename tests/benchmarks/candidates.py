@@ -1,0 +1,208 @@
+"""What would make the recipe better? Each candidate changes one thing in training, for all subjects
+and seeds of subjects.py, whose flags this script takes as well.
+
+    python tests/benchmarks/candidates.py --candidate ema --work_dir /tmp/subjects
+
+    ema                exponential moving average of the weights, with a decay of 0.99
+    text_encoder_lr    the text encoder's learning rate is a quarter of the U-Net's
+    other_classes      every tenth class image is one of another class, with that class's prompt
+    empty_prompt       every tenth class image was generated with the empty prompt, and has it
+    noise_offset       noise with an offset of 0.1 per image and channel
+    mirror             every second crop of a photo is mirrored
+    min_snr            --snr_gamma 5
+    fewer_steps        200 steps, not 300
+    more_steps         400 steps
+
+A candidate that wins becomes part of the recipe; one that does not is a line in RESULTS.md.
+"""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import train
+from dreambooth import dataset, latents, model_dir, models
+from dreambooth.images import find_images
+from dreambooth.pocket import render
+from dreambooth.seeds import seed_for
+from tests.benchmarks import fidelity, subjects
+
+EMA_DECAY = 0.99
+TEXT_ENCODER_LR = 0.25  # times --lr
+NOISE_OFFSET = 0.1
+OTHER_EVERY = 10  # pairs
+NUM_OTHER_IMAGES = 40
+FLAGS = {
+    "min_snr": "--snr_gamma 5",
+    "fewer_steps": "--max_train_steps 200 --num_epochs 8",
+    "more_steps": "--max_train_steps 400 --num_epochs 16",
+}
+
+
+def ema(args):
+    original = subjects.train_here
+
+    def train_here(train_args):
+        average = []
+
+        @torch.no_grad()
+        def on_step(step, denoiser):
+            parameters = [p for p in denoiser.parameters() if p.requires_grad]
+            if step == 0:
+                average.extend(p.clone() for p in parameters)
+            decay = min(EMA_DECAY, (step + 1) / (step + 10))  # forgets the first steps soon
+            for mean, p in zip(average, parameters, strict=True):
+                mean.lerp_(p, 1 - decay)
+
+        denoiser = original(train_args, on_step)
+        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        for p, mean in zip(trained, average, strict=True):
+            p.data.copy_(mean)
+        return denoiser
+
+    return [patch.object(subjects, "train_here", train_here)]
+
+
+def text_encoder_lr(args):
+    load, build = models.load_models, models.build_optimizer
+    of_text_encoder = set()
+
+    def load_models(*args):
+        vae, denoiser, scheduler = load(*args)
+        of_text_encoder.clear()
+        of_text_encoder.update(map(id, denoiser.text_encoder.parameters()))
+        return vae, denoiser, scheduler
+
+    def build_optimizer(parameters, args):
+        parts = [[p for p in parameters if (id(p) in of_text_encoder) is own] for own in (0, 1)]
+        groups = [{"params": parts[0]}, {"params": parts[1], "lr": args.lr * TEXT_ENCODER_LR}]
+        return build(groups, args)
+
+    return [
+        patch.object(models, "load_models", load_models),
+        patch.object(models, "build_optimizer", build_optimizer),
+    ]
+
+
+def noise_offset(args):
+    original = latents.sample_noise
+
+    def sample_noise(seed, positions, latent_shape, device):
+        posterior_noise, noise = original(seed, positions, latent_shape, device)
+        offsets = []
+        for position in positions:
+            generator = torch.Generator().manual_seed(seed_for("noise offset", seed, position))
+            offsets.append(torch.randn((2, latent_shape[0], 1, 1), generator=generator))
+        offset = torch.stack(offsets, dim=1).flatten(0, 1)  # (2B, C, 1, 1), in the noise's order
+        return posterior_noise, noise + NOISE_OFFSET * offset
+
+    return [patch.object(latents, "sample_noise", sample_noise)]
+
+
+def mirror(args):
+    original = subjects.load_crops
+
+    def load_crops(pairs, resolution, seed):
+        columns = original(pairs, resolution, seed)
+        odd = columns["position"] % 2 == 1
+        images, keys = columns["instance_image"], columns["instance_key"]
+        images[odd] = images[odd][..., ::-1]
+        columns["instance_key"] = np.where(odd, np.char.add(keys, ":mirrored"), keys)
+        return columns
+
+    return [patch.object(subjects, "load_crops", load_crops)]
+
+
+def other_classes(args):
+    return OtherImages(args, [f"photo of a {kind}" for kind in render.CLASSES]).patches()
+
+
+def empty_prompt(args):
+    return OtherImages(args, [""]).patches()
+
+
+class OtherImages:
+    """Every tenth class image is one of `prompts`, in turn, and is trained with its prompt."""
+
+    def __init__(self, args, prompts):
+        self.paths = [other_images(args, prompt, NUM_OTHER_IMAGES) for prompt in prompts]
+        tokenizer = model_dir.load_tokenizer(args.model_dir)
+        length = tokenizer.model_max_length
+        tokens = tokenizer(prompts, padding="max_length", max_length=length)
+        self.prompt_ids = torch.tensor(tokens.input_ids)
+        self.originals = dataset.pair_images, train.forward_backward
+
+    def patches(self):
+        return [
+            patch.object(dataset, "pair_images", self.pair_images),
+            patch.object(train, "forward_backward", self.forward_backward),
+        ]
+
+    def pair_images(self, *args):
+        pairs = self.originals[0](*args)
+        for n, pair in enumerate(pairs[OTHER_EVERY - 1 :: OTHER_EVERY]):
+            paths = self.paths[n % len(self.paths)]
+            pair["class"] = str(paths[n // len(self.paths) % len(paths)])
+        return pairs
+
+    def forward_backward(self, denoiser, scheduler, batches, prompt_ids, num_passes, args):
+        """As in train.py, with a prompt for each image."""
+        losses = 0.0
+        for _ in range(num_passes):
+            batch = next(batches)
+            positions = batch["positions"]
+            own = prompt_ids.repeat_interleave(len(positions), 0)  # (2B, L)
+            for i, position in enumerate(positions):
+                if position % OTHER_EVERY == OTHER_EVERY - 1:
+                    which = position // OTHER_EVERY % len(self.prompt_ids)
+                    own[len(positions) + i] = self.prompt_ids[which]
+            losses += self.originals[1](denoiser, scheduler, iter([batch]), own, 1, args)
+        return losses / num_passes
+
+
+def other_images(args, prompt, count):
+    """`count` images of `prompt` by the original model, as class images are made."""
+    folder = Path(args.work_dir) / "class" / (prompt or "empty prompt")
+    if not folder.is_dir():
+        flags = ["--model_dir", args.model_dir, "--guidance_scale", "1"]
+        sample = fidelity.Sampler(fidelity.parse_args(flags), args.model_dir)
+        images = sample(prompt, count)
+        folder.mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(folder / f"{i:03}.png")
+    return find_images(folder)
+
+
+CANDIDATES = {
+    "ema": ema,
+    "text_encoder_lr": text_encoder_lr,
+    "other_classes": other_classes,
+    "empty_prompt": empty_prompt,
+    "noise_offset": noise_offset,
+    "mirror": mirror,
+}
+
+
+def main(args):
+    args.train_flags += " " + FLAGS.get(args.candidate, "")
+    with ExitStack() as stack:
+        for change in CANDIDATES.get(args.candidate, lambda args: [])(args):
+            stack.enter_context(change)
+        subjects.main(args, results=f"{args.candidate}.jsonl")
+
+
+def parse_args(argv=None):
+    parser = subjects.build_parser(__doc__)
+    parser.add_argument("--candidate", choices=[*CANDIDATES, *FLAGS], required=True)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())
