@@ -5,7 +5,7 @@ and seeds of subjects.py, whose flags this script takes as well.
 
     ema                exponential moving average of the weights, with a decay of 0.99
     text_encoder_lr    the text encoder's learning rate is a quarter of the U-Net's
-    other_classes      every tenth class image is one of another class, with that class's prompt
+    other_classes      every tenth class image is one of all classes in turn, with its own prompt
     empty_prompt       every tenth class image was generated with the empty prompt, and has it
     noise_offset       noise with an offset of 0.1 per image and channel
     mirror             every second crop of a photo is mirrored
@@ -17,7 +17,7 @@ A candidate that wins becomes part of the recipe; one that does not is a line in
 """
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,7 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from dreambooth import dataset, latents, model_dir, models
+from dreambooth import atomic, dataset, latents, model_dir, models
 from dreambooth.images import find_images
 from dreambooth.pocket import render
 from dreambooth.seeds import seed_for
@@ -81,8 +81,9 @@ def text_encoder_lr(args):
         return vae, denoiser, scheduler
 
     def build_optimizer(parameters, args):
-        parts = [[p for p in parameters if (id(p) in of_text_encoder) is own] for own in (0, 1)]
-        groups = [{"params": parts[0]}, {"params": parts[1], "lr": args.lr * TEXT_ENCODER_LR}]
+        unet = [p for p in parameters if id(p) not in of_text_encoder]
+        text_encoder = [p for p in parameters if id(p) in of_text_encoder]
+        groups = [{"params": unet}, {"params": text_encoder, "lr": args.lr * TEXT_ENCODER_LR}]
         return build(groups, args)
 
     return [
@@ -174,9 +175,12 @@ def other_images(args, prompt, count):
         flags = ["--model_dir", args.model_dir, "--guidance_scale", "1"]
         sample = fidelity.Sampler(fidelity.parse_args(flags), args.model_dir)
         images = sample(prompt, count)
-        folder.mkdir(parents=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(folder / f"{i:03}.png")
+
+        def write(temporary):
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(temporary / f"{i:03}.png")
+
+        atomic.replace_dir(folder, write)
     return find_images(folder)
 
 
@@ -190,11 +194,18 @@ CANDIDATES = {
 }
 
 
+@contextmanager
+def changed_training(name, args):
+    """Training as the candidate `name` has it; `args`: those of subjects.py."""
+    with ExitStack() as stack:
+        for change in CANDIDATES.get(name, lambda args: [])(args):
+            stack.enter_context(change)
+        yield
+
+
 def main(args):
     args.train_flags += " " + FLAGS.get(args.candidate, "")
-    with ExitStack() as stack:
-        for change in CANDIDATES.get(args.candidate, lambda args: [])(args):
-            stack.enter_context(change)
+    with changed_training(args.candidate, args):
         subjects.main(args, results=f"{args.candidate}.jsonl")
 
 
