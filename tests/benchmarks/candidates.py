@@ -206,7 +206,7 @@ def changed_training(name, args):
 def main(args):
     args.train_flags += " " + FLAGS.get(args.candidate, "")
     with changed_training(args.candidate, args):
-        subjects.main(args, results=f"{args.candidate}.jsonl")
+        subjects.main(args, args.candidate)
 
 
 def parse_args(argv=None):

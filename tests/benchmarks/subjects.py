@@ -150,14 +150,13 @@ class Bench:
             write_sheet(sheet, {"photos": find_images(self.photos(name))}, sample.cache)
         return metrics
 
-    def run(self, name, seed, train_flags):
-        """Train and judge one subject with one seed."""
+    def run(self, name, seed, train_flags, sheet):
+        """Train and judge one subject with one seed; `sheet`: the file for its contact sheet."""
         with tempfile.TemporaryDirectory() as folder:
             args = self.train_args(name, seed, Path(folder) / "tuned", train_flags)
             start = time.time()
             saving.save(train_here(args), args)
             seconds = time.time() - start
-            sheet = self.work_dir / f"{name}-{self.args.recipe}-seed{seed}.png"
             if args.use_lora:
                 metrics = self.report(name, args.model_dir, args.output_dir, sheet)
             else:
@@ -186,10 +185,11 @@ def print_table(results):
     fidelity.print_row("worst", {m: min(result[m] for result in results) for m in metrics})
 
 
-def main(args, results="results.jsonl"):
-    """Train and judge what is not yet in the file `results` of --work_dir, and print the table."""
+def main(args, candidate=None):
+    """Train and judge what has no result in --work_dir yet, and print the table. The `candidate`
+    that changes training (candidates.py) names its results and sheets."""
     train_flags = shlex.split(RECIPES[args.recipe]) + shlex.split(args.train_flags)
-    file = Path(args.work_dir) / results
+    file = Path(args.work_dir) / f"{candidate or 'results'}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     finished = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     bench = None
@@ -201,7 +201,8 @@ def main(args, results="results.jsonl"):
             found = [result for result in finished if key.items() <= result.items()]
             if not found:
                 bench = bench or Bench(args)
-                found = [{**key, **bench.run(name, seed, train_flags)}]
+                sheet = file.with_name(f"{name}-{candidate or args.recipe}-seed{seed}.png")
+                found = [{**key, **bench.run(name, seed, train_flags, sheet)}]
                 atomic.append_line(file, json.dumps(found[0]))
             rows.append(found[0])
     print_table(rows)
