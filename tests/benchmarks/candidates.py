@@ -198,8 +198,9 @@ CANDIDATES = {
 def changed_training(name, args):
     """Training as the candidate `name` has it; `args`: those of subjects.py."""
     with ExitStack() as stack:
-        for change in CANDIDATES.get(name, lambda args: [])(args):
-            stack.enter_context(change)
+        if name in CANDIDATES:  # else flags are all that it changes
+            for change in CANDIDATES[name](args):
+                stack.enter_context(change)
         yield
 
 
