@@ -33,6 +33,27 @@ def test_ctrl_c_is_exit_code_130(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+SUCCEED = """
+import atexit
+from dreambooth.cli import run_main
+
+class Large:
+    def __del__(self):
+        print("freed")
+
+large = Large()
+atexit.register(print, "shut down")
+run_main(print, "done")
+"""
+
+
+def test_a_script_that_succeeds_shuts_down_but_frees_nothing(run_script):
+    """Ray's shutdown takes place; that Python frees torch's modules takes seconds, and does not."""
+    result = run_script("-c", SUCCEED)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "done\nshut down\n"
+
+
 def test_a_bug_keeps_its_stack_trace():
     with pytest.raises(ZeroDivisionError):
         cli.run_main(raise_error, ZeroDivisionError())

@@ -255,15 +255,13 @@ def test_a_phones_photos_pass_the_checks_and_reach_the_workers(
     assert (batch["images"][:6] - red).abs().max() < 0.05
 
 
-def test_a_phones_photos_are_trained_on(
-    phone_photos, train_argv, run_script, tmp_path, ray_address
-):
+def test_a_phones_photos_are_trained_on(phone_photos, train_argv, run_script, tmp_path):
     """As a command; without class images, which this does not need."""
     without = {"prior_loss_weight": 0, "class_images_dir": False, "class_prompt": False}
     argv = train_argv(
         tmp_path / "out", instance_images_dir=phone_photos, max_train_steps=1, **without
     )
-    result = run_script("train.py", *argv, RAY_ADDRESS=ray_address)
+    result = run_script("train.py", *argv)
     assert result.returncode == 0, result.stderr
     assert (
         "3 instance and 0 class images at 64 px, 1 steps of 1 pairs, 1 worker(s)" in result.stdout

@@ -105,12 +105,12 @@ def test_the_recipes_are_those_of_run_sh(root):
 
 
 def test_training_in_this_process_gives_the_weights_of_train_py(
-    run_script, ray_address, train_argv, train_args, tmp_path
+    run_script, train_argv, train_args, tmp_path
 ):
     """To the last bit: so what the benchmark says of the recipe holds for train.py."""
     changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "lr": 1e-3}
     command = train_argv(tmp_path / "command", **changes)
-    result = run_script("train.py", *command, RAY_ADDRESS=ray_address)
+    result = run_script("train.py", *command)
     assert result.returncode == 0, result.stderr
     args = train_args(tmp_path / "here", **changes)
     threads = torch.get_num_threads()

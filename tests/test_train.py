@@ -41,8 +41,8 @@ RECIPE = {
 
 
 @pytest.fixture(scope="module")
-def recipe_run(run_train, ray_address):
-    return run_train(ray_address, **RECIPE)
+def recipe_run(run_train):
+    return run_train(**RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def lora_runs(run_train, ray_address, instance_dir, class_dir):
     flags = {"use_lora": True, "lr": 1e-3}
     swapped = {"instance_images_dir": class_dir, "class_images_dir": instance_dir}
     return [
-        run_train(ray_address, num_workers=1, **flags),
+        run_train(num_workers=1, **flags),
         run_train(ray_address, num_workers=2, gradient_accumulation_steps=2, **flags, **swapped),
     ]
 
