@@ -28,7 +28,7 @@ WEIGHTS = {
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--model_dir", type=absolute_path, required=True, help="the cache, one folder per model")
+    add("--model_dir", type=absolute_path, required=True, help="the cache, with a folder per model")
     add("--model_name", default="CompVis/stable-diffusion-v1-4", help='on the Hub, or "pocket"')
     add("--revision", default="main", help="commit, tag or branch")
     return parser.parse_args(argv)

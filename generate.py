@@ -6,8 +6,8 @@ new places with the tuned one.
         --num_samples_per_prompt 4
 
 Image i of a prompt depends on the model, the prompt, the seed, i and the sampler's settings alone:
-with or without Ray, on one worker or eight, alone or in a batch, it is the same image. A second run
-of the same command generates only what is missing.
+with or without Ray, on one worker or eight, alone or in a batch, it is the same image (on GPUs, to
+rounding). A second run of the same command generates only what is missing.
 """
 
 import argparse
@@ -50,19 +50,19 @@ def parse_args(argv=None):
     add("--prompts", nargs="+", type=valid_prompt, default=[], help="prompts, each in quotes")
     add("--prompts_file", **path, help="a text file with one prompt per line")
     add("--num_samples_per_prompt", type=int, default=1, help="images per prompt")
-    add("--seed", type=int, default=0, help="of the noise that images start from")
-    overwrite_help = "remove earlier images there that this command would not make"
+    add("--seed", type=int, default=0, help="of the initial noise")
+    overwrite_help = "delete old images there that this command would not generate"
     add("--overwrite", action="store_true", help=overwrite_help)
 
     add = parser.add_argument_group("sampler").add_argument
     scheduler_help = "dpm: DPM-Solver++ with Karras sigmas; model: the model's own"
     add("--scheduler", choices=["dpm", "model"], default="dpm", help=scheduler_help)
     add("--num_inference_steps", type=int, default=25, help="denoising steps")
-    add("--guidance_scale", type=float, default=7.5, help="weight of the prompt")
+    add("--guidance_scale", type=float, default=7.5, help="strength of the prompt's guidance")
 
     add = parser.add_argument_group("run").add_argument
     add("--use_ray_data", action="store_true", help="batch inference on all GPUs of the cluster")
-    workers_help = "with --use_ray_data (default: one per GPU; one without GPUs)"
+    workers_help = "Ray Data's actors (default: one per GPU; one without GPUs)"
     add("--num_workers", type=int, help=workers_help)
     batch_help = f"images per batch on a GPU (default: what fits, at most {MAX_BATCH})"
     add("--batch_size", type=int, help=batch_help)
@@ -118,9 +118,9 @@ def plan(args):
 
 
 def find_existing(args):
-    """The planned records; those whose images are there already; those of other images that may
-    stay; and the files of images that may not: made with other settings, a UserError unless
-    --overwrite, and with that all others."""
+    """The planned records; those whose images exist; the records of other images, which stay; and
+    the files of stale images, which do not. Without --overwrite these are a UserError: images with
+    a planned name and other settings. With it they are all images that are not planned."""
     planned = plan(args)
     finished, others, stale = outputs.find_existing(args.output_dir, planned)
     if args.overwrite:

@@ -5,7 +5,7 @@
 #   LORA=1 ./run.sh   the same with LoRA
 #   ./run.sh test     the tests
 #
-# Every variable can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
+# Each variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
 set -euo pipefail
 
 # The recipes: what is learned, and how.
@@ -16,7 +16,7 @@ use_pocket() {
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
   TRAIN_FLAGS=${TRAIN_FLAGS:---lr 2e-4 --lr_scheduler cosine}
   LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine}
-  PAIRS=8 STEPS=300
+  PAIRS=${PAIRS:-8} STEPS=${STEPS:-300}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
 }
@@ -29,13 +29,13 @@ use_stable_diffusion() {
   SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
   TRAIN_FLAGS=${TRAIN_FLAGS:---lr 5e-6}
   LORA_FLAGS=${LORA_FLAGS:---lora_rank 4 --lr 1e-4}
-  PAIRS=2 STEPS=200
+  PAIRS=${PAIRS:-2} STEPS=${STEPS:-200}
   CLASS_FLAGS=${CLASS_FLAGS:-}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
 }
 
-# Where everything goes. On several nodes, DATA_PREFIX is on storage that all of them see. Each subject
-# has a folder, named like that of its photos; original models and class images are there for all.
+# Where everything goes. On several nodes, DATA_PREFIX is on shared storage. Each subject has a folder,
+# named like that of its photos; they share original models and class images.
 set_paths() {
   DATA_PREFIX=${DATA_PREFIX:-/tmp}
   SUBJECT_DIR=${SUBJECT_DIR:-$DATA_PREFIX/subjects/$(basename "$INSTANCE_DIR")}
@@ -49,7 +49,7 @@ set_paths() {
 }
 
 # Unless TRAIN_FLAGS is set from outside: LoRA's recipe if LORA is set, and what fits the memory of the GPUs.
-# Several GPUs share the pairs of a step, one each at least, and the number of steps stays: with fewer, the
+# Several GPUs share the pairs of a step, at least one each. The number of steps stays the same: in fewer, the
 # subject is learned worse at any learning rate.
 choose_train_flags() {
   local added= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
@@ -86,6 +86,7 @@ main() {
   step 1 "cache the original model (SD 1.4: a download of 4 GB, minutes; pocket: no time)"
   "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
   [[ -n "$OWN_TRAIN_FLAGS" ]] || choose_train_flags
+  if [[ "${LORA:-0}" == 1 && "$TRAIN_FLAGS" != *--use_lora* ]]; then TRAIN_FLAGS+=" --use_lora"; fi
   RESULT_DIR=$TUNED_MODEL_DIR
   RESULT=(--model_dir "$TUNED_MODEL_DIR")
   if [[ "$TRAIN_FLAGS" == *--use_lora* ]]; then
@@ -147,7 +148,7 @@ run_tests() {
   exec "$PYTHON" -m pytest -q
 }
 
-# Paths are relative to where the user stands; the scripts are where this file is.
+# Paths are relative to the caller's directory; the scripts are beside this file.
 for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH {TUNED_MODEL,LORA,IMAGES_REG,IMAGES_OWN,IMAGES_NEW}_DIR; do
   [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
 done

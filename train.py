@@ -2,8 +2,8 @@
 prior-preserving loss (Ruiz et al. 2022, arXiv 2208.12242) on Ray Data and Ray Train.
 
     python train.py --model_dir $ORIG_MODEL_PATH --output_dir $TUNED_MODEL_DIR \\
-        --instance_images_dir images/lego-car --instance_prompt "photo of unqtkn car" \\
-        --class_images_dir $IMAGES_REG_DIR --class_prompt "photo of a car" --num_workers 1
+        --instance_images_dir images/dog --instance_prompt "photo of unqtkn dog" \\
+        --class_images_dir $IMAGES_REG_DIR --class_prompt "photo of a dog"
 
 The result is a diffusers pipeline directory, or with --use_lora pytorch_lora_weights.safetensors;
 generate.py takes both. The diffusion step itself is in dreambooth/loss.py.
@@ -77,12 +77,12 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("run").add_argument
     workers_help = "one GPU each, where there are GPUs; 2:4 means two to four"
-    add("--num_workers", type=worker_range, default="2", help=workers_help)
+    add("--num_workers", type=worker_range, default="1", help=workers_help)
     dtype_help = "of trained weights; bf16 (Kahan summation) needs 10 bytes per weight, not 16"
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
-    every_help = "steps between checkpoints; 0: none (default: a tenth of a run, if over a minute)"
+    every_help = "steps between checkpoints; 0: none (default: a tenth of a run, above a minute)"
     add("--checkpointing_steps", type=int, help=every_help)
     add("--checkpoints_total_limit", type=int, default=1, help="checkpoints to keep")
     add("--storage_path", type=absolute_path, help="where they go (default: beside the result)")

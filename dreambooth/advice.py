@@ -95,7 +95,7 @@ RULES = [
         "out of memory",
         out_of_memory,
         "The GPU's memory did not suffice.",
-        "Give --gradient_checkpointing, then --param_dtype bf16, then --use_lora.",
+        "Give --gradient_checkpointing, then --param_dtype bf16 or --use_lora.",
     ),
     Rule(
         "class loss rises",

@@ -50,8 +50,8 @@ class Checkpointer:
         self.noticed = None  # the preemption for which a checkpoint has been written
 
     def restore(self):
-        """Load the newest checkpoint, if there is one, on all workers the one that rank 0 finds;
-        returns the number of steps done."""
+        """On every worker, load the newest checkpoint that rank 0 finds, if any; returns the number
+        of steps done."""
         path, step = broadcast_from_rank_zero(checkpoints.find_newest(self.folder))
         if path is None:
             return 0
@@ -65,7 +65,7 @@ class Checkpointer:
 
     def step_is_done(self, step):
         """Call after each step, on every worker, with the number of steps done. UserError: a signal
-        asked the run to stop; the checkpoint is there. Or the disk is full."""
+        asked the run to stop, and the checkpoint is written; or the disk is full."""
         if self.writing and self.writing.done():
             self.writing.result()  # raises what went wrong
         if step == self.num_steps:
@@ -155,10 +155,10 @@ class StopOnSignal:
         print("stopping after this step (again: at once)", flush=True)
 
     def exit_if_asked(self, error):
-        """Where a signal has stopped the run: say so, and exit with the signal's code. Not if
-        `error`, with which it ended, is another that the user must know of."""
+        """If a signal stopped the run, say so and exit with its code, unless the run ended with
+        another `error` that the user must see."""
         user_error = ray_errors.training_error(error)
         if self.signal and (user_error is None or STOPPED in str(user_error)):
             _, step = checkpoints.find_newest(self.folder)
-            print(f"{STOPPED} {step}: the same command goes on", file=sys.stderr)
+            print(f"{STOPPED} {step}: run the same command again to resume", file=sys.stderr)
             sys.exit(128 + self.signal)

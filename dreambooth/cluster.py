@@ -1,4 +1,4 @@
-"""Ray: its start, and the nodes and cores that it finds."""
+"""Starts Ray, and counts its GPUs and cores."""
 
 import logging
 import os
@@ -179,7 +179,7 @@ def check_address(address):
 def wait_for_workers(num_workers, seconds):
     """The numbers of GPUs and CPU cores of the cluster, which must suffice for `num_workers`; with
     `seconds`, as soon as there is a GPU for each, which a cluster that grows by itself is asked
-    for. UserError: not within that time."""
+    for. UserError: there are too few, or still too few after that time."""
     num_gpus, num_cpus = resources()
     deadline = time.time() + seconds
     if seconds and num_gpus < num_workers:

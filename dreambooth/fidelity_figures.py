@@ -8,7 +8,7 @@ from dreambooth.cli import UserError
 
 def read(file):
     """The figures of fidelity by model: of JSON, {"original": {"subject": 0.1}, "tuned": {...}}, or
-    of what fidelity.py prints. UserError: neither."""
+    of what fidelity.py prints. UserError: it is neither."""
     if not file:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""A pipeline that makes records into images: in this process, or as the actor of Ray Data.
+"""Generates the image of each record, in this process or as an actor of Ray Data.
 
 A record is a dict that says all an image depends on: prompt, seed, index, file name, and settings.
 """

@@ -167,7 +167,7 @@ def parse_args(argv=None):
     add("--model_dir", type=absolute_path, required=True, help="the original model")
     add("--num_workers", type=int, default=1, help="one GPU per worker")
     add("--gib", type=float, help="GiB free on each GPU (default: asks them)")
-    add("--use_lora", action="store_true", help="LoRA, whether or not more fits")
+    add("--use_lora", action="store_true", help="LoRA, even if more would fit")
     return parser.parse_args(argv)
 
 

@@ -1,5 +1,5 @@
-"""Images of a few prompts while a run trains: the same noise each time, so that the subject is seen
-to come, and overfitting to begin.
+"""Images of a few prompts while a run trains: the same noise each time, so that one sees the
+subject appear, and overfitting begin.
 
     TUNED_MODEL_DIR.report/previews/000-step000100.png     prompt 0 after 100 steps
     TUNED_MODEL_DIR.report/film-strip.png                  a row per prompt, a column per preview

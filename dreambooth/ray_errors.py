@@ -1,4 +1,4 @@
-"""Errors that come back through Ray: which of them are the user's."""
+"""Which exceptions raised through Ray are user errors."""
 
 import re
 
@@ -41,8 +41,8 @@ def training_error(error):
     for cause in [error, controller_failure, *worker_failures.values()]:
         if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
             return UserError(
-                "out of GPU memory: give --gradient_checkpointing, --param_dtype bf16, --use_lora,"
-                " or a smaller --train_batch_size or --resolution"
+                "out of GPU memory: give --gradient_checkpointing, then --param_dtype bf16 or"
+                " --use_lora, or a smaller --train_batch_size or --resolution"
             )
         message = user_error_in(cause)
         if message:

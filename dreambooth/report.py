@@ -1,5 +1,5 @@
-"""What a training run reports: facts at set-up, then on a terminal a progress bar and else a line
-every few steps, where the seconds went; and its metrics, written beside the result."""
+"""What a training run reports: facts at set-up, progress (a bar on a terminal, else a line every
+few steps), where the seconds went, and the metrics files beside the result."""
 
 import math
 import time

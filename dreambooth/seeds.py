@@ -1,4 +1,4 @@
-"""Where random numbers come from: each from what it belongs to, never from earlier ones."""
+"""Seeds: each follows from what it is used for, never from earlier random numbers."""
 
 import zlib
 
@@ -7,7 +7,7 @@ import numpy as np
 
 def seed_for(stream, *numbers):
     """A 63 bit seed for one use of random numbers: the name of its stream, such as "noise", and the
-    numbers that tell its uses apart, such as run's seed and position.
+    numbers that tell its uses apart, such as the run's seed and a position.
 
     Equal arguments give equal seeds, different ones unrelated seeds: no two streams share one, and
     trailing zeros count.

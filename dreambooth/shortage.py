@@ -1,4 +1,4 @@
-"""A line for a run that waits for a node: Ray Train itself waits without a word."""
+"""Prints a line when a run waits for a node: Ray Train itself waits silently."""
 
 import time
 from concurrent.futures import wait
@@ -23,7 +23,7 @@ def wait_and_tell(future, scaling_config, interval=5):
             continue
         short_since = short_since or time.monotonic()
         if not told and time.monotonic() - short_since >= GRACE:
-            print(f"waiting: {missing}. Ctrl-C, twice, stops; the same command goes on", flush=True)
+            print(f"waiting: {missing}. Ctrl-C, twice, stops; rerun to resume", flush=True)
             told = True
     return future.result()
 

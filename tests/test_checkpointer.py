@@ -168,7 +168,7 @@ def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys):
             with pytest.raises(SystemExit) as found:
                 stop.exit_if_asked(error)
             assert found.value.code == 128 + signal.SIGTERM
-            assert "the same command goes on" in capsys.readouterr().err
+            assert "run the same command again to resume" in capsys.readouterr().err
         with pytest.raises(SystemExit) as found:
             signal.raise_signal(signal.SIGINT)
         assert found.value.code == 128 + signal.SIGINT

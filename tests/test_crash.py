@@ -138,7 +138,7 @@ def stop_after_step_1(root):
                 process.send_signal(signal.SIGTERM)
         errors = process.stderr.read()
         assert process.wait() == 128 + signal.SIGTERM
-        assert errors == "stopped after step 1: the same command goes on\n"
+        assert errors == "stopped after step 1: run the same command again to resume\n"
 
     return stop
 

@@ -134,7 +134,10 @@ def test_recipes_of_the_readme_are_those_of_run_sh(root, run_sh):
     """For one worker, with 200 class images."""
     readme = (root / "README.md").read_text().replace("\\\n", " ")
     readme = " ".join(readme.split())
-    sizes = [tuple(map(int, found)) for found in re.findall(r"PAIRS=(\d+) STEPS=(\d+)", run_sh)]
+    sizes = [
+        tuple(map(int, found))
+        for found in re.findall(r"PAIRS:-(\d+)\} STEPS=\${STEPS:-(\d+)\}", run_sh)
+    ]
     for name in ("TRAIN_FLAGS", "LORA_FLAGS"):
         for flags, (pairs, steps) in zip(recipes(run_sh, name), sizes, strict=True):
             epochs = math.ceil(pairs * steps / 200)
@@ -240,6 +243,8 @@ VARIABLES = [
     "IMAGES_NEW_DIR",
     "INSTANCE_DIR",
     "NUM_WORKERS",
+    "PAIRS",
+    "STEPS",
     "UNIQUE_TOKEN",
     "CLASS_NAME",
     "CLASS_PROMPT",

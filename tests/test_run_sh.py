@@ -143,6 +143,19 @@ def test_lora_in_train_flags_from_outside(run_story):
     assert "--lora_weights_dir /data/subjects/lego-car/lora " in commands["generate.py"][1]
 
 
+def test_lora_with_other_flags_of_train_py(run_story):
+    """LORA=1 is not lost where TRAIN_FLAGS replaces the recipe."""
+    _, commands = run_story(0, LORA="1", TRAIN_FLAGS="--lr 1e-3")
+    assert commands["train.py"][0].endswith(" --num_workers 1 --lr 1e-3 --use_lora")
+    assert "--lora_weights_dir /data/subjects/lego-car/lora " in commands["generate.py"][1]
+
+
+def test_another_number_of_steps(run_story):
+    """And as many epochs of the 200 class images as they take."""
+    _, commands = run_story(1, 79, STEPS="500")
+    assert "--train_batch_size 2 --num_epochs 5 --max_train_steps 500 " in commands["train.py"][0]
+
+
 def test_on_a_cluster_all_images_are_generated_there(run_story):
     """The node of the command may have no GPU."""
     _, commands = run_story(4, 79, RAY_ADDRESS="auto")

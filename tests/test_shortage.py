@@ -39,8 +39,7 @@ def test_one_line_when_a_node_is_missed_and_one_when_it_is_back(run_while, capsy
     looks = [{"GPU": 2.0}] + 9 * [{"GPU": 1.0}] + 3 * [{"GPU": 2.0}]
     assert run_while(TWO_GPUS, looks) == "a result"
     assert capsys.readouterr().out.splitlines() == [
-        "waiting: 2 workers need 2 GPUs, the cluster has 1."
-        " Ctrl-C, twice, stops; the same command goes on",
+        "waiting: 2 workers need 2 GPUs, the cluster has 1. Ctrl-C, twice, stops; rerun to resume",
         "the cluster has room for the workers again",
     ]
 

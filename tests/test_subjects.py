@@ -95,7 +95,7 @@ def test_a_judge_does_not_take_one_subject_for_another(world):
 def test_the_recipes_are_those_of_run_sh(root):
     """For one worker, with 200 class images."""
     script = (root / "run.sh").read_text()
-    pairs, steps = map(int, re.search(r"PAIRS=(\d+) STEPS=(\d+)", script).groups())
+    pairs, steps = map(int, re.search(r"PAIRS:-(\d+)\} STEPS=\${STEPS:-(\d+)\}", script).groups())
     assert (
         f"--train_batch_size {pairs} --num_epochs {math.ceil(pairs * steps / 200)}"
         f" --max_train_steps {steps}"
