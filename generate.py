@@ -155,7 +155,7 @@ def generate_missing(args, planned, finished, others, stale):
             new_records = ImageGenerator(args).generate(missing)
         finished = finished + list(itertools.islice(new_records, 1))
     for name in {file.name for file in stale} - {record["file"] for record in planned}:
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
     outputs.write_records(folder, others + finished)
     if missing:
         for record in tqdm(new_records, total=len(missing), initial=1, unit="image"):

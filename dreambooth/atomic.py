@@ -4,6 +4,8 @@ Files and directories are written under a temporary name beside the target and t
 checks find what would make that fail before anything costly starts.
 """
 
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -42,7 +44,7 @@ def replace_dir(folder, write):
     renames, under .NAME.old beside it. UserError: the disk is full.
     """
     folder = Path(folder).resolve()
-    new = folder.with_name(f".{folder.name}.new")
+    new = unfinished(folder)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -52,7 +54,7 @@ def replace_dir(folder, write):
             flush(path)
     except Exception as error:
         shutil.rmtree(new, ignore_errors=True)
-        if "No space left" in str(error):  # an OSError, or an error of safetensors' own
+        if is_full(error):
             raise UserError(
                 f"no space left to write {folder}: nothing was saved, the previous result is kept"
             ) from error
@@ -63,6 +65,34 @@ def replace_dir(folder, write):
     os.rename(new, folder)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def unfinished(folder):
+    """Where `replace_dir` writes the new directory; a killed process leaves it to the next one."""
+    folder = Path(folder)
+    return folder.with_name(f".{folder.name}.new")
+
+
+def is_full(error):
+    """Whether `error` says that the disk, or the user's quota of it, is full. (safetensors has
+    errors of its own, with the system's message.)"""
+    texts = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
+    return any(text in str(error) for text in texts)
+
+
+def lock(file, what):
+    """Lock `file` for this process, as long as it lives. UserError: another process has locked it,
+    and writes `what`."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # closing it would end the lock
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"another run writes {what} now: wait for its end, or stop it"
+            ) from None
+        # Else a file system without locks, which is no reason to refuse a run.
 
 
 def flush(path):
@@ -117,10 +147,12 @@ def check_replaceable(folder, own_names, flag="--output_dir"):
         )
 
 
-def check_space(folder, num_bytes, what):
-    """The disk of `folder` must have `num_bytes` free for `what`."""
+def check_space(folder, num_bytes, what, leftovers=()):
+    """The disk of `folder` must have `num_bytes` free for `what`, not counting `leftovers`: files
+    that will have been deleted by then."""
     existing = next(parent for parent in Path(folder).absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
+    free += sum(file.stat().st_size for file in leftovers if file.is_file())
     if free < num_bytes:
         raise UserError(
             f"{folder}: {free / 1e9:.1f} GB are free, and {what} will take {num_bytes / 1e9:.1f} GB"

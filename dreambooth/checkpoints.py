@@ -1,11 +1,12 @@
-"""Checkpoints of a training run: the same command, given again, goes on where the last one stopped.
+"""Checkpoints of a training run: the same command, given again, resumes where the last one stopped.
 
+    TUNED_MODEL_DIR.checkpoints/lock              locked by the process of the run
     TUNED_MODEL_DIR.checkpoints/run.json          what decides the run's result
     TUNED_MODEL_DIR.checkpoints/step_000100/      a complete checkpoint: state.pt and complete.json
 
 A checkpoint holds all that changes from step to step: trained weights, optimizer, learning-rate
 schedule. Pairs, crops, noise and timesteps follow from their position in the run (seeds.py). So a
-resumed run ends with the weights of an undisturbed one: to the last bit on a CPU.
+resumed run ends with the weights of an uninterrupted one: to the last bit on a CPU.
 """
 
 import json
@@ -23,7 +24,9 @@ from dreambooth.cli import UserError
 def run_dir(args):
     """Where a run's checkpoints are, and Ray Train's own files: every node must see it."""
     output_dir = Path(args.output_dir)
-    return Path(args.storage_path or output_dir.parent) / f"{output_dir.name}.checkpoints"
+    if args.storage_path:  # which may be that of other subjects, too
+        return Path(args.storage_path) / f"{output_dir.parent.name}-{output_dir.name}.checkpoints"
+    return output_dir.with_name(f"{output_dir.name}.checkpoints")
 
 
 def find_newest(folder):
@@ -39,30 +42,31 @@ def find_newest(folder):
 
 
 def prepare(args, identity):
-    """Make the run's directory ready, and say if a run goes on.
+    """Make the run's directory ready, for this process alone, and say if a run resumes.
 
     `identity`: a flat dict of all that decides the result. UserError: the checkpoints there belong
-    to a run with another one.
+    to a run with another one, or to a run that has not ended.
     """
     folder = run_dir(args)
-    if args.restart:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.lock(folder / "lock", args.output_dir)
     path, step = find_newest(folder)
-    if path is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
+    if args.restart or not (folder / "run.json").exists():
+        path = None
+    if path:
         check_identity(folder, identity)
         print(f"resuming after step {step}: {path}")
-        for other in folder.iterdir():  # of the previous process: Ray Train's files, a stop request
-            if not other.name.startswith("step_"):
-                shutil.rmtree(other) if other.is_dir() else other.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.iterdir():  # of the previous process: Ray Train's files, a stop request
+        if other.name in ("lock", "run.json") or path and other.name.startswith("step_"):
+            continue
+        shutil.rmtree(other) if other.is_dir() else other.unlink()
     text = json.dumps(identity, indent=1)
     atomic.replace_file(folder / "run.json", lambda file: file.write_text(text))
 
 
 def remove(folder):
     """Delete a run's checkpoints and Ray Train's files: the result is in place."""
+    (folder / "run.json").unlink(missing_ok=True)  # first: without it, no run resumes from the rest
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -84,13 +88,13 @@ def check_identity(folder, identity):
         changes = ", ".join(f"{name} was {earlier.get(name)}, is {now[name]}" for name in differing)
         raise UserError(
             f"{folder} holds checkpoints of another run ({changes}):"
-            " give that run's flags to go on, or --restart to begin anew"
+            " give that run's flags to resume it, or --restart to start over"
         )
 
 
 def write(state, step, folder, limit):
     """Write `state` as the checkpoint of `step`, then delete all but the newest `limit`; returns
-    its path. UserError: the disk is full; earlier checkpoints are kept."""
+    its path. UserError: the disk or the quota is full; earlier checkpoints are kept."""
     path = Path(folder) / f"step_{step:06d}"
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -106,7 +110,7 @@ def write(state, step, folder, limit):
         shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
         free = shutil.disk_usage(folder).free
-        if free > needed:
+        if free > needed and not atomic.is_full(error):
             raise
         raise UserError(
             f"no space for the checkpoint of step {step} in {folder}:"

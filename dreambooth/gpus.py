@@ -18,7 +18,7 @@ def free_memory():
         return hardware.gpu_memory()
     from dreambooth import cluster  # here: Ray takes seconds
 
-    cluster.start_ray()
+    cluster.start_ray(log_to_driver=False)  # run.sh reads what this prints
     return on_each_node(hardware.gpu_memory)
 
 

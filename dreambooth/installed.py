@@ -12,12 +12,12 @@ REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 
 
 def missing_packages(requirements=REQUIREMENTS):
-    """The pins, "name==version", that are not installed in this version."""
+    """The pins, "name==version", that are not installed in this version, of whatever build."""
     pins = re.findall(r"^([\w-]+)(?:\[.*\])?==(\S+)", requirements.read_text(), re.MULTILINE)
     missing = []
     for name, version in pins:
         try:
-            installed = importlib.metadata.version(name)
+            installed = importlib.metadata.version(name).partition("+")[0]  # of any CUDA build
         except importlib.metadata.PackageNotFoundError:
             installed = None
         if installed != version:

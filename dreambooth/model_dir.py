@@ -16,6 +16,7 @@ PIPELINE_FILES = [
     ("model_index.json",),
     ("scheduler/scheduler_config.json",),
     ("tokenizer/tokenizer.json", "tokenizer/merges.txt"),
+    ("tokenizer/tokenizer.json", "tokenizer/vocab.json"),
     ("text_encoder/config.json",),
     ("vae/config.json",),
     ("unet/config.json",),

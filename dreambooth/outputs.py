@@ -7,8 +7,10 @@ recognises it; and contact sheets, to see many at once.
 import argparse
 import hashlib
 import json
+import os
 import re
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
@@ -91,10 +93,21 @@ def _prompt_number(name):
 
 
 def remove_leftovers(folder):
-    """Remove temporary files that a killed run has left in `folder`."""
+    """Remove temporary files that a killed run has left in `folder`: those of processes that no
+    longer run here. Two runs may fill it at a time, with class images for two subjects."""
     for pattern in (".*-seed*.png.*.tmp", f".{RECORDS}.*.tmp"):
         for file in Path(folder).glob(pattern):
-            file.unlink()
+            if not _is_running(int(file.name.split(".")[-2])):  # as atomic.replace_file names it
+                file.unlink(missing_ok=True)
+
+
+def _is_running(process_id):
+    with suppress(PermissionError):  # another user's
+        try:
+            os.kill(process_id, 0)  # asks and does nothing
+        except ProcessLookupError:
+            return False
+    return True
 
 
 def write_records(folder, records):

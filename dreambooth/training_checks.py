@@ -73,10 +73,12 @@ def check_output_dir(args):
     names = [model_dir.LORA_FILE] if args.use_lora else model_dir.PIPELINE_NAMES
     atomic.check_replaceable(args.output_dir, [*names, *model_dir.CARD_FILES])
     atomic.check_writable(metrics.report_dir(args.output_dir), "the report's directory,")
+    atomic.check_writable(checkpoints.run_dir(args), "the checkpoints' directory,")
     if not args.use_lora:
         sizes = model_dir.num_parameters(args.model_dir)
         num_bytes = 4 * sum(sizes.values())  # float32
-        atomic.check_space(args.output_dir, num_bytes, "the result")
+        leftovers = atomic.unfinished(args.output_dir).rglob("*")
+        atomic.check_space(args.output_dir, num_bytes, "the result", leftovers)
         check_space_for_checkpoints(args, sizes)
 
 
@@ -90,8 +92,8 @@ def check_space_for_checkpoints(args, sizes):
     num_bytes = {"fp32": 12, "bf16": 8}[args.param_dtype] * trained
     what = f"{args.checkpoints_total_limit} + 1 checkpoints (none with --checkpointing_steps 0)"
     folder = checkpoints.run_dir(args)
-    existing = sum(file.stat().st_size for file in folder.glob("step_*/state.pt"))
-    atomic.check_space(folder, (args.checkpoints_total_limit + 1) * num_bytes - existing, what)
+    existing = folder.glob("*step_*/state.pt")  # also unfinished ones
+    atomic.check_space(folder, (args.checkpoints_total_limit + 1) * num_bytes, what, existing)
 
 
 def check_prompts(tokenizer, args):

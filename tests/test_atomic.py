@@ -120,6 +120,7 @@ def test_a_directory_is_replaced_whole(tmp_path):
 ERRORS = {
     "disk full": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), UserError),
     "disk full, by safetensors": (RuntimeError("I/O error: No space left on device"), UserError),
+    "quota": (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), UserError),
     "other": (OSError("broken"), OSError),
 }
 

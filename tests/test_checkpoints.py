@@ -3,7 +3,10 @@
 import argparse
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -75,16 +78,23 @@ def test_a_damaged_one_does_not_take_the_place_of_a_good_one(folder, limit):
     assert checkpoints.find_newest(folder)[1] == 15
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), RuntimeError("writer")])
-def test_full_disk_says_how_much_is_missing_and_keeps_the_last(folder, monkeypatch, error):
-    """24 bytes of weights, and 10 are free."""
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+QUOTA = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+@pytest.mark.parametrize(
+    ("error", "free"), [(FULL, 10), (RuntimeError("writer"), 10), (QUOTA, 10_000)]
+)
+def test_full_disk_says_how_much_is_missing_and_keeps_the_last(folder, monkeypatch, error, free):
+    """24 bytes of weights. torch's writer does not say what is wrong, and a quota is not the
+    disk's."""
 
     def fail(state, file):
         file.write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with pytest.raises(UserError, match="no space for the checkpoint of step 30"):
         checkpoints.write(STATE, 30, folder, limit=1)
     assert names(folder) == ["step_000010", "step_000020"]
@@ -112,7 +122,60 @@ def begun(tmp_path):
 def test_same_run_goes_on(begun, tmp_path, capsys):
     checkpoints.prepare(run_args(tmp_path), IDENTITY)
     assert "resuming after step 10" in capsys.readouterr().out
-    assert names(begun) == ["run.json", "step_000010"]  # an old request to stop is gone
+    assert names(begun) == ["lock", "run.json", "step_000010"]  # an old request to stop is gone
+
+
+def test_a_full_disk_when_a_run_resumes_loses_nothing(begun, tmp_path, monkeypatch):
+    """Nor would a kill at that moment: what says whose the checkpoints are is replaced whole."""
+
+    def fail(file, write):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(checkpoints.atomic, "replace_file", fail)
+        checkpoints.prepare(run_args(tmp_path), IDENTITY)
+    checkpoints.prepare(run_args(tmp_path), IDENTITY)
+    assert names(begun) == ["lock", "run.json", "step_000010"]
+
+
+LOCK = """
+import sys
+from dreambooth import atomic
+atomic.lock(sys.argv[1], "tuned")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_that_has_not_ended_is_left_alone(begun, tmp_path, root):
+    """Two at a time would write each other's checkpoints and result. When its process has ended,
+    in whatever way, the run can resume."""
+    (begun / "lock").unlink()  # of this process
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOCK, begun / "lock"],
+        cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "locked\n"
+    before = names(begun)
+    for restart in (False, True):
+        with pytest.raises(UserError, match=f"another run writes {tmp_path / 'tuned'} now"):
+            checkpoints.prepare(run_args(tmp_path, restart), IDENTITY)
+    assert names(begun) == before
+    process.kill()
+    process.wait()
+    checkpoints.prepare(run_args(tmp_path), IDENTITY)
+    assert names(begun) == ["lock", "run.json", "step_000010"]
+
+
+def test_what_is_left_of_a_finished_run_is_not_resumed(begun, tmp_path, capsys, monkeypatch):
+    """It was killed while it removed its checkpoints, in whatever order that happens."""
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+    checkpoints.remove(begun)
+    monkeypatch.undo()
+    assert "step_000010" in names(begun)
+    checkpoints.prepare(run_args(tmp_path), {**IDENTITY, "lr": 0.1})
+    assert names(begun) == ["lock", "run.json"]
+    assert capsys.readouterr().out == ""
 
 
 def test_another_run_is_refused_by_what_differs(begun, tmp_path):
@@ -124,7 +187,7 @@ def test_another_run_is_refused_by_what_differs(begun, tmp_path):
 
 def test_restart_begins_anew(begun, tmp_path, capsys):
     checkpoints.prepare(run_args(tmp_path, restart=True), {**IDENTITY, "lr": 0.1})
-    assert names(begun) == ["run.json"]
+    assert names(begun) == ["lock", "run.json"]
     assert json.loads((begun / "run.json").read_text())["lr"] == 0.1
     assert capsys.readouterr().out == ""
 
@@ -138,4 +201,7 @@ def test_a_run_without_checkpoints_leaves_nothing(tmp_path):
 def test_checkpoints_go_where_storage_path_says(tmp_path):
     args = run_args(tmp_path)
     args.storage_path = str(tmp_path / "shared")
-    assert checkpoints.run_dir(args) == tmp_path / "shared" / "tuned.checkpoints"
+    folder = checkpoints.run_dir(args)
+    assert folder.parent == tmp_path / "shared"
+    args.output_dir = str(tmp_path / "another subject" / "tuned")
+    assert checkpoints.run_dir(args) != folder

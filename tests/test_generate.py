@@ -167,7 +167,7 @@ def test_lost_and_truncated_images_are_generated_again_and_no_others(
     truncated = files[4]
     lost.unlink()
     truncated.write_bytes(truncated.read_bytes()[:-1000])
-    leftover = copied / ".000-0000-seed0.png.1.tmp"
+    leftover = copied / ".000-0000-seed0.png.99999999.tmp"
     leftover.write_bytes(b"half an image")
     run(copied, **generated.flags)
     assert digests(copied) == digests(generated.folder)

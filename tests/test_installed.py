@@ -24,6 +24,13 @@ def test_other_versions_and_absent_packages_are_missing(tmp_path):
     assert installed.missing_packages(file) == ["ray==0.0.1", "no-such-thing==1.0"]
 
 
+def test_a_build_for_another_cuda_is_the_same_version(tmp_path, monkeypatch):
+    """Which a user with an older driver has installed."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.15.0+cu126")
+    assert installed.missing_packages(write(tmp_path, "torch==2.15.0")) == []
+    assert installed.missing_packages(write(tmp_path, "torch==2.14.0")) == ["torch==2.14.0"]
+
+
 def test_a_comment_after_a_pin_is_not_part_of_it(tmp_path):
     assert installed.missing_packages(write(tmp_path, f"torch=={TORCH}  # the CUDA build")) == []
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -97,8 +98,12 @@ def test_a_folder_that_does_not_exist_has_no_images(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
-    leftovers = [".000-0000-seed0.png.123.tmp", ".images.jsonl.123.tmp"]
+    """Not what another process is writing now, such as the run of another subject of the class."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    leftovers = [f".000-0000-seed0.png.{ended.pid}.tmp", f".images.jsonl.{ended.pid}.tmp"]
     others = ["000-0001-seed0.png", "images.jsonl", ".hidden", "notes.tmp"]
+    others += [f".000-0002-seed0.png.{os.getpid()}.tmp", ".000-0003-seed0.png.1.tmp"]
     for name in leftovers + others:
         (tmp_path / name).touch()
     outputs.remove_leftovers(tmp_path)

@@ -245,11 +245,33 @@ def test_the_result_needs_space_for_float32(plan, model_dir, monkeypatch):
         plan(checkpointing_steps=0)
 
 
+def test_what_a_killed_save_has_left_is_space_for_the_result(
+    train_args, model_dir, tmp_path, monkeypatch
+):
+    """The next one deletes it."""
+    usage = SimpleNamespace(free=4 * sum(num_parameters(model_dir).values()) - 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    args = train_args(tmp_path / "out", checkpointing_steps=0)
+    with pytest.raises(UserError, match="GB are free, and the result"):
+        check_flags(args)
+    (tmp_path / ".out.new" / "unet").mkdir(parents=True)
+    (tmp_path / ".out.new" / "unet" / "half.safetensors").write_bytes(bytes(1000))
+    check_flags(args)
+
+
+def test_checkpoints_go_into_a_directory(refusal, tmp_path):
+    (tmp_path / "file").touch()
+    message = refusal(storage_path=tmp_path / "file")
+    assert message.startswith("the checkpoints' directory,")
+    assert "cannot be written" in message
+
+
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("fp32", 12), ("bf16", 8)])
 def test_checkpoints_need_space_for_one_more(
     train_args, monkeypatch, tmp_path, sd14_dir, dtype, num_bytes
 ):
-    """While that is written. What is there already counts, so that a run can go on."""
+    """While that is written. What is there already counts, so that a run can resume: also what a
+    killed process has not finished, which the next one deletes."""
     sizes = num_parameters(sd14_dir)
     needed = 3 * num_bytes * (sizes["unet"] + sizes["text_encoder"])
     args = train_args(tmp_path / "out", param_dtype=dtype, checkpoints_total_limit=2)
@@ -259,9 +281,12 @@ def test_checkpoints_need_space_for_one_more(
     usage.free -= 1000
     with pytest.raises(UserError, match=r"2 \+ 1 checkpoints"):
         check_space_for_checkpoints(args, sizes)
-    state = tmp_path / "out.checkpoints" / "step_000003" / "state.pt"
-    state.parent.mkdir(parents=True)
-    state.write_bytes(bytes(1000))
+    for name, size in (("step_000003", 600), (".step_000006.tmp", 400)):
+        with pytest.raises(UserError):
+            check_space_for_checkpoints(args, sizes)
+        state = tmp_path / "out.checkpoints" / name / "state.pt"
+        state.parent.mkdir(parents=True)
+        state.write_bytes(bytes(size))
     check_space_for_checkpoints(args, sizes)
     args.checkpointing_steps = 0
     usage.free = 0
