@@ -6,6 +6,7 @@
 #   ./run.sh test     the tests
 #
 # Each variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
+# TRAIN_FLAGS replaces the recipe, MORE_FLAGS is added to it: MORE_FLAGS=--restart ./run.sh
 set -euo pipefail
 
 # The recipes: what is learned, and how.
@@ -49,8 +50,8 @@ set_paths() {
 }
 
 # Unless TRAIN_FLAGS is set from outside: LoRA's recipe if LORA is set, and what fits the memory of the GPUs.
-# Several GPUs share the pairs of a step, at least one each. The number of steps stays the same: in fewer, the
-# subject is learned worse at any learning rate.
+# Several GPUs share the pairs of a step, at least one each. The number of steps stays the same: in far
+# fewer, the subject is learned worse at any learning rate.
 choose_train_flags() {
   local added= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
   local epochs=$(((STEPS * pairs * NUM_WORKERS + NUM_CLASS_IMAGES - 1) / NUM_CLASS_IMAGES))
@@ -74,6 +75,8 @@ main() {
   fi
   ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
   if [[ "$ORIG_MODEL_NAME" == pocket ]]; then use_pocket; else use_stable_diffusion; fi
+  [[ "$PAIRS $STEPS" =~ ^[1-9][0-9]*\ [1-9][0-9]*$ ]] ||
+    { echo "error: PAIRS=$PAIRS, STEPS=$STEPS: both must be whole numbers of at least 1" >&2; exit 2; }
   set_paths
   UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
   PREVIEW_EVERY=${PREVIEW_EVERY:-100}
@@ -87,6 +90,7 @@ main() {
   "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
   [[ -n "$OWN_TRAIN_FLAGS" ]] || choose_train_flags
   if [[ "${LORA:-0}" == 1 && "$TRAIN_FLAGS" != *--use_lora* ]]; then TRAIN_FLAGS+=" --use_lora"; fi
+  TRAIN_FLAGS+=" ${MORE_FLAGS:-}"
   RESULT_DIR=$TUNED_MODEL_DIR
   RESULT=(--model_dir "$TUNED_MODEL_DIR")
   if [[ "$TRAIN_FLAGS" == *--use_lora* ]]; then
@@ -156,5 +160,5 @@ cd "$(dirname "$0")"
 case "${1:-}" in
   "") find_python; main ;;
   test) find_python; run_tests ;;
-  *) sed -n '2,8s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
 esac

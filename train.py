@@ -82,11 +82,11 @@ def parse_args(argv=None):
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
-    every_help = "steps between checkpoints; 0: none (default: a tenth of a run, above a minute)"
+    every_help = "steps between checkpoints; 0: none (default: a tenth of the run)"
     add("--checkpointing_steps", type=int, help=every_help)
     add("--checkpoints_total_limit", type=int, default=1, help="checkpoints to keep")
     add("--storage_path", type=absolute_path, help="where they go (default: beside the result)")
-    add("--restart", action="store_true", help="begin anew, whatever checkpoints there are")
+    add("--restart", action="store_true", help="start over, whatever checkpoints there are")
     add("--max_failures", type=int, default=3, help="restarts after a worker fails or dies")
     add("--wait_for_gpus", type=int, default=0, help="seconds to wait for the workers' GPUs")
     add("--log_every", type=int, default=10, help="steps between two lines of the log")

@@ -8,18 +8,21 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from dreambooth.cli import UserError
 
+HOST = socket.gethostname().partition(".")[0]
+
 
 def replace_file(file, write):
     """Let `write(temporary)` write a temporary file, then rename it to `file`, with the mode of new
     files."""
     file = Path(file)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{HOST}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -82,17 +85,17 @@ def is_full(error):
 
 def lock(file, what):
     """Lock `file` for this process, as long as it lives. UserError: another process has locked it,
-    and writes `what`."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # closing it would end the lock
+    and is writing `what`."""
     try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it unlocks
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(
-                f"another run writes {what} now: wait for its end, or stop it"
-            ) from None
-        # Else a file system without locks, which is no reason to refuse a run.
+    except BlockingIOError:
+        raise UserError(
+            f"another run is writing {what}: wait for it to finish, or stop it"
+            " (on shared storage, the lock of a lost machine lasts for a minute or two)"
+        ) from None
+    except OSError:
+        pass  # a file system without locks is no reason to refuse a run
 
 
 def flush(path):
@@ -152,7 +155,9 @@ def check_space(folder, num_bytes, what, leftovers=()):
     that will have been deleted by then."""
     existing = next(parent for parent in Path(folder).absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
-    free += sum(file.stat().st_size for file in leftovers if file.is_file())
+    for file in leftovers:
+        with suppress(FileNotFoundError):  # another run's, which has just finished with it
+            free += file.stat().st_size
     if free < num_bytes:
         raise UserError(
             f"{folder}: {free / 1e9:.1f} GB are free, and {what} will take {num_bytes / 1e9:.1f} GB"

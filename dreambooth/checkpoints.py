@@ -12,6 +12,8 @@ resumed run ends with the weights of an uninterrupted one: to the last bit on a 
 import json
 import os
 import shutil
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,8 +26,9 @@ from dreambooth.cli import UserError
 def run_dir(args):
     """Where a run's checkpoints are, and Ray Train's own files: every node must see it."""
     output_dir = Path(args.output_dir)
-    if args.storage_path:  # which may be that of other subjects, too
-        return Path(args.storage_path) / f"{output_dir.parent.name}-{output_dir.name}.checkpoints"
+    if args.storage_path:  # where other results may have the same name
+        path_hash = f"{zlib.crc32(str(output_dir).encode()):08x}"
+        return Path(args.storage_path) / f"{output_dir.name}-{path_hash}.checkpoints"
     return output_dir.with_name(f"{output_dir.name}.checkpoints")
 
 
@@ -66,7 +69,8 @@ def prepare(args, identity):
 
 def remove(folder):
     """Delete a run's checkpoints and Ray Train's files: the result is in place."""
-    (folder / "run.json").unlink(missing_ok=True)  # first: without it, no run resumes from the rest
+    with suppress(OSError):
+        (folder / "run.json").unlink()  # first: without it, no run resumes from the rest
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -100,22 +104,21 @@ def write(state, step, folder, limit):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        torch.save(state, temporary / "state.pt")
+        with open(temporary / "state.pt", "wb") as file:  # torch's own writer would hide the error
+            torch.save(state, file)
         num_bytes = (temporary / "state.pt").stat().st_size
         complete = json.dumps({"step": step, "num_bytes": num_bytes})
         (temporary / "complete.json").write_text(complete)
         for file in (temporary / "state.pt", temporary / "complete.json", temporary):
             atomic.flush(file)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
-        free = shutil.disk_usage(folder).free
-        if free > needed and not atomic.is_full(error):
+        if not atomic.is_full(error):
             raise
+        needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
         raise UserError(
-            f"no space for the checkpoint of step {step} in {folder}:"
-            f" it takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free;"
-            " make room and give the same command again"
+            f"no space for the checkpoint of step {step} in {folder}, which takes"
+            f" {needed / 1e9:.2f} GB ({error.strerror}): make room and give the same command again"
         ) from error
     for other in Path(folder).glob("step_*"):
         if other.name >= path.name:  # damaged, as the run went on from an earlier one

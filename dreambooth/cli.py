@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -81,10 +81,13 @@ def run_main(main, args):
 
 def _exit_at_once():
     """Exit with code 0, without the seconds in which Python would free every object of torch, Ray
-    and diffusers, one by one."""
+    and diffusers, one by one. (A profiler or a debugger sees the usual end.)"""
+    if sys.getprofile() or sys.gettrace():
+        return
     atexit._run_exitfuncs()  # Ray's own shutdown is one of them
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):  # closed, or a pipe whose reader has ended
+            stream.flush()
     os._exit(0)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import textwrap
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from dreambooth.images import CONTACT_SHEET, find_images, open_image
 RECORDS = "images.jsonl"
 OWN_FIELDS = ("file", "prompt", "seed", "index")  # of an image; the rest is the command's
 FILE_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")
+TEMPORARY = re.compile(
+    rf"\.(?:{FILE_NAME.pattern}|{RECORDS})\.([^.]+)\.(\d+)\.tmp"
+)  # host, process
 
 
 def file_name(prompt_number, index, seed):
@@ -93,12 +97,15 @@ def _prompt_number(name):
 
 
 def remove_leftovers(folder):
-    """Remove temporary files that a killed run has left in `folder`: those of processes that no
-    longer run here. Two runs may fill it at a time, with class images for two subjects."""
-    for pattern in (".*-seed*.png.*.tmp", f".{RECORDS}.*.tmp"):
-        for file in Path(folder).glob(pattern):
-            if not _is_running(int(file.name.split(".")[-2])):  # as atomic.replace_file names it
-                file.unlink(missing_ok=True)
+    """Remove temporary files that a killed run has left in `folder`: old ones, and those of
+    processes of this machine that have ended. (Two runs may fill it at the same time, with class
+    images for two subjects.)"""
+    for file in Path(folder).glob(".*.tmp"):
+        found = TEMPORARY.fullmatch(file.name)
+        with suppress(FileNotFoundError):
+            old = time.time() - file.stat().st_mtime > 3600
+            if found and (old or found[1] == atomic.HOST and not _is_running(int(found[2]))):
+                file.unlink()
 
 
 def _is_running(process_id):

@@ -77,8 +77,9 @@ def check_output_dir(args):
     if not args.use_lora:
         sizes = model_dir.num_parameters(args.model_dir)
         num_bytes = 4 * sum(sizes.values())  # float32
-        leftovers = atomic.unfinished(args.output_dir).rglob("*")
-        atomic.check_space(args.output_dir, num_bytes, "the result", leftovers)
+        folder = Path(args.output_dir).resolve()
+        leftovers = atomic.unfinished(folder).rglob("*.*")
+        atomic.check_space(folder, num_bytes, "the result", leftovers)
         check_space_for_checkpoints(args, sizes)
 
 

@@ -2,12 +2,12 @@
 
 import argparse
 import errno
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,23 +78,21 @@ def test_a_damaged_one_does_not_take_the_place_of_a_good_one(folder, limit):
     assert checkpoints.find_newest(folder)[1] == 15
 
 
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-QUOTA = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+def full_disk(path, mode):
+    """The file of a state, on a disk that is full."""
+    return open("/dev/full", mode)
 
 
-@pytest.mark.parametrize(
-    ("error", "free"), [(FULL, 10), (RuntimeError("writer"), 10), (QUOTA, 10_000)]
-)
-def test_full_disk_says_how_much_is_missing_and_keeps_the_last(folder, monkeypatch, error, free):
-    """24 bytes of weights. torch's writer does not say what is wrong, and a quota is not the
-    disk's."""
+class FullQuota(io.FileIO):
+    """The same where the user's quota is used up."""
 
-    def fail(state, file):
-        file.write_bytes(b"half")
-        raise error
+    def write(self, data):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(torch, "save", fail)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+@pytest.mark.parametrize("open_state", [full_disk, FullQuota])
+def test_full_disk_is_said_and_keeps_the_last(folder, monkeypatch, open_state):
+    monkeypatch.setattr(checkpoints, "open", open_state, raising=False)
     with pytest.raises(UserError, match="no space for the checkpoint of step 30"):
         checkpoints.write(STATE, 30, folder, limit=1)
     assert names(folder) == ["step_000010", "step_000020"]
@@ -158,7 +156,7 @@ def test_a_run_that_has_not_ended_is_left_alone(begun, tmp_path, root):
     assert process.stdout.readline() == "locked\n"
     before = names(begun)
     for restart in (False, True):
-        with pytest.raises(UserError, match=f"another run writes {tmp_path / 'tuned'} now"):
+        with pytest.raises(UserError, match=f"another run is writing {tmp_path / 'tuned'}"):
             checkpoints.prepare(run_args(tmp_path, restart), IDENTITY)
     assert names(begun) == before
     process.kill()

@@ -3,6 +3,8 @@
 import argparse
 import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,12 @@ import generate
 import train
 from dreambooth import cli
 from dreambooth.cli import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_exit(monkeypatch):
+    """A `run_main` that succeeds in this process would end the tests."""
+    monkeypatch.setattr(cli.os, "_exit", lambda code: pytest.fail("the process has ended"))
 
 
 def raise_error(error):
@@ -52,6 +60,13 @@ def test_a_script_that_succeeds_shuts_down_but_frees_nothing(run_script):
     result = run_script("-c", SUCCEED)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "done\nshut down\n"
+
+
+def test_a_script_whose_output_nobody_reads_has_succeeded(root):
+    """`train.py >&-`, or `train.py | head`, which has what it wants."""
+    for redirection in (">&-", "2>&-", "> /dev/full"):
+        command = f"{sys.executable} -c '{SUCCEED.replace('print, ', 'bool, ')}' {redirection}"
+        assert subprocess.run(command, shell=True, cwd=root).returncode == 0
 
 
 def test_a_bug_keeps_its_stack_trace():

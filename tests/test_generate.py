@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import generate
-from dreambooth import image_generator, outputs
+from dreambooth import atomic, image_generator, outputs
 from dreambooth.cli import UserError
 from dreambooth.images import find_images
 
@@ -167,7 +167,7 @@ def test_lost_and_truncated_images_are_generated_again_and_no_others(
     truncated = files[4]
     lost.unlink()
     truncated.write_bytes(truncated.read_bytes()[:-1000])
-    leftover = copied / ".000-0000-seed0.png.99999999.tmp"
+    leftover = copied / f".000-0000-seed0.png.{atomic.HOST}.99999999.tmp"
     leftover.write_bytes(b"half an image")
     run(copied, **generated.flags)
     assert digests(copied) == digests(generated.folder)

@@ -3,12 +3,13 @@
 import json
 import os
 import subprocess
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth import outputs
+from dreambooth import atomic, outputs
 from dreambooth.cli import UserError
 from dreambooth.images import find_images
 
@@ -101,11 +102,15 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
     """Not what another process is writing now, such as the run of another subject of the class."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    leftovers = [f".000-0000-seed0.png.{ended.pid}.tmp", f".images.jsonl.{ended.pid}.tmp"]
+    here = atomic.HOST
+    leftovers = [f".000-0000-seed0.png.{here}.{ended.pid}.tmp", ".000-0004-seed0.png.other.1.tmp"]
+    leftovers += [f".images.jsonl.{here}.{ended.pid}.tmp"]
     others = ["000-0001-seed0.png", "images.jsonl", ".hidden", "notes.tmp"]
-    others += [f".000-0002-seed0.png.{os.getpid()}.tmp", ".000-0003-seed0.png.1.tmp"]
+    others += [f".000-0002-seed0.png.{here}.{os.getpid()}.tmp", ".000-0003-seed0.png.other.1.tmp"]
     for name in leftovers + others:
         (tmp_path / name).touch()
+    long_ago = time.time() - 4000
+    os.utime(tmp_path / ".000-0004-seed0.png.other.1.tmp", (long_ago, long_ago))
     outputs.remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(others)
 

@@ -156,6 +156,20 @@ def test_another_number_of_steps(run_story):
     assert "--train_batch_size 2 --num_epochs 5 --max_train_steps 500 " in commands["train.py"][0]
 
 
+def test_more_flags_follow_the_recipe(run_story):
+    """The last of a flag counts."""
+    _, commands = run_story(1, 79, MORE_FLAGS="--lr 1e-5 --restart")
+    assert commands["train.py"][0].endswith(" --lr 5e-6 --lr 1e-5 --restart")
+
+
+@pytest.mark.parametrize("variables", [{"STEPS": "0"}, {"STEPS": "many"}, {"PAIRS": "08"}])
+def test_sizes_that_are_no_numbers_are_refused_at_once(run_story, variables):
+    done, commands = run_story(1, 79, **variables)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert commands == {}
+
+
 def test_on_a_cluster_all_images_are_generated_there(run_story):
     """The node of the command may have no GPU."""
     _, commands = run_story(4, 79, RAY_ADDRESS="auto")

@@ -27,6 +27,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -35,6 +36,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 import cache_model
+from dreambooth import checkpoints
 from dreambooth.cli import HelpFormatter
 
 STEPS = 24
@@ -49,7 +51,8 @@ class Run:
 
     def __init__(self, folder, num_workers=1, storage_path=None, env=None):
         self.output_dir = folder / "tuned"
-        self.storage = Path(storage_path or folder) / "tuned.checkpoints"
+        paths = SimpleNamespace(output_dir=self.output_dir, storage_path=storage_path)
+        self.storage = checkpoints.run_dir(paths)
         self.log = folder / "log"
         self.env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         self.command = [
