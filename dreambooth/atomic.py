@@ -13,7 +13,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from dreambooth.cli import UserError
+from dreambooth.cli import UserError, warn
 
 HOST = socket.gethostname().partition(".")[0]
 
@@ -94,8 +94,8 @@ def lock(file, what):
             f"another run is writing {what}: wait for it to finish, or stop it"
             " (on shared storage, the lock of a lost machine lasts for a minute or two)"
         ) from None
-    except OSError:
-        pass  # a file system without locks is no reason to refuse a run
+    except OSError as error:  # a file system without locks, say: no reason to refuse the run
+        warn(f"{file} cannot be locked ({error.strerror}): start no second run for {what}")
 
 
 def flush(path):

@@ -23,9 +23,8 @@ from dreambooth.images import CONTACT_SHEET, find_images, open_image
 RECORDS = "images.jsonl"
 OWN_FIELDS = ("file", "prompt", "seed", "index")  # of an image; the rest is the command's
 FILE_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")
-TEMPORARY = re.compile(
-    rf"\.(?:{FILE_NAME.pattern}|{RECORDS})\.([^.]+)\.(\d+)\.tmp"
-)  # host, process
+# As atomic.replace_file names it; the groups are the host and the process.
+TEMPORARY = re.compile(rf"\.(?:{FILE_NAME.pattern}|{RECORDS})\.([^.]+)\.(\d+)\.tmp")
 
 
 def file_name(prompt_number, index, seed):

@@ -248,3 +248,16 @@ def test_space_is_that_of_the_disk_of_the_folder(tmp_path, monkeypatch):
     atomic.check_space(tmp_path / "disk" / "deep" / "out", 1, "the result")
     atomic.check_space(tmp_path / "disk", 1, "the result")
     assert asked == [tmp_path / "disk", tmp_path]
+
+
+def test_a_file_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, capsys):
+    """On a file system without locks a run goes on, and its user knows."""
+
+    def lockf(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(atomic.fcntl, "lockf", lockf)
+    atomic.lock(tmp_path / "lock", "tuned")
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: {tmp_path / 'lock'} cannot be locked (No locks available)")
+    assert len(line.splitlines()) == 1

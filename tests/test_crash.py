@@ -49,7 +49,7 @@ def test_killed_scripts_lose_nothing_and_repeat_nothing(
     command = [sys.executable, "generate.py", *generate_argv(killed, **flags)]
     created = {}
     # While a batch of 16 is being saved, at its end, and at the start of the next one.
-    for num_images in (1, 17, 20, 36, 49, 81):
+    for num_images in (1, 5, 17, 20, 33, 36, 49, 65, 81):
         process = subprocess.Popen(
             command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
