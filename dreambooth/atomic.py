@@ -77,10 +77,13 @@ def unfinished(folder):
 
 
 def is_full(error):
-    """Whether `error` says that the disk, or the user's quota of it, is full. (safetensors has
-    errors of its own, with the system's message.)"""
+    """Whether `error`, or one before it, says that the disk or the user's quota of it is full.
+    (safetensors has errors of its own, with the system's message; torch's come after the file's.)
+    """
     texts = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
-    return any(text in str(error) for text in texts)
+    if any(text in str(error) for text in texts):
+        return True
+    return error.__context__ is not None and is_full(error.__context__)
 
 
 def lock(file, what):

@@ -111,14 +111,14 @@ def write(state, step, folder, limit):
         (temporary / "complete.json").write_text(complete)
         for file in (temporary / "state.pt", temporary / "complete.json", temporary):
             atomic.flush(file)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter after the former, by torch
         shutil.rmtree(temporary, ignore_errors=True)
         if not atomic.is_full(error):
             raise
         needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
         raise UserError(
             f"no space for the checkpoint of step {step} in {folder}, which takes"
-            f" {needed / 1e9:.2f} GB ({error.strerror}): make room and give the same command again"
+            f" {needed / 1e9:.2f} GB: make room and give the same command again"
         ) from error
     for other in Path(folder).glob("step_*"):
         if other.name >= path.name:  # damaged, as the run went on from an earlier one

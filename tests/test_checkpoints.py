@@ -86,11 +86,23 @@ def full_disk(path, mode):
 class FullQuota(io.FileIO):
     """The same where the user's quota is used up."""
 
+    code = errno.EDQUOT
+    room = 0
+
     def write(self, data):
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        if self.tell() + len(data) > self.room:
+            raise OSError(self.code, os.strerror(self.code))
+        return super().write(data)
 
 
-@pytest.mark.parametrize("open_state", [full_disk, FullQuota])
+class FullLater(FullQuota):
+    """Some of the state has been written: torch then raises an error of its own as well."""
+
+    code = errno.ENOSPC
+    room = 100
+
+
+@pytest.mark.parametrize("open_state", [full_disk, FullQuota, FullLater])
 def test_full_disk_is_said_and_keeps_the_last(folder, monkeypatch, open_state):
     monkeypatch.setattr(checkpoints, "open", open_state, raising=False)
     with pytest.raises(UserError, match="no space for the checkpoint of step 30"):
