@@ -12,10 +12,7 @@ rounding). A second run of the same command generates only what is missing.
 
 import argparse
 import itertools
-import os
 from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch loads: see cluster.py
 
 from tqdm import tqdm
 

@@ -10,13 +10,13 @@ generate.py takes both. The diffusion step itself is in dreambooth/loss.py.
 """
 
 import argparse
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch loads: see cluster.py
+import dreambooth  # noqa: F401 (first: it sets what torch and Ray read when they are imported)
 
+# isort: split
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer, get_device, prepare_model
@@ -193,7 +193,8 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
 
     def build_dataset():
         _, first_step = checkpoints.find_newest(run_dir)
-        rows = dataset.build_dataset(pairs[first_step * plan.pairs_per_step :], args.verbose)
+        cores = max(1, num_cpus // 2) if in_driver and not num_gpus else None
+        rows = dataset.build_dataset(pairs[first_step * plan.pairs_per_step :], args.verbose, cores)
         return deal_pairs.shard(rows, rank=0, world_size=1) if in_driver else rows
 
     return TorchTrainer(

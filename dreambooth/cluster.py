@@ -1,5 +1,6 @@
 """Starts Ray, and counts its GPUs and cores."""
 
+import atexit
 import logging
 import os
 import secrets
@@ -94,7 +95,10 @@ def fit(trainer):
     """`trainer.fit()`, in a thread unless it runs in this process: Ray Train would otherwise take
     over Ctrl-C."""
     if trainer.running_in_local_mode:
-        return trainer.fit()
+        result = trainer.fit()
+        _kill_monitor()
+        ray.shutdown()  # now: at exit, it would wait for what other processes print
+        return result
     if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     return shortage.wait_and_tell(_in_thread(trainer.fit), trainer.scaling_config)
@@ -136,6 +140,7 @@ def _connect(address, verbose, log_to_driver):
     if not address:
         create_token()
         ray.init(address="local", include_dashboard=False, **log_settings)
+        atexit.register(_kill_monitor)
         return
     package = {"py_modules": [str(Path(__file__).parent)]}  # the nodes need not have this checkout
     try:
@@ -151,6 +156,14 @@ def _connect(address, verbose, log_to_driver):
         raise UserError(
             f"RAY_ADDRESS={address}: the cluster wants its token: copy its ~/.ray/auth_token here"
         ) from error
+
+
+def _kill_monitor():
+    """Kill the autoscaler's monitor of a Ray that this process has started. It has nothing to scale
+    here, and `ray.shutdown` would wait a second for it."""
+    node = ray._private.worker._global_node
+    if node is not None:
+        node.kill_monitor(check_alive=False)
 
 
 def create_token():

@@ -49,11 +49,13 @@ def pair_images(instance_paths, class_paths, num_pairs, seed):
     ]
 
 
-def build_dataset(pairs, verbose=False):
-    """A Ray Dataset with one row for each of `pairs`, in their order; no image is read yet."""
+def build_dataset(pairs, verbose=False, num_cpus=None):
+    """A Ray Dataset with one row for each of `pairs`, in their order; no image is read yet, and
+    later by tasks that take no more than `num_cpus` cores."""
     blocks = math.ceil(len(pairs) / PAIRS_PER_BLOCK)
     rows = ray.data.from_items(pairs, override_num_blocks=blocks)
     rows.context.execution_options.preserve_order = True
+    rows.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=num_cpus)
     rows.context.enable_progress_bars = verbose
     return rows
 

@@ -82,6 +82,7 @@ def load_models(args, device, autocast=None):
     denoiser = Denoiser(text_encoder, unet, autocast).train()
     if device.type == "cuda":  # on a CPU it costs a few per cent
         unet.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
     if args.use_lora:
         torch.manual_seed(seed_for("lora", args.seed))
         add_lora(denoiser, args)

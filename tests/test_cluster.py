@@ -199,3 +199,40 @@ def test_what_ends_a_thread_reaches_whoever_waits_for_it():
     with pytest.raises(SystemExit):
         cluster._in_thread(stop).result(timeout=10)
     assert cluster._in_thread(lambda x: 2 * x, 4).result(timeout=10) == 8
+
+
+@pytest.fixture
+def killed(ray_address, monkeypatch):
+    """The types of the processes of Ray that a test would have killed."""
+    types = []
+    node = cluster.ray._private.worker._global_node
+    monkeypatch.setattr(node, "_kill_process_type", lambda name, check_alive: types.append(name))
+    assert "monitor" in node.all_processes
+    return types
+
+
+def test_at_its_end_a_script_does_not_wait_for_the_monitor(killed):
+    cluster._kill_monitor()
+    assert killed == ["monitor"]
+
+
+def test_without_a_ray_there_is_no_monitor(monkeypatch):
+    monkeypatch.setattr(cluster.ray._private.worker, "_global_node", None)
+    cluster._kill_monitor()
+
+
+def test_a_run_in_this_process_ends_its_ray(killed, monkeypatch):
+    shutdown = MagicMock()
+    monkeypatch.setattr(cluster.ray, "shutdown", shutdown)
+    trainer = MagicMock(running_in_local_mode=True)
+    assert cluster.fit(trainer) is trainer.fit.return_value
+    assert killed == ["monitor"]
+    shutdown.assert_called_once_with()
+
+
+@pytest.mark.parametrize("script", ["train", "generate"])
+def test_settings_come_before_what_reads_them(run_script, script):
+    """OpenMP's, when torch is imported; the garbage collector's threshold, for its objects."""
+    code = f"import sys, {script}; print(*sys.modules)"
+    modules = run_script("-c", code).stdout.split()
+    assert modules.index("dreambooth") < modules.index("torch")

@@ -273,3 +273,11 @@ def test_each_use_of_an_image_is_cropped_anew(crop_edges):
     other_instance, other_prior = crop_edges(1, list(range(8)))
     assert sum(a == b for a, b in zip(instance, other_instance, strict=True)) <= 2
     assert sum(a == b for a, b in zip(prior, other_prior, strict=True)) <= 2
+
+
+@pytest.mark.parametrize(("num_cpus", "limit"), [(1, 1), (None, float("inf"))])
+def test_images_are_read_on_no_more_cores_than_asked_for(pairs, ray_address, num_cpus, limit):
+    """Training in this process on a CPU needs the others."""
+    options = dataset.build_dataset(pairs, num_cpus=num_cpus).context.execution_options
+    assert options.resource_limits.cpu == limit
+    assert options.preserve_order

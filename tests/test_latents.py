@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dreambooth import latents
+from dreambooth.images import crop_image
 
 SHAPE = (4, 8, 8)  # of one image's latents
 
@@ -159,3 +160,26 @@ def test_the_posterior_is_the_one_that_diffusers_samples_from(vae):
     noise = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     found = latents.sample_posterior(posteriors, noise)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_float16_changes_a_posterior_by_less_than_a_hundredth_of_its_own_noise(vae, root):
+    """In which the VAE runs on GPUs. bfloat16 has a tenth of its precision."""
+    photos = (root / "images" / "lego-car").glob("*.jpg")
+    images = torch.stack([torch.tensor(crop_image(path, 64, 0)[0]) for path in photos])
+    images = images / 127.5 - 1
+    expected = latents.encode_pass(vae, images, in_float16=False)
+    found = latents.encode_pass(vae, images, in_float16=True)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    noise = expected[:, 1].mean()
+    assert (found - expected).square().mean().sqrt() < 0.01 * noise
+
+
+def test_what_float16_cannot_hold_is_encoded_in_float32(vae):
+    """Activations above 65504, where float16 would give not a number."""
+    with torch.no_grad():
+        vae.encoder.conv_in.weight *= 1e6
+    images = random_images(2)
+    found = latents.encode_pass(vae, images, in_float16=True)
+    assert torch.equal(found, latents.encode_pass(vae, images, in_float16=False))
+    assert found.isfinite().all()

@@ -12,7 +12,9 @@ from dreambooth.loss import training_loss
 
 @pytest.fixture
 def bfloat16_gpu(monkeypatch):
-    """Let torch assume that there is a GPU, and that it computes in bfloat16."""
+    """Let torch assume that there is a GPU, and that it computes in bfloat16; and what has no
+    values, that they are finite."""
+    monkeypatch.setattr(latents, "all_finite", lambda tensor: True)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
 
@@ -58,6 +60,8 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
         device = torch.device("cuda")
         (batch,) = latents.encode_batches(vae, [images], device)
         assert batch["posteriors"].device.type == "cuda"
+        assert batch["posteriors"].dtype == torch.float32
+        assert operations.results["convolution"] == {("cuda", torch.float16)}
         noise = torch.randn(4, 4, 16, 16, device=device)
         timesteps = latents.sample_timesteps(0, batch["positions"], 1000).to(device)
         prompt_ids = torch.zeros(2, 48, dtype=torch.long, device=device)
@@ -82,7 +86,20 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
     assert operations.results["rsub"] == {("cuda", torch.float32)}
 
 
-def test_the_vae_takes_few_pixels_per_pass(load_models, monkeypatch):
+def test_where_float16_is_not_finite_the_vae_runs_again_in_float32(
+    load_models, bfloat16_gpu, monkeypatch
+):
+    vae, _, _ = load_models()
+    monkeypatch.setattr(latents, "all_finite", lambda tensor: False)
+    with FakeTensorMode() as mode, Operations() as operations:
+        move_to_gpu(vae, mode)
+        posteriors = latents.encode(vae, torch.rand(1, 3, 64, 64, device="cuda"))
+    assert posteriors.dtype == torch.float32
+    both = {("cuda", torch.float16), ("cuda", torch.float32)}
+    assert operations.results["convolution"] == both
+
+
+def test_the_vae_takes_few_pixels_per_pass(load_models, bfloat16_gpu, monkeypatch):
     """So that encoding needs no more memory than training."""
     vae, _, _ = load_models()
     sizes = []
