@@ -9,6 +9,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -34,8 +35,6 @@ class ImageGenerator:
         self.device = hardware.pick_device()
         self.padded_size = cpu_batch_size(args.model_dir) if self.device == "cpu" else None
         if self.device == "cpu":
-            # Ray gives an actor one thread; and the number of threads shows in the last bits.
-            torch.set_num_threads(cluster.num_cores())
             hardware.warn_of_slow_images(args, cluster.num_cores())
         given = self.padded_size or args.batch_size
         self.batch_size = given or batch_size_that_fits(args.model_dir)
@@ -107,6 +106,11 @@ class ImageGenerator:
     @torch.inference_mode()
     def sample(self, records, attempt):
         """The images (N, 3, H, W) in [0, 1] of N records; None if the GPU runs out of memory."""
+        if self.device == "cpu":
+            # Ray gives an actor one thread; and the number of threads shows in the last bits. Not
+            # in __init__, which Ray Data calls in another thread: OpenMP would give both of them
+            # a pool of threads, and two pools get in each other's way.
+            torch.set_num_threads(cluster.num_cores())
         size = self.padded_size or len(records)
         padded = (records + [records[-1]] * size)[:size]
         embeds = [self._encode_prompt(record["prompt"]) for record in padded]
@@ -195,8 +199,12 @@ def batch_size_that_fits(pipeline_dir):
 
 
 def to_pil_image(image):
-    """A (3, H, W) image in [0, 1] with 8 bits per channel."""
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    """A (3, H, W) image in [0, 1] with 8 bits per channel.
+
+    In numpy, as it is called in the threads that save images: for OpenMP's pools, see `sample`.
+    """
+    pixels = image.numpy().transpose(1, 2, 0) * np.float32(255)
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def has_content(image):

@@ -1,6 +1,8 @@
 """Records into images: each from its own record alone, none empty, in batches that fit."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
 import generate
-from dreambooth import image_generator, model_dir, outputs
+from dreambooth import cluster, image_generator, model_dir, outputs
 from dreambooth.cli import UserError
 from dreambooth.image_generator import ImageGenerator, load_pipeline
 
@@ -261,6 +263,36 @@ def test_pixels_are_rounded():
     pixels = np.asarray(image_generator.to_pil_image(image))
     assert pixels.shape == (2, 4, 3)
     assert (pixels == [0, 255, 255]).all()
+
+
+def test_pixels_are_rounded_as_torch_rounds():
+    """Halves to even."""
+    image = (torch.arange(3 * 256).view(3, 1, 256) / 2 / 255).clamp(max=1)
+    pixels = np.asarray(image_generator.to_pil_image(image))
+    expected = (image * 255).round().byte()
+    assert torch.equal(torch.tensor(pixels).permute(2, 0, 1), expected)
+
+
+def test_only_the_thread_that_samples_computes_with_several_threads(
+    generate_args, records, tmp_path, monkeypatch
+):
+    """Ray Data makes an actor in one thread and calls it in another, and images are saved in yet
+    others: OpenMP would give each a pool of threads, and on a CPU pools slow each other down."""
+    called_in = []
+    set_num_threads = torch.set_num_threads
+
+    def note(number):
+        called_in.append((threading.current_thread().name, number))
+        set_num_threads(number)
+
+    monkeypatch.setattr(torch, "set_num_threads", note)
+    with ThreadPoolExecutor(thread_name_prefix="loads") as loads:
+        args = generate_args(tmp_path / "new")
+        generator = loads.submit(ImageGenerator, args).result()
+    with ThreadPoolExecutor(thread_name_prefix="samples") as samples:
+        finished = samples.submit(lambda: list(generator.generate(records))).result()
+    assert len(finished) == len(records)
+    assert called_in == [("samples_0", cluster.num_cores())]
 
 
 def test_content_is_finite_and_not_of_one_colour():

@@ -311,3 +311,17 @@ def test_a_result_that_is_on_another_node_is_a_user_error(train_args, monkeypatc
     with pytest.raises(UserError, match=f"{tmp_path / 'out'} is on another node"):
         train.main(train_args(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["out.report"]  # the run's record
+
+
+@pytest.mark.parametrize(
+    ("in_driver", "num_gpus", "cores"),
+    [(True, 0, 2), (True, 1, float("inf")), (False, 0, float("inf"))],
+)
+def test_where_this_process_trains_on_a_cpu_half_of_the_cores_read_images(
+    train_args, monkeypatch, tmp_path, ray_address, in_driver, num_gpus, cores
+):
+    args = train_args(tmp_path / "out")
+    monkeypatch.setattr(train.cluster, "runs_in_driver", lambda num_workers: in_driver)
+    trainer = train.build_trainer(args, train.make_plan(args), num_gpus, num_cpus=5, started=0.0)
+    options = trainer.datasets["train"]().context.execution_options
+    assert options.resource_limits.cpu == cores
