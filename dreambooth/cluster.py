@@ -96,8 +96,8 @@ def fit(trainer):
     over Ctrl-C."""
     if trainer.running_in_local_mode:
         result = trainer.fit()
-        _kill_monitor()
-        ray.shutdown()  # now: at exit, it would wait for what other processes print
+        # At exit, before Ray's own shutdown, which waits for what other processes print: none does.
+        atexit.register(_stop_ray)
         return result
     if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -164,6 +164,11 @@ def _kill_monitor():
     node = ray._private.worker._global_node
     if node is not None:
         node.kill_monitor(check_alive=False)
+
+
+def _stop_ray():
+    _kill_monitor()
+    ray.shutdown()
 
 
 def create_token():

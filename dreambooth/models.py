@@ -8,9 +8,10 @@ What is frozen, what is trained, and in which precision:
     U-Net            trained              frozen + trained LoRA matrices
 
 Trained weights are float32, and so is the optimizer's state; on a GPU the forward pass runs under
-bfloat16 autocast. bfloat16 weights would hardly learn: at a learning rate of 5e-6 most updates are
-smaller than half their last digit and round to nothing. With `--param_dtype bf16`, for GPUs with
-little memory, Kahan summation keeps what is rounded off and adds it later.
+bfloat16 autocast, the VAE's under float16 (latents.py). bfloat16 weights would hardly learn: at a
+learning rate of 5e-6 most updates are smaller than half their last digit and round to nothing. With
+`--param_dtype bf16`, for GPUs with little memory, Kahan summation keeps what is rounded off and
+adds it later.
 """
 
 import optimi

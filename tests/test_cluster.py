@@ -221,11 +221,15 @@ def test_without_a_ray_there_is_no_monitor(monkeypatch):
     cluster._kill_monitor()
 
 
-def test_a_run_in_this_process_ends_its_ray(killed, monkeypatch):
-    shutdown = MagicMock()
+def test_a_run_in_this_process_ends_its_ray_at_exit(killed, monkeypatch):
+    shutdown, at_exit = MagicMock(), []
     monkeypatch.setattr(cluster.ray, "shutdown", shutdown)
+    monkeypatch.setattr(cluster.atexit, "register", at_exit.append)
     trainer = MagicMock(running_in_local_mode=True)
     assert cluster.fit(trainer) is trainer.fit.return_value
+    assert (killed, shutdown.call_count) == ([], 0)
+    (stop,) = at_exit
+    stop()
     assert killed == ["monitor"]
     shutdown.assert_called_once_with()
 

@@ -4,7 +4,7 @@ example's, and diffusers'.
     python tests/benchmarks/jobs.py --steps 60 300 --diffusers_script PATH/train_dreambooth.py
 
 Processes of their own, with 64 class images, once for each number of --steps: the published loop
-without its report at every step, train.py with 1, 2 and (on four GPUs) 4 workers, diffusers' own
+without its report at every step, train.py with each of --workers, diffusers' own
 train_dreambooth.py if --diffusers_script names it, and in the first turn of all the published loop
 with its report. (--skip_published leaves both out.) Ratios are to the first. The jobs' own lines
 say where the seconds went.
@@ -111,7 +111,7 @@ def list_jobs(args, folders, num_steps, with_report):
             *our_command(published.__file__, *common),
             "--no_report",
         ]
-    for n in (1, 2, 4):
+    for n in args.workers:
         if n <= (torch.cuda.device_count() or 2):
             num_epochs = math.ceil(num_steps * args.batch_size * n / NUM_CLASS_IMAGES)
             jobs[f"train.py, {n} worker{'s' if n > 1 else ''}"] = [
@@ -202,6 +202,8 @@ def parse_args(argv=None):
     add("--model", choices=["pocket", "sd14"], default="pocket", help="sd14 for a GPU")
     add("--batch_size", type=int, default=2, help="pairs per step and worker")
     add("--steps", type=int, nargs="+", default=[60], help="numbers of steps of the jobs")
+    workers_help = "numbers of workers of train.py, as far as there are GPUs (2 on a CPU)"
+    add("--workers", type=int, nargs="+", default=[1, 2, 4], help=workers_help)
     add("--turns", type=int, default=3, help="times each job is run")
     add("--skip_published", action="store_true", help="it takes minutes per job")
     diffusers_help = "also run diffusers' examples/dreambooth/train_dreambooth.py from there"
