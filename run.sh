@@ -105,8 +105,10 @@ main() {
   "$PYTHON" -m dreambooth.images "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"
+  local ray_data=--use_ray_data  # on all GPUs; without any, and without a cluster, Ray would only take time to start
+  if ((NUM_GPUS == 0)) && [[ -z "${RAY_ADDRESS:-}" ]]; then ray_data=; fi
   "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
-    --num_samples_per_prompt "$NUM_CLASS_IMAGES" --use_ray_data --overwrite $CLASS_FLAGS
+    --num_samples_per_prompt "$NUM_CLASS_IMAGES" --overwrite $ray_data $CLASS_FLAGS
 
   step 4 "fine-tune (minutes)"
   local previews=(--preview_prompts "$INSTANCE_PROMPT ${SCENES%%|*}" "$CLASS_PROMPT" --preview_every "$PREVIEW_EVERY")

@@ -55,7 +55,8 @@ def test_one_large_gpu_needs_no_flag(run_story):
         "--num_workers 1 --train_batch_size 2 --num_epochs 2 --max_train_steps 200 --lr 5e-6"
     )
     assert "--output_dir /data/subjects/dog/model-tuned " in train
-    _, sample = commands["generate.py"]
+    class_images, sample = commands["generate.py"]
+    assert "--use_ray_data" in class_images
     assert "--model_dir /data/subjects/dog/model-tuned " in sample
     assert "--lora_weights_dir" not in sample
     assert "--use_ray_data" not in sample
@@ -176,3 +177,12 @@ def test_on_a_cluster_all_images_are_generated_there(run_story):
     class_images, sample = commands["generate.py"]
     assert "--use_ray_data" in class_images
     assert "--use_ray_data" in sample
+
+
+@pytest.mark.parametrize(("address", "by_ray"), [("", False), ("auto", True)])
+def test_without_a_gpu_ray_is_started_for_images_on_a_cluster_alone(run_story, address, by_ray):
+    _, commands = run_story(0, RAY_ADDRESS=address)
+    class_images, sample = commands["generate.py"]
+    assert "--num_samples_per_prompt 200 --overwrite" in class_images
+    assert ("--use_ray_data" in class_images) == by_ray
+    assert ("--use_ray_data" in sample) == by_ray
