@@ -28,10 +28,7 @@ SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # and then nobody answers
     "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",  # no dashboard: do not look for it
     "RAY_DEDUP_LOGS": "0",
-    # Beside other programs, workers get their share of the cores: by default Ray lowers their
-    # priority, and a thread of torch that waits for another one spins until its time is up.
-    "RAY_worker_niceness": "0",
-    "GOMP_SPINCOUNT": "3000",
+    "RAY_worker_niceness": "0",  # beside other programs, workers get their share of the cores
 }
 
 
