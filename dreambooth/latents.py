@@ -16,35 +16,30 @@ PIXELS_PER_PASS = 512 * 512  # through the VAE: more would need more memory than
 
 
 @torch.no_grad()
-def encode(vae, images):
+def encode(vae, images, in_float16=None):
     """Mean and standard deviation of the posterior of `images` (N, 3, R, R), scaled so that latents
     have about unit variance: (N, 2, C, h, w), float32.
 
-    On a CPU one image at a time: so the last bits do not depend on which images come together.
+    On a CPU one image at a time: so the last bits do not depend on which images come together. On a
+    GPU, unless `in_float16` says otherwise, matrix products and convolutions run in float16, which
+    rounds as TF32 does, at twice the speed. Its largest number is 65504: where the result is not
+    finite, the images are encoded again in float32.
     """
     on_gpu = images.device.type == "cuda"
+    if in_float16 is None:
+        in_float16 = on_gpu
     images_per_pass = max(1, PIXELS_PER_PASS // images[0, 0].numel()) if on_gpu else 1
-    parts = images.split(images_per_pass)
-    posteriors = torch.cat([encode_pass(vae, part, in_float16=on_gpu) for part in parts])
-    return posteriors * vae.config.scaling_factor
-
-
-def encode_pass(vae, images, in_float16):
-    """`encode` without scaling, in one forward pass.
-
-    With `in_float16`, matrix products and convolutions run in float16, which rounds as TF32 does,
-    at twice the speed. Its largest number is 65504: where the result is not finite, float32.
-    """
     with torch.autocast(images.device.type, torch.float16, enabled=in_float16):
-        posterior = vae.encode(images).latent_dist
-    if in_float16 and not all_finite(posterior.parameters):
-        return encode_pass(vae, images, in_float16=False)
-    std = (posterior.logvar.float() / 2).exp()
-    return torch.stack([posterior.mean.float(), std], dim=1)
+        posteriors = [vae.encode(part).latent_dist for part in images.split(images_per_pass)]
+    if in_float16 and not all_finite([p.parameters for p in posteriors]):
+        return encode(vae, images, in_float16=False)
+    stacked = [torch.stack([p.mean.float(), (p.logvar.float() / 2).exp()], 1) for p in posteriors]
+    return torch.cat(stacked) * vae.config.scaling_factor
 
 
-def all_finite(tensor):
-    return bool(tensor.isfinite().all())
+def all_finite(tensors):
+    """Waits for the GPU, once."""
+    return bool(torch.cat(tensors).isfinite().all())
 
 
 def encode_batches(vae, batches, device):

@@ -167,8 +167,8 @@ def test_float16_changes_a_posterior_by_less_than_a_hundredth_of_its_own_noise(v
     photos = (root / "images" / "lego-car").glob("*.jpg")
     images = torch.stack([torch.tensor(crop_image(path, 64, 0)[0]) for path in photos])
     images = images / 127.5 - 1
-    expected = latents.encode_pass(vae, images, in_float16=False)
-    found = latents.encode_pass(vae, images, in_float16=True)
+    expected = latents.encode(vae, images, in_float16=False)
+    found = latents.encode(vae, images, in_float16=True)
     assert found.dtype == torch.float32
     assert not torch.equal(found, expected)
     noise = expected[:, 1].mean()
@@ -180,6 +180,6 @@ def test_what_float16_cannot_hold_is_encoded_in_float32(vae):
     with torch.no_grad():
         vae.encoder.conv_in.weight *= 1e6
     images = random_images(2)
-    found = latents.encode_pass(vae, images, in_float16=True)
-    assert torch.equal(found, latents.encode_pass(vae, images, in_float16=False))
+    found = latents.encode(vae, images, in_float16=True)
+    assert torch.equal(found, latents.encode(vae, images, in_float16=False))
     assert found.isfinite().all()

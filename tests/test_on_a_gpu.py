@@ -14,7 +14,7 @@ from dreambooth.loss import training_loss
 def bfloat16_gpu(monkeypatch):
     """Let torch assume that there is a GPU, and that it computes in bfloat16; and what has no
     values, that they are finite."""
-    monkeypatch.setattr(latents, "all_finite", lambda tensor: True)
+    monkeypatch.setattr(latents, "all_finite", lambda tensors: True)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
 
@@ -90,7 +90,7 @@ def test_where_float16_is_not_finite_the_vae_runs_again_in_float32(
     load_models, bfloat16_gpu, monkeypatch
 ):
     vae, _, _ = load_models()
-    monkeypatch.setattr(latents, "all_finite", lambda tensor: False)
+    monkeypatch.setattr(latents, "all_finite", lambda tensors: False)
     with FakeTensorMode() as mode, Operations() as operations:
         move_to_gpu(vae, mode)
         posteriors = latents.encode(vae, torch.rand(1, 3, 64, 64, device="cuda"))
