@@ -7,6 +7,8 @@ step; no single sample is frozen.
 Letters: B pairs in a batch; R resolution; C, h, w channels, height and width of a latent.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from dreambooth.seeds import seed_for
@@ -29,7 +31,7 @@ def encode(vae, images, in_float16=None):
     if in_float16 is None:
         in_float16 = on_gpu
     images_per_pass = max(1, PIXELS_PER_PASS // images[0, 0].numel()) if on_gpu else 1
-    with torch.autocast(images.device.type, torch.float16, enabled=in_float16):
+    with torch.autocast(images.device.type, torch.float16) if in_float16 else nullcontext():
         posteriors = [vae.encode(part).latent_dist for part in images.split(images_per_pass)]
     if in_float16 and not all_finite([p.parameters for p in posteriors]):
         return encode(vae, images, in_float16=False)
