@@ -50,8 +50,8 @@ def pair_images(instance_paths, class_paths, num_pairs, seed):
 
 
 def build_dataset(pairs, verbose=False, num_cpus=None):
-    """A Ray Dataset with one row for each of `pairs`, in their order; no image is read yet, and
-    later by tasks that take no more than `num_cpus` cores."""
+    """A Ray Dataset with one row for each of `pairs`, in their order. No image is read yet; the
+    tasks that will read them take at most `num_cpus` cores (default: all)."""
     blocks = math.ceil(len(pairs) / PAIRS_PER_BLOCK)
     rows = ray.data.from_items(pairs, override_num_blocks=blocks)
     rows.context.execution_options.preserve_order = True

@@ -216,9 +216,11 @@ def test_at_its_end_a_script_does_not_wait_for_the_monitor(killed):
     assert killed == ["monitor"]
 
 
-def test_without_a_ray_there_is_no_monitor(monkeypatch):
+def test_without_a_ray_there_is_no_monitor_to_kill(killed, monkeypatch):
+    """As at the exit of a script that has stopped its Ray."""
     monkeypatch.setattr(cluster.ray._private.worker, "_global_node", None)
     cluster._kill_monitor()
+    assert killed == []
 
 
 def test_a_run_in_this_process_ends_its_ray_at_exit(killed, monkeypatch):

@@ -4,10 +4,10 @@ example's, and diffusers'.
     python tests/benchmarks/jobs.py --steps 60 300 --diffusers_script PATH/train_dreambooth.py
 
 Processes of their own, with 64 class images, once for each number of --steps: the published loop
-without its report at every step, train.py with each of --workers, diffusers' own
-train_dreambooth.py if --diffusers_script names it, and in the first turn of all the published loop
-with its report. (--skip_published leaves both out.) Ratios are to the first. The jobs' own lines
-say where the seconds went.
+without its report at every step, train.py with each of --workers, diffusers' script if
+--diffusers_script names it, and in the first turn of all the published loop with its report.
+(--skip_published leaves both out.) Ratios are to the first. The jobs' own lines say where the
+seconds went.
 """
 
 import math
