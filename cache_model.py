@@ -9,12 +9,21 @@ use is downloaded, as safetensors where the revision has them; complete download
 The model "pocket" comes with this checkout: it needs no network.
 """
 
+import errno
 import shutil
+from contextlib import contextmanager
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from dreambooth import atomic, hub, model_dir
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
+from dreambooth.files import atomic, pipeline_dir
 from dreambooth.pocket.classes import POCKET_DIR
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
@@ -59,12 +68,12 @@ def files_to_fetch(names):
 def fetch_from_hub(cache_dir, model_name, revision):
     """Download what is missing; returns the pipeline directory. UserError: no network, no such
     model or revision, or a licence to accept first."""
-    snapshot = model_dir.snapshot_dir(cache_dir, model_name, revision)
+    snapshot = pipeline_dir.snapshot_dir(cache_dir, model_name, revision)
     offline_remedy = (
         f"run this where there is one and copy the directory to {snapshot},"
         " or use --model_name pocket, which needs no network"
     )
-    with hub.errors_as_one_line(model_name, revision, cache_dir, offline_remedy):
+    with hub_errors_as_one_line(model_name, revision, cache_dir, offline_remedy):
         info = HfApi().model_info(model_name, revision=revision)
         files = files_to_fetch([file.rfilename for file in info.siblings])
         return snapshot_download(
@@ -72,10 +81,38 @@ def fetch_from_hub(cache_dir, model_name, revision):
         )
 
 
+@contextmanager
+def hub_errors_as_one_line(name, revision, folder, offline_remedy):
+    """Turn what fails while `name` at `revision` is downloaded into `folder` into a UserError:
+    no network (then `offline_remedy` says what else to do), no such name or revision, a licence to
+    be accepted first, no space, no permission."""
+    try:
+        yield
+    except GatedRepoError:
+        raise UserError(
+            f"{name} requires accepting its licence: do so on its page, then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{name!r} is not on the Hub, or it is private: `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{name} has no revision {revision!r}") from None
+    except HFValidationError as error:
+        raise UserError(f"{name!r}: {str(error).splitlines()[0]}") from None
+    except PermissionError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from None
+    except (OSError, HTTPError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise UserError(f"no space left in {folder}") from None
+        raise UserError(
+            f"no answer from the Hub ({type(error).__name__}):"
+            f" check the network, or {offline_remedy}"
+        ) from None
+
+
 def copy_pocket(snapshot):
     """Put the embedded model into the directory `snapshot`, unless it is there already."""
-    is_complete = model_dir.missing_file(snapshot) is None
-    if is_complete and model_dir.fingerprint(snapshot) == model_dir.fingerprint(POCKET_DIR):
+    is_complete = pipeline_dir.missing_file(snapshot) is None
+    if is_complete and pipeline_dir.fingerprint(snapshot) == pipeline_dir.fingerprint(POCKET_DIR):
         return
     atomic.replace_dir(
         snapshot, lambda folder: shutil.copytree(POCKET_DIR, folder, dirs_exist_ok=True)
@@ -84,12 +121,12 @@ def copy_pocket(snapshot):
 
 def main(args):
     atomic.check_writable(args.model_dir, "--model_dir")
-    snapshot = model_dir.snapshot_dir(args.model_dir, args.model_name, args.revision)
+    snapshot = pipeline_dir.snapshot_dir(args.model_dir, args.model_name, args.revision)
     if args.model_name == "pocket":
         copy_pocket(snapshot)
-    elif model_dir.missing_file(snapshot):  # always for a branch: its newest commit is asked for
+    elif pipeline_dir.missing_file(snapshot):  # always for a branch: its newest commit is asked for
         snapshot = fetch_from_hub(args.model_dir, args.model_name, args.revision)
-    model_dir.check_model_dir(snapshot)
+    pipeline_dir.check_model_dir(snapshot)
     print(snapshot)
 
 

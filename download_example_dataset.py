@@ -10,9 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from dreambooth import atomic, hub
+from cache_model import hub_errors_as_one_line
 from dreambooth.cli import ArgumentParser, absolute_path, run_main
-from dreambooth.images import find_images
+from dreambooth.files import atomic
+from dreambooth.files.photos import find_images
 
 DATASET = "diffusers/dog-example"
 
@@ -28,7 +29,7 @@ def parse_args(argv=None):
 def download_photos(folder):
     """Fill `folder` with the photos alone: the Hub's cache files are not left among them."""
     offline_remedy = "use images/lego-car or photos of your own"
-    with hub.errors_as_one_line(DATASET, "main", folder, offline_remedy):
+    with hub_errors_as_one_line(DATASET, "main", folder, offline_remedy):
         snapshot_download(
             DATASET,
             repo_type="dataset",

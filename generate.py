@@ -16,18 +16,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreambooth import atomic, logs, model_dir, outputs
 from dreambooth.cli import (
     ArgumentParser,
     UserError,
     absolute_path,
     check_at_least,
+    configure_logs,
     read_lines,
     run_main,
     valid_prompt,
 )
+from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.image_generator import MAX_BATCH, ImageGenerator
-from dreambooth.pocket import classes
 
 
 def parse_args(argv=None):
@@ -37,7 +37,11 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--model_dir", **path, required=True, help="diffusers pipeline directory")
-    add("--lora_weights_dir", **path, help=f"directory with {model_dir.LORA_FILE}, to apply on top")
+    add(
+        "--lora_weights_dir",
+        **path,
+        help=f"directory with {pipeline_dir.LORA_FILE}, to apply on top",
+    )
     add("--lora_scale", type=float, default=1.0, help="strength of the LoRA")
     compare_help = "a second model: its images, from the same noise, go below on the sheet"
     add("--compare_to", **path, help=compare_help)
@@ -74,32 +78,27 @@ def check_args(args):
         args, 1, "num_samples_per_prompt", "num_inference_steps", "num_workers", "batch_size"
     )
     check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
-    model_dir.check_model_dir(args.model_dir)
+    pipeline_dir.check_model_dir(args.model_dir)
     if args.compare_to:
-        model_dir.check_model_dir(args.compare_to, "--compare_to")
+        pipeline_dir.check_model_dir(args.compare_to, "--compare_to")
     if args.lora_weights_dir:
-        model_dir.check_lora_dir(args.lora_weights_dir)
-    atomic.check_writable(args.output_dir)
+        pipeline_dir.check_lora_dir(args.lora_weights_dir)
     if args.prompts_file:
         args.prompts = args.prompts + read_lines(args.prompts_file, "--prompts_file")
     if not args.prompts:
         raise UserError("no prompt: give --prompts or --prompts_file")
     if len(set(args.prompts)) < len(args.prompts):
         raise UserError("a prompt is given twice: use --num_samples_per_prompt for more images")
-    for pipeline_dir in (args.model_dir, args.compare_to):
-        if pipeline_dir:
-            classes.check_prompts(pipeline_dir, args.prompts)
-            tokenizer = model_dir.load_tokenizer(pipeline_dir)
-            for prompt in args.prompts:
-                model_dir.check_prompt(tokenizer, prompt)
+    for model_dir in filter(None, (args.model_dir, args.compare_to)):
+        pipeline_dir.check_prompts(model_dir, args.prompts)
 
 
 def plan(args):
     """The record of each image: everything that it depends on, and its file's name."""
     lora = args.lora_weights_dir
     settings = {
-        "model": model_dir.fingerprint(args.model_dir),
-        "lora": model_dir.fingerprint(lora) if lora else "",
+        "model": pipeline_dir.fingerprint(args.model_dir),
+        "lora": pipeline_dir.fingerprint(lora) if lora else "",
         "lora_scale": args.lora_scale,
         "scheduler": args.scheduler,
         "num_inference_steps": args.num_inference_steps,
@@ -108,64 +107,71 @@ def plan(args):
     records = []
     for p, prompt in enumerate(args.prompts):
         for i in range(args.num_samples_per_prompt):
-            name = outputs.file_name(p, i, args.seed)
+            name = generated_images.file_name(p, i, args.seed)
             own = {"file": name, "prompt": prompt, "seed": args.seed, "index": i}
             records.append({**own, **settings})
     return records
 
 
-def find_existing(args):
-    """The planned records; those whose images exist; the records of other images, which stay; and
-    the files of stale images, which do not. Without --overwrite these are a UserError: images with
-    a planned name and other settings. With it they are all images that are not planned."""
-    planned = plan(args)
-    finished, others, stale = outputs.find_existing(args.output_dir, planned)
+def find_existing(args, planned):
+    """The images in --output_dir (generated_images.Existing) beside the records `planned` for it.
+
+    With --overwrite, those that are not planned are stale. UserError: without it, there are images
+    with a planned name and other settings.
+    """
+    existing = generated_images.find_existing(args.output_dir, planned)
     if args.overwrite:
-        stale += [Path(args.output_dir) / record["file"] for record in others]
-        others = []
-    elif stale:
+        others = [Path(args.output_dir) / record["file"] for record in existing.others]
+        return existing._replace(others=[], stale=existing.stale + others)
+    if existing.stale:
         raise UserError(
-            f"--output_dir {args.output_dir} holds {len(stale)} images made with another prompt,"
-            f" model or setting ({stale[0].name}): name another folder, or give --overwrite"
+            f"--output_dir {args.output_dir} holds {len(existing.stale)} images made with another"
+            f" prompt, model or setting ({existing.stale[0].name}): name another folder, or give"
+            " --overwrite"
         )
-    return planned, finished, others, stale
+    return existing
 
 
-def generate_missing(args, planned, finished, others, stale):
-    """Generate what `find_existing` did not find; returns the paths of all images by prompt.
+def generate_missing(args, planned, existing):
+    """Generate the `planned` images that do not exist; returns the paths of all by prompt.
 
     Existing files are replaced or removed only once the first new image is there: by then model,
     LoRA, GPUs and cluster have proved right.
     """
     folder = Path(args.output_dir)
-    outputs.remove_leftovers(folder)
-    existing = {record["file"] for record in finished}
-    missing = [record for record in planned if record["file"] not in existing]
+    generated_images.remove_leftovers(folder)
+    finished = {record["file"] for record in existing.finished}
+    missing = [record for record in planned if record["file"] not in finished]
     count = f"{len(planned)} images of {len(args.prompts)} prompt(s) in {folder}"
     print(f"{count}: {len(missing)} to generate")
+    new_records = iter(())
     if missing:
-        if args.use_ray_data:
-            from dreambooth.batch_inference import generate_with_ray  # here: Ray takes seconds
-
-            new_records = generate_with_ray(args, missing)
-        else:
-            new_records = ImageGenerator(args).generate(missing)
-        finished = finished + list(itertools.islice(new_records, 1))
-    for name in {file.name for file in stale} - {record["file"] for record in planned}:
+        new_records = iter(start_generating(args, missing))
+    first = list(itertools.islice(new_records, 1))
+    for name in {file.name for file in existing.stale} - {record["file"] for record in planned}:
         (folder / name).unlink(missing_ok=True)
-    outputs.write_records(folder, others + finished)
+    generated_images.write_metadata(folder, existing.others + existing.finished + first)
     if missing:
         for record in tqdm(new_records, total=len(missing), initial=1, unit="image"):
-            outputs.append_record(folder, record)
+            generated_images.append_metadata(folder, record)
     return {
         prompt: [folder / record["file"] for record in planned if record["prompt"] == prompt]
         for prompt in args.prompts
     }
 
 
+def start_generating(args, records):
+    """An iterator over `records`, each of which it yields once its image is saved."""
+    if args.use_ray_data:
+        from dreambooth.batch_inference import generate_with_ray  # here: Ray takes seconds
+
+        return generate_with_ray(args, records)
+    return ImageGenerator(args).generate(records)
+
+
 def main(args):
     """Check the arguments, generate what is missing, and lay it all out on a contact sheet."""
-    logs.configure(args.verbose)
+    configure_logs(args.verbose)
     check_args(args)
     folder = Path(args.output_dir)
     runs = [args]
@@ -173,16 +179,17 @@ def main(args):
         other = {"model_dir": args.compare_to, "lora_weights_dir": None}
         other["output_dir"] = str(folder / "compared")
         runs.append(argparse.Namespace(**{**vars(args), **other}))
-    found = [find_existing(run) for run in runs]  # in both folders, before an image is generated
-    images = [generate_missing(run, *existing) for run, existing in zip(runs, found, strict=True)]
+    plans = [plan(run) for run in runs]
+    found = [find_existing(*pair) for pair in zip(runs, plans, strict=True)]  # in both, before any
+    images = [generate_missing(*job) for job in zip(runs, plans, found, strict=True)]
     rows = {}
     for prompt in args.prompts:
         rows[prompt] = images[0][prompt]
         if args.compare_to:
-            name, _ = model_dir.name_and_revision(args.compare_to)
+            name, _ = pipeline_dir.name_and_revision(args.compare_to)
             rows[f"{prompt}, by {name}"] = images[1][prompt]
-    sheet = folder / outputs.CONTACT_SHEET
-    outputs.contact_sheet(rows, sheet)
+    sheet = folder / generated_images.CONTACT_SHEET
+    generated_images.contact_sheet(rows, sheet)
     print(f"look at {sheet}")
 
 

@@ -57,7 +57,7 @@ choose_train_flags() {
   local epochs=$(((STEPS * pairs * NUM_WORKERS + NUM_CLASS_IMAGES - 1) / NUM_CLASS_IMAGES))
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
   if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
-    added=$("$PYTHON" -m dreambooth.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" $added)
+    added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" $added)
   fi
   if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
   TRAIN_FLAGS="--train_batch_size $pairs --num_epochs $epochs --max_train_steps $STEPS $TRAIN_FLAGS $added"
@@ -65,7 +65,7 @@ choose_train_flags() {
 
 main() {
   # Look for GPUs, on this machine or in the cluster at RAY_ADDRESS, and choose the model.
-  NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.gpus)}
+  NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.machines.gpus)}
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
@@ -102,7 +102,7 @@ main() {
   if [[ "$(realpath -m "$INSTANCE_DIR")" == "$(realpath -m images/dog)" ]]; then
     "$PYTHON" download_example_dataset.py images/dog
   fi
-  "$PYTHON" -m dreambooth.images "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
+  "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"
   local ray_data=--use_ray_data  # on all GPUs; without any, and without a cluster, Ray would only take time to start
@@ -126,10 +126,10 @@ main() {
     --compare_to "$ORIG_MODEL_PATH" --overwrite ${RAY_ADDRESS:+--use_ray_data} $SAMPLE_FLAGS
 
   step 6 "put photos, class images and new images on one sheet, and the run on a page"
-  "$PYTHON" -m dreambooth.outputs --output "$SUBJECT_DIR/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
+  "$PYTHON" -m dreambooth.files.generated_images --output "$SUBJECT_DIR/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
     "$CLASS_PROMPT, by the original model=$IMAGES_REG_DIR" "$INSTANCE_PROMPT ${SCENES//|/, }=$IMAGES_NEW_DIR"
   echo "done: $SUBJECT_DIR/dreambooth.png, and the page ($SECONDS s in all)"
-  "$PYTHON" -m dreambooth.report_page "$RESULT_DIR.report" --images_dir "$IMAGES_NEW_DIR"
+  "$PYTHON" -m dreambooth.report.page "$RESULT_DIR.report" --images_dir "$IMAGES_NEW_DIR"
 }
 
 step() { echo "--- $SECONDS s, step $1: $2"; }

@@ -12,7 +12,6 @@ generate.py takes both. The diffusion step itself is in dreambooth/loss.py.
 import argparse
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 
 import dreambooth  # noqa: F401 (first: it sets what torch and Ray read when they are imported)
 
@@ -22,21 +21,16 @@ import torch
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from dreambooth import checkpointer, checkpoints, cluster, dataset, latents, logs, ray_errors
-from dreambooth.cli import ArgumentParser, absolute_path, run_main, valid_prompt
-from dreambooth.hardware import warn_of_slow_steps
+from dreambooth import dataset, latents
+from dreambooth.cli import ArgumentParser, absolute_path, configure_logs, run_main, valid_prompt
 from dreambooth.loss import training_loss
-from dreambooth.memory import check_memory
-from dreambooth.metrics import report_dir
-from dreambooth.progress import shown_by_worker
-from dreambooth.report import Report, where_the_seconds_went
-from dreambooth.run_record import recorded
-from dreambooth.shared_storage import check_shared_storage
-from dreambooth.training_checks import check_flags
-from dreambooth.training_plan import LR_SCHEDULERS, TrainingPlan, make_plan, worker_range
+from dreambooth.machines import cluster, memory
+from dreambooth.machines.device import describe, num_cores
+from dreambooth.run import checkpoints, export, previews, training_log
+from dreambooth.run.plan import LR_SCHEDULERS, TrainingPlan, check_flags, make_plan, worker_range
 
 
-def parse_args(argv=None):
+def build_parser():
     """The flags, in the order in which a run uses them."""
     parser = ArgumentParser(__doc__)
     on_off = argparse.BooleanOptionalAction
@@ -93,14 +87,18 @@ def parse_args(argv=None):
     add("--preview_prompts", nargs="+", type=valid_prompt, default=[], help="prompts of previews")
     add("--preview_every", type=int, default=0, help="steps between previews (default: none)")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")
-    return parser.parse_args(argv)
+    return parser
 
 
-def forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args):
+def parse_args(argv=None):
+    return build_parser().parse_args(argv)
+
+
+def forward_backward(denoiser, scheduler, batches, prompt_ids, accumulation_steps, args):
     """Add the gradients of one step to the denoiser's parameters; returns its losses (3,): in all,
     of the instance half, of the class half."""
     step_losses = 0.0
-    for i in range(num_passes):
+    for i in range(accumulation_steps):
         batch = next(batches)
         posteriors, positions = batch["posteriors"], batch["positions"]
         n = len(posteriors)  # 2B; B without a class half, whose random numbers go unused
@@ -111,33 +109,33 @@ def forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args)
             args.seed, positions, scheduler.config.num_train_timesteps
         ).to(posteriors.device, non_blocking=True)
         # DDP averages the workers' gradients once per step, in its last backward pass.
-        last = i == num_passes - 1
+        last = i == accumulation_steps - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():
             loss, halves = training_loss(
                 denoiser, scheduler, posteriors, prompt_ids, posterior_noise[:n], noise[:n],
                 timesteps[:n], args.prior_loss_weight or None, args.snr_gamma,
             )  # fmt: skip
-            (loss / num_passes).backward()
-        step_losses += torch.cat([loss.detach().view(1), halves]) / num_passes
+            (loss / accumulation_steps).backward()
+        step_losses += torch.cat([loss.detach().view(1), halves]) / accumulation_steps
     return step_losses
 
 
 def train_fn(config):
     """What each worker runs: load the models, encode its images, train, and save (rank 0)."""
-    from dreambooth import models, previews, saving  # here: only the workers wait for diffusers
+    from dreambooth import models  # here: only the workers wait for diffusers
 
     args = argparse.Namespace(**config["args"])
     plan = TrainingPlan(**config["plan"])
-    logs.configure(args.verbose)
+    configure_logs(args.verbose)
     context = ray.train.get_context()  # [1]
     rank = context.get_world_rank()
     num_workers = context.get_world_size()
     device = get_device()
-    pairs_per_pass, num_passes = plan.divide(num_workers)
-    check_memory(args, plan, num_workers, device)
-    report = Report(plan, enabled=rank == 0, **config["report"])
+    pairs_per_pass, accumulation_steps = plan.divide(num_workers)
+    memory.check_device(args, plan, num_workers, device)
+    log = training_log.TrainingLog(plan, device, enabled=rank == 0, **config["log"])
     if device.type == "cpu":  # Ray gives a worker one thread; it takes its share of the cores
-        torch.set_num_threads(max(1, cluster.num_cores() // context.get_local_world_size()))
+        torch.set_num_threads(max(1, num_cores() // context.get_local_world_size()))
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
 
     # Set up the data: this worker's pairs, a batch per forward pass, read while the models load.
@@ -145,103 +143,115 @@ def train_fn(config):
     batches = shard.iter_torch_batches(
         batch_size=pairs_per_pass, collate_fn=dataset.collate, prefetch_batches=4
     )
-    batches = dataset.prefetch_first(batches)
+    batches = dataset.Prefetched(batches)
 
     # Set up the models: prepare_model moves to the device and, with several workers, wraps in DDP.
     vae, denoiser, scheduler = models.load_models(args, device)
-    ddp = prepare_model(denoiser, parallel_strategy_kwargs=models.ddp_settings(num_passes))  # [3]
+    ddp_settings = models.ddp_settings(accumulation_steps)
+    ddp = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)  # [3]
     if num_workers > 1 and device.type == "cuda":  # exchange gradients in bfloat16: half the bytes
         ddp.register_comm_hook(None, bf16_compress_hook)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
     prompt_ids = torch.tensor(plan.prompt_ids, device=device)
-    saver = checkpointer.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank)
-    first_step = saver.restore()
-    report.models_are_ready(parameters, num_workers, device, first_step)
-    preview = previews.Previews(args, plan, vae, denoiser, report)
-    preview.step_is_done(first_step)
+    log.models_are_loaded(parameters, num_workers)
+
+    # Set up what happens once in a while; the data say after which step the run goes on.
+    callbacks = [
+        log,
+        checkpoints.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank),
+        previews.Previews(args, plan, vae, denoiser, log),
+    ]
+    first_step = batches.first_position() // plan.pairs_per_step
+    for callback in callbacks:
+        callback.on_train_begin(first_step)
 
     # Encode each image once, when a step first needs it.
-    batches = latents.encode_batches(vae, dataset.check_start(batches, first_step, plan), device)
+    batches = latents.encode_batches(vae, batches, device)
     for step in range(first_step, plan.num_steps):
-        losses = forward_backward(ddp, scheduler, batches, prompt_ids, num_passes, args)
+        losses = forward_backward(ddp, scheduler, batches, prompt_ids, accumulation_steps, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        lr = lr_schedule.get_last_lr()[0]
         optimizer.step()
         optimizer.zero_grad(set_to_none=num_workers == 1)  # else they stay, in DDP's buckets
-        report.step_is_done(step, losses, grad_norm, lr_schedule.get_last_lr()[0])
         lr_schedule.step()
-        saver.step_is_done(step + 1)
-        preview.step_is_done(step + 1)
+        for callback in callbacks:
+            callback.on_step_end(step + 1, losses=losses, grad_norm=grad_norm, lr=lr)
+    for callback in callbacks:
+        callback.on_train_end()
 
-    saver.finish()  # [4]
-    report.steps_are_done()
     if rank == 0:
-        saving.save(denoiser, args)
-    return report.summary()  # [5] rank 0's is the Result's return value
+        export.save(denoiser, args)
+    return log.summary()  # [5] rank 0's is the Result's return value
 
 
 def build_trainer(args, plan, num_gpus, num_cpus, started):
     """Pair the images for the whole run and hand them to a TorchTrainer."""
     num_pairs = plan.num_steps * plan.pairs_per_step
     pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, num_pairs, args.seed)
-    deal_pairs = dataset.DealPairs(plan.pairs_per_step, plan.resolution, args.seed)
-    run_dir = checkpoints.run_dir(args)
+    pair_config = dataset.PairDataConfig(plan.pairs_per_step, plan.resolution, args.seed)
     in_driver = cluster.runs_in_driver(args.num_workers)  # then all pairs are for one
-    report = {name: vars(args)[name] for name in ("log_every", "output_dir")}
-    report.update(started=started, show=shown_by_worker(in_driver))
+    show = training_log.shown_by_worker(in_driver)
+    log = {"log_every": args.log_every, "started": started, "show": show}
 
     def build_dataset():
-        _, first_step = checkpoints.find_newest(run_dir)
+        first_step = checkpoints.find_newest(plan.run_dir)  # the workers go on from there
         cores = max(1, num_cpus // 2) if in_driver and not num_gpus else None
         rows = dataset.build_dataset(pairs[first_step * plan.pairs_per_step :], args.verbose, cores)
-        return deal_pairs.shard(rows, rank=0, world_size=1) if in_driver else rows
+        return pair_config.shard(rows, rank=0, world_size=1) if in_driver else rows
 
     return TorchTrainer(
         train_fn,
-        train_loop_config={"args": vars(args), "plan": asdict(plan), "report": report},
+        train_loop_config={"args": vars(args), "plan": vars(plan), "log": log},
         datasets={"train": build_dataset},  # [6] called again for each worker group
-        dataset_config=deal_pairs,  # [7]
+        dataset_config=pair_config,  # [7]
         scaling_config=cluster.scaling_config(args.num_workers, num_gpus, num_cpus),  # [8]
         run_config=ray.train.RunConfig(  # [9]
-            storage_path=str(run_dir.parent),
-            name=run_dir.name,
+            storage_path=str(plan.run_dir.parent),
+            name=plan.run_dir.name,
             failure_config=ray.train.FailureConfig(max_failures=args.max_failures),
-            callbacks=[ray_errors.NoRetryForUserErrors()],
+            callbacks=[cluster.NoRetryForUserErrors()],
             logging_config=cluster.train_logs(args.verbose),
         ),
     )
 
 
 def main(args):
-    """Check the arguments, start Ray, train, and say where the result is."""
+    """Check the flags, start Ray, train, and say where the result is."""
     started = time.time()
     check_flags(args)
     ray_start = cluster.start_ray_in_background(args.verbose)
     plan = make_plan(args)
-    if cluster.runs_in_driver(args.num_workers):  # while Ray starts, import what train_fn needs
+    in_driver = cluster.runs_in_driver(args.num_workers)
+    if in_driver:  # while Ray starts, import what train_fn needs
         from dreambooth import models  # noqa: F401
     ray_start.result()
     num_gpus, num_cpus = cluster.wait_for_workers(args.num_workers[0], args.wait_for_gpus)
     print(f"{plan}; {num_gpus} GPUs, {num_cpus} cores")
-    if not num_gpus:
-        warn_of_slow_steps(args, plan, num_cpus)
-    run_dir = checkpoints.run_dir(args)
-    checkpoints.prepare(args, plan.identity(args))
-    stop = checkpointer.StopOnSignal(run_dir)
+
+    # Go on where an earlier process with the same command has stopped, if one has.
+    fingerprint, default_of = plan.fingerprint(args), build_parser().get_default
+    first_step = checkpoints.prepare(plan.run_dir, fingerprint, default_of, args)
+    training_log.prepare(plan.report_dir, first_step)
+    stop = checkpoints.StopOnSignal(plan.run_dir)
     try:
-        with recorded(args, plan, num_gpus) as record:
-            folders = [args.model_dir, *plan.image_dirs, run_dir, report_dir(args.output_dir)]
-            check_shared_storage(folders)
-            result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))  # [10]
-            record["seconds"] = result.return_value
-    except ray_errors.FAILURES as error:
+        with training_log.RunRecord(args, plan, describe(num_gpus)) as record:
+            folders = [args.model_dir, *plan.image_dirs, plan.run_dir, plan.report_dir]
+            cluster.check_shared_storage(folders)
+            show_bar = training_log.shown_by_worker(in_driver) == "nothing"
+            with training_log.followed(plan, enabled=show_bar):
+                trainer = build_trainer(args, plan, num_gpus, num_cpus, started)
+                result = cluster.fit(trainer)  # [10]
+            record.finish(result.return_value)
+            export.write_card(args.output_dir, record.facts)
+    except cluster.FAILURES as error:
         stop.exit_if_asked(error)
-        raise ray_errors.training_error(error) or error from None
+        raise
     finally:
-        checkpoints.remove_unless_needed(run_dir)
-    checkpoints.remove(run_dir)
-    print(where_the_seconds_went(result.return_value))
+        checkpoints.remove_unless_needed(plan.run_dir)
+    checkpoints.remove(plan.run_dir)
+    print(training_log.where_the_seconds_went(result.return_value))
     print(f"wrote {args.output_dir} ({time.time() - started:.0f} s in all)")
 
 

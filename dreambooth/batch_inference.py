@@ -6,10 +6,8 @@ from pathlib import Path
 import pandas as pd
 import ray.data
 
-from dreambooth import cluster, hardware, ray_errors
-from dreambooth.cli import UserError
-from dreambooth.image_generator import MAX_BATCH, ImageGenerator, cpu_batch_size
-from dreambooth.shared_storage import check_shared_storage
+from dreambooth.image_generator import MAX_BATCH, ImageGenerator, cpu_batch_size, warn_if_slow
+from dreambooth.machines import cluster
 
 
 def generate_with_ray(args, records):
@@ -23,10 +21,10 @@ def generate_with_ray(args, records):
     cluster.check_num_workers(args.num_workers or 1, num_gpus, num_cpus)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     paths = [args.model_dir, args.output_dir, args.lora_weights_dir]
-    check_shared_storage([path for path in paths if path])
+    cluster.check_shared_storage([path for path in paths if path])
     num_workers = args.num_workers or max(1, num_gpus)
     if not num_gpus:
-        hardware.warn_of_slow_images(args, num_cpus)  # what an actor prints is not shown
+        warn_if_slow(args)  # what an actor prints is not shown
     max_batch = (args.batch_size or MAX_BATCH) if num_gpus else cpu_batch_size(args.model_dir)
     num_batches = count_batches(len(records), num_workers, num_gpus, max_batch)
     num_workers = min(num_workers, num_batches)
@@ -49,10 +47,7 @@ def generate_with_ray(args, records):
     try:
         yield from rows.iter_rows()  # [4]
     except ray.exceptions.RayError as error:
-        message = ray_errors.user_error_in(error)
-        if message:
-            raise UserError(message) from None
-        raise
+        raise cluster.user_error_in(error) or error from None
 
 
 def count_batches(num_records, num_workers, num_gpus, max_batch):

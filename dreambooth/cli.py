@@ -1,21 +1,53 @@
-"""What every script's command line shares: --help, user errors, exit codes.
+"""What every script's command line shares: --help, user errors, exit codes, the libraries' logs.
 
 Each script runs its `main` through `run_main`, which turns a `UserError` into one line on stderr
-and exit code 2. A bug of ours keeps its stack trace.
+and exit code 2. A bug of ours keeps its stack trace. The libraries' own logs and progress bars are
+off, unless a script runs with --verbose.
 """
 
 import argparse
 import atexit
+import logging
 import math
 import os
 import sys
 import traceback
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# For the libraries and the processes that Ray starts, which inherit them.
+QUIET_ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
+}
+# One of Ray Train's loggers has no name of its own: it is the root logger.
+LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "diffusers", "transformers", "peft")
 
 
 class UserError(ValueError):
     """Something that the user caused and can fix; the message, one line, says how."""
+
+    status = "failed"  # in the record of the run that it ended (run/training_log.py)
+
+
+class Stopped(UserError):
+    """A signal asked the run to stop, and its checkpoint is written."""
+
+    status = "stopped"
+
+
+class Diverged(UserError):
+    """The loss, the gradients or the weights are not finite numbers."""
+
+    status = "diverged"
+
+
+class OutOfMemory(UserError):
+    """The GPU's memory did not suffice."""
+
+    status = "out of memory"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -30,8 +62,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class ArgumentParser(argparse.ArgumentParser):
     """A parser whose --help is the script's docstring, and whose errors are one line."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=HelpFormatter)
+    def __init__(self, description, **settings):
+        super().__init__(description=description, formatter_class=HelpFormatter, **settings)
 
     def error(self, message):
         self.exit(2, f"error: {_one_line(message)} (--help explains the flags)\n")
@@ -128,3 +160,46 @@ def read_lines(file, flag):
         raise UserError(f"{flag} {file} is not a UTF-8 text file") from None
     lines = [line.strip() for line in lines]
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def configure_logs(verbose):
+    """Silence the libraries in this process and in those that Ray starts from it, unless `verbose`.
+
+    What fails is raised in any case. Call it before Ray starts and before models load.
+    """
+    if verbose:
+        return
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def hide_progress_bars(verbose):
+    """Hide the bars with which diffusers and transformers load models, and what they log, unless
+    `verbose`. Imports both."""
+    if verbose:
+        return
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity(logging.CRITICAL)
+
+
+@contextmanager
+def silent_stderr(verbose):
+    """Hide stderr, also that of C++ code and of processes started meanwhile, unless `verbose`."""
+    if verbose:
+        yield
+        return
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

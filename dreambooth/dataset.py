@@ -60,7 +60,7 @@ def build_dataset(pairs, verbose=False, num_cpus=None):
     return rows
 
 
-class DealPairs(ray.train.DataConfig):
+class PairDataConfig(ray.train.DataConfig):
     """Deals the rows of "train" to the workers by their position in the run.
 
     Every step takes the next `pairs_per_step` pairs, and each worker an equal share of them, in
@@ -107,22 +107,17 @@ def collate(batch):
     }
 
 
-def check_start(batches, first_step, plan):
-    """Yield `batches`, which must begin with pairs of `first_step`: the dataset is built before the
-    workers look for a checkpoint. RuntimeError: it is another step, and Ray Train tries again."""
-    for i, batch in enumerate(batches):
-        if i == 0 and batch["positions"][0] // plan.pairs_per_step != first_step:
-            raise RuntimeError(f"the first pair is {batch['positions'][0]} in step {first_step}")
-        yield batch
+class Prefetched:
+    """An iterator over `batches`, the first of which is fetched in a thread from now on."""
 
+    def __init__(self, batches):
+        self.batches = iter(batches)
+        self.first = ThreadPoolExecutor(1).submit(next, self.batches)
 
-def prefetch_first(batches):
-    """Start to fetch the first of `batches` now, in a thread; returns an iterator over all."""
-    batches = iter(batches)
-    first = ThreadPoolExecutor(1).submit(next, batches)
+    def first_position(self):
+        """The position in the run of the first pair; waits for it."""
+        return self.first.result()["positions"][0]
 
-    def read():
-        yield first.result()
-        yield from batches
-
-    return read()
+    def __iter__(self):
+        yield self.first.result()
+        yield from self.batches

@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from dreambooth import cluster, hardware, logs, model_dir, outputs
-from dreambooth.cli import UserError, warn
+from dreambooth.cli import UserError, configure_logs, hide_progress_bars, warn
+from dreambooth.files import generated_images, pipeline_dir
+from dreambooth.machines import device
 from dreambooth.seeds import seed_for
 
 CPU_PIXELS = 16 * 64 * 64  # per batch on a CPU
@@ -28,36 +29,32 @@ class ImageGenerator:
     """Loads the pipeline once and generates the images of records in batches."""
 
     def __init__(self, args):
-        from diffusers import DPMSolverMultistepScheduler  # here: not needed if nothing is missing
-
-        logs.configure(args.verbose)
-        logs.hide_progress_bars(args.verbose)
-        self.device = hardware.pick_device()
+        configure_logs(args.verbose)
+        hide_progress_bars(args.verbose)
+        self.device = device.pick_device()
         self.padded_size = cpu_batch_size(args.model_dir) if self.device == "cpu" else None
         if self.device == "cpu":
-            hardware.warn_of_slow_images(args, cluster.num_cores())
+            warn_if_slow(args)
         given = self.padded_size or args.batch_size
         self.batch_size = given or batch_size_that_fits(args.model_dir)
         self.args = args
         self.folder = Path(args.output_dir)
         self.prompt_embeds = {}
-        self.pipeline = load_pipeline(
-            args.model_dir, self.device, args.lora_weights_dir, args.lora_scale
-        )
+        dtype = torch.float16 if self.device == "cuda" else torch.float32
+        self.pipeline = load_pipeline(args.model_dir, dtype, args.scheduler)
+        if args.lora_weights_dir:
+            apply_lora(self.pipeline, args.lora_weights_dir, args.lora_scale)
+        self.pipeline.unet.to(memory_format=torch.channels_last)
+        self.pipeline.to(self.device)
         if args.compile:
             self.pipeline.unet.compile_repeated_blocks()
-        if args.scheduler == "dpm":
-            self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-                self.pipeline.scheduler.config, use_karras_sigmas=True
-            )
 
     def __call__(self, batch):
         """For Ray Data: a data frame of records in, the finished records out."""
         return pd.DataFrame(list(self.generate(batch.to_dict("records"))))
 
     def generate(self, records):
-        """Generate and save the images of `records`; yields each record, with its image's digest,
-        once that image is saved.
+        """Generate and save the images of `records`; yields each record once its image is saved.
 
         An image without content (black, one colour, not a number) is never saved: it is sampled
         again.
@@ -110,7 +107,7 @@ class ImageGenerator:
             # Ray gives an actor one thread; and the number of threads shows in the last bits. Not
             # in __init__, which Ray Data calls in another thread: OpenMP would give both of them
             # a pool of threads, and two pools get in each other's way.
-            torch.set_num_threads(cluster.num_cores())
+            torch.set_num_threads(device.num_cores())
         size = self.padded_size or len(records)
         padded = (records + [records[-1]] * size)[:size]
         embeds = [self._encode_prompt(record["prompt"]) for record in padded]
@@ -135,45 +132,46 @@ class ImageGenerator:
         return self.prompt_embeds[prompt]
 
     def save(self, record, image):
-        """Write one image (3, H, W); returns its record with the digest of its pixels."""
-        pil_image = to_pil_image(image)
-        finished = {**record, "digest": outputs.pixel_digest(pil_image)}
+        """Write one image (3, H, W); returns its record."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        outputs.save_image(pil_image, finished, self.folder / record["file"])
-        return finished
+        generated_images.save_image(to_pil_image(image), record, self.folder / record["file"])
+        return record
 
 
-def load_pipeline(model_dir, device, lora_weights_dir=None, lora_scale=1.0):
-    """The pipeline of `model_dir` to sample from: float16 on a GPU, float32 on a CPU, with the LoRA
-    of `lora_weights_dir` if one is given.
+def warn_if_slow(args):
+    """Say that an image takes long, with a large model and without a GPU."""
+    device.warn_if_slow(pipeline_dir.num_parameters(args.model_dir), "an image")
 
-    Without the safety checker, whose black images would be trained on as class images.
-    """
-    from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        model_dir,
-        dtype=torch.float16 if device == "cuda" else torch.float32,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    if lora_weights_dir:
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--lora_weights_dir {lora_weights_dir} does not fit --model_dir: {reason}"
-            ) from error
-        if any("additional target modules" in str(warning.message) for warning in caught):
-            warn(f"--lora_weights_dir {lora_weights_dir}: some of its matrices were not loaded")
-        pipeline.set_adapters("subject", lora_scale)
-    pipeline.unet.to(memory_format=torch.channels_last)
+def load_pipeline(model_dir, dtype=None, scheduler="dpm", **parts):
+    """The pipeline of `model_dir` to sample from; `parts` are models to take in place of its own.
+    `scheduler`: "dpm", DPM-Solver++ with Karras sigmas, or "model", the model's own."""
+    from diffusers import DPMSolverMultistepScheduler  # here: not needed if nothing is missing
+
+    pipeline = pipeline_dir.load_pipeline(model_dir, dtype, **parts)
+    if scheduler == "dpm":
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+            pipeline.scheduler.config, use_karras_sigmas=True
+        )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
+
+
+def apply_lora(pipeline, lora_weights_dir, lora_scale):
+    """Put the LoRA of `lora_weights_dir` on the models of `pipeline`. UserError: it is another
+    model's."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--lora_weights_dir {lora_weights_dir} does not fit --model_dir: {reason}"
+        ) from error
+    if any("additional target modules" in str(warning.message) for warning in caught):
+        warn(f"--lora_weights_dir {lora_weights_dir}: some of its matrices were not loaded")
+    pipeline.set_adapters("subject", lora_scale)
 
 
 def noise_generator(record, attempt):
@@ -183,17 +181,17 @@ def noise_generator(record, attempt):
     return torch.Generator().manual_seed(seed)
 
 
-def cpu_batch_size(pipeline_dir):
+def cpu_batch_size(model_dir):
     """The number of images per forward pass on a CPU, padded at the end: 16 at 64 px, 1 from 256 px
     on. Constant for a model: an image's arithmetic may depend, in the last bits, on the size of its
     batch, but never on the other images in it."""
-    side, _ = model_dir.resolution(pipeline_dir)
+    side, _ = pipeline_dir.resolution(model_dir)
     return max(1, CPU_PIXELS // side**2)
 
 
-def batch_size_that_fits(pipeline_dir):
+def batch_size_that_fits(model_dir):
     """The number of images for which the GPU's free memory should suffice, at most MAX_BATCH."""
-    side, _ = model_dir.resolution(pipeline_dir)
+    side, _ = pipeline_dir.resolution(model_dir)
     free, _ = torch.cuda.mem_get_info()
     return max(1, min(MAX_BATCH, free // (side * side * BYTES_PER_PIXEL)))
 

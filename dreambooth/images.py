@@ -1,12 +1,9 @@
-"""Photos in a folder: found, checked, cropped; and a folder for one subject alone.
+"""The images of a training run: checked, and cropped at random by Ray Data's tasks.
 
-python -m dreambooth.images SOURCE FOLDER      # FOLDER then holds the images of SOURCE alone
+Letters: H, W height and width of an image, R resolution in pixels.
 """
 
-import argparse
 import hashlib
-import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -14,58 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dreambooth import atomic
-from dreambooth.cli import UserError, run_main, warn
-from dreambooth.decode import open_image
+from dreambooth.cli import UserError
+from dreambooth.files.photos import open_image
 from dreambooth.seeds import seed_for
 
 KINDS = ("instance", "class")  # of images
-READABLE = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm",
-    ".heic", ".heif", ".hif",
-}  # fmt: skip
-UNREADABLE = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl"}
-COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may replace
-CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; it is not one of them
-FEW_PHOTOS = 3  # with fewer, the model learns the photo rather than the subject
-
-
-def find_images(folder):
-    """The paths of the images in `folder`, sorted by name.
-
-    Hidden files, subfolders and non-images (Thumbs.db, captions, records) are skipped. UserError:
-    no such folder, no image in it, or an image in a format that cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of images")
-    found = []
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name.startswith(".") or file.name == CONTACT_SHEET:
-            continue
-        suffix = file.suffix.lower()
-        if suffix in UNREADABLE:
-            raise UserError(
-                f"{file}: {file.suffix} cannot be read; convert it to one of {_readable_formats()}"
-            )
-        if suffix in READABLE:
-            found.append(file)
-    if not found:
-        raise UserError(f"{folder}: no images there (looked for {_readable_formats()})")
-    return found
-
-
-def _readable_formats():
-    return " ".join(sorted(READABLE))
-
-
-def warn_if_few(paths):
-    """Say so if there are not enough photos of a subject."""
-    if len(paths) < FEW_PHOTOS:
-        warn(
-            f"{Path(paths[0]).parent} holds {len(paths)} photo{'s' if len(paths) > 1 else ''}"
-            f" ({Path(paths[0]).name}): is it the right folder? Four or five are usual"
-        )
 
 
 def check_images(paths, resolution):
@@ -130,44 +80,3 @@ def load_crops(batch, resolution, seed):
         columns[f"{kind}_image"] = np.stack([image for image, _ in crops])
         columns[f"{kind}_key"] = np.array([key for _, key in crops])
     return columns
-
-
-def copy_images(source, folder):
-    """Make `folder` hold the images of `source` and nothing else: no photo of the previous subject.
-
-    It is replaced whole, and only if this function made it: it then holds a hidden marker file,
-    which names their source. UserError: it holds something else.
-    """
-    images = find_images(source)
-    folder = Path(folder)
-    if folder.resolve() == Path(source).resolve():
-        return
-    if folder.resolve() in Path(source).resolve().parents:
-        raise UserError(f"{source} is inside {folder}, which would be replaced: move it elsewhere")
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    atomic.check_replaceable(folder, names if COPIED in names else [], flag="folder")
-    source = os.fsencode(Path(source).resolve())
-    earlier = (folder / COPIED).read_bytes() if COPIED in names else b""
-    if earlier not in (b"", source):
-        warn(f"{folder} held the photos of {os.fsdecode(earlier)}, which are replaced")
-
-    def write(temporary):
-        (temporary / COPIED).write_bytes(source)
-        for image in images:
-            shutil.copy(image, temporary)
-
-    atomic.replace_dir(folder, write)
-
-
-def main(args):
-    copy_images(args.source, args.folder)
-    warn_if_few(find_images(args.folder))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Make a folder hold the images of another, and nothing else."
-    )
-    parser.add_argument("source", help="a folder with photos of the subject")
-    parser.add_argument("folder", help="where to put them; replaced if this command made it")
-    run_main(main, parser.parse_args())

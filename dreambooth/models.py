@@ -21,7 +21,7 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from transformers import CLIPTextModel
 
-from dreambooth import logs
+from dreambooth.cli import hide_progress_bars
 from dreambooth.seeds import seed_for
 
 LORA_TARGETS = {  # the projections of attention
@@ -68,7 +68,7 @@ def load_models(args, device, autocast=None):
     weights. On a CPU it gains nothing: the backward pass of attention takes five times as long as
     in float32.
     """
-    logs.hide_progress_bars(args.verbose)
+    hide_progress_bars(args.verbose)
     if autocast is None:
         autocast = device.type == "cuda" or args.param_dtype == "bf16"
 
@@ -123,11 +123,11 @@ def cast_frozen_to_bf16(module):
             layer.to(torch.bfloat16)
 
 
-def ddp_settings(num_passes):
-    """For DistributedDataParallel around a denoiser that takes `num_passes` per step."""
+def ddp_settings(accumulation_steps):
+    """For DistributedDataParallel around a denoiser that takes `accumulation_steps` per step."""
     return {
         "gradient_as_bucket_view": True,  # gradients are not copied
-        "static_graph": num_passes == 1,
+        "static_graph": accumulation_steps == 1,
         "forward_sync_buffers": False,  # no buffer changes
     }
 

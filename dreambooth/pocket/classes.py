@@ -7,7 +7,6 @@ import argparse
 import re
 from pathlib import Path
 
-from dreambooth import model_dir
 from dreambooth.cli import UserError, run_main, valid_prompt
 from dreambooth.pocket.render import CLASSES
 
@@ -24,12 +23,6 @@ def check_classes(prompts):
                 f" {', '.join(CLASSES[:-1])} and {CLASSES[-1]}; real photos need Stable Diffusion"
                 " and a CUDA GPU (README, Your own photos)"
             )
-
-
-def check_prompts(pipeline_dir, prompts):
-    """The same where `pipeline_dir` is the pocket model; any other takes all prompts."""
-    if model_dir.fingerprint(pipeline_dir) == model_dir.fingerprint(POCKET_DIR):
-        check_classes(prompts)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""What this process computes on: whether its GPUs can be used, and how slow its CPU is.
+"""What this process computes on: whether its GPUs can be used, and the cores of its CPU.
 
 Without Ray, which counts GPUs and does not try them.
 """
 
-import math
 import os
+import platform
 
 import torch
 
-from dreambooth import model_dir
 from dreambooth.cli import UserError, warn
 
 DRIVER_FOR_CUDA = {11: 450, 12: 525, 13: 580}  # NVIDIA's oldest for each major version of CUDA
@@ -17,9 +16,6 @@ HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that ask for
 GIB = 2**30
 
 LARGE = 100e6  # parameters of a model: pocket has 6 M
-SD14_PARAMETERS = 1067e6  # of U-Net, text encoder and VAE
-TFLOP_PER_PASS = 0.8  # of Stable Diffusion 1.4's U-Net, forward, with an image of 512 px
-TFLOPS_PER_CORE = 0.05  # in float32: a rough figure, for a rough answer
 
 
 def unusable_gpu():
@@ -81,24 +77,24 @@ def gpu_memory():
     return [free_memory(gpu) for gpu in gpus]
 
 
-def warn_of_slow_images(args, num_cores):
-    """Warn how long generate.py will take for an image without a GPU, if that is minutes."""
-    side, _ = model_dir.resolution(args.model_dir)
-    guided = 2 if args.guidance_scale > 1 else 1  # with the prompt and without
-    passes = guided * args.num_inference_steps
-    _warn_of_cpu(args.model_dir, side, passes, "an image", num_cores)
+def warn_if_slow(num_parameters, what):
+    """Without a GPU, say that `what`, such as "a step", takes minutes with a large model, of so
+    many parameters by its parts' names."""
+    if sum(num_parameters.values()) >= LARGE:
+        warn(f"no GPU: {what} takes minutes with this model on {num_cores()} CPU cores")
 
 
-def warn_of_slow_steps(args, plan, num_cores):
-    """The same for a step of train.py: a forward and a backward pass, which counts twice."""
-    passes = 3 * 2 * plan.pairs_per_step
-    _warn_of_cpu(args.model_dir, plan.resolution, passes, "a step", num_cores)
+def num_cores():
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
-def _warn_of_cpu(pipeline_dir, resolution, passes, what, num_cores):
-    num_parameters = sum(model_dir.num_parameters(pipeline_dir).values())
-    if num_parameters < LARGE:
-        return
-    tflop = passes * TFLOP_PER_PASS * num_parameters / SD14_PARAMETERS * (resolution / 512) ** 2
-    minutes = math.ceil(tflop / (num_cores * TFLOPS_PER_CORE) / 60)
-    warn(f"no GPU: {what} takes about {minutes} min with this model on {num_cores} CPU cores")
+def describe(num_gpus):
+    """The hardware of a run on `num_gpus` GPUs, in words."""
+    if num_gpus and torch.cuda.is_available():
+        return f"{num_gpus} x {torch.cuda.get_device_name(0)}"
+    if num_gpus:
+        return f"{num_gpus} GPUs of a cluster"
+    return f"{num_cores()} cores ({platform.machine()}), no GPU"

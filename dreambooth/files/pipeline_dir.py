@@ -1,4 +1,4 @@
-"""A diffusers pipeline directory, without loading its models: layout, checks, fingerprint."""
+"""A diffusers pipeline directory: its layout, checks that load no model, its fingerprint."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dreambooth.cli import UserError
+from dreambooth.pocket import classes
 
 # What a pipeline directory must have: one file of each row.
 PIPELINE_FILES = [
@@ -160,16 +161,37 @@ def load_tokenizer(model_dir):
     return AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
 
 
-def check_prompt(tokenizer, prompt):
-    """`prompt` must fit the tokenizer; the message quotes what would be truncated."""
-    ids = tokenizer(prompt, verbose=False).input_ids
+def load_pipeline(model_dir, dtype=None, **parts):
+    """The pipeline in `model_dir`; `parts`, models by name, take the place of those in the
+    directory. Without the safety checker, whose black images would be trained on as class images.
+    """
+    from diffusers import StableDiffusionPipeline  # here: takes seconds
+
+    return StableDiffusionPipeline.from_pretrained(
+        model_dir,
+        dtype=dtype,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **parts,
+    )
+
+
+def check_prompts(model_dir, prompts):
+    """Each of `prompts` must fit the model's tokenizer, else a UserError quotes what would be cut
+    off; and for pocket it must name a class that it knows."""
+    tokenizer = load_tokenizer(model_dir)
     limit = tokenizer.model_max_length
-    if len(ids) > limit:
-        lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
-        raise UserError(
-            f"prompt too long: {prompt!r} has {len(ids)} tokens, the model takes {limit};"
-            f" {lost!r} would be cut off"
-        )
+    for prompt in prompts:
+        ids = tokenizer(prompt, verbose=False).input_ids
+        if len(ids) > limit:
+            lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
+            raise UserError(
+                f"prompt too long: {prompt!r} has {len(ids)} tokens, the model takes {limit};"
+                f" {lost!r} would be cut off"
+            )
+    if fingerprint(model_dir) == fingerprint(classes.POCKET_DIR):
+        classes.check_classes(prompts)
 
 
 def fingerprint(folder):

@@ -1,25 +1,29 @@
-"""Starts Ray, and counts its GPUs and cores."""
+"""A cluster of Ray: its start, its nodes, the errors that cross it, and waiting for it."""
 
 import atexit
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
 import sys
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
 import ray
 import ray.data
+import ray.exceptions
 import ray.train
 from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dreambooth import hardware, logs, shortage
-from dreambooth.cli import UserError
+import dreambooth
+from dreambooth.cli import OutOfMemory, UserError, configure_logs, silent_stderr
+from dreambooth.machines import device
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of a run waits for the next check
@@ -30,6 +34,11 @@ SETTINGS = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",  # beside other programs, workers get their share of the cores
 }
+PACKAGE = str(Path(dreambooth.__file__).parent)  # the whole of it: this module lies in a wing
+GRACE = 20  # seconds for which a node may be absent without a line
+FAILURES = (  # what fit() raises
+    ray.train.TrainingFailedError, ray.exceptions.RayError, RuntimeError, ValueError,
+)  # fmt: skip
 
 
 def start_ray(verbose=False, log_to_driver=True):
@@ -40,23 +49,23 @@ def start_ray(verbose=False, log_to_driver=True):
     Returns the numbers of GPUs and CPU cores of the cluster. UserError: no cluster at that address,
     or a GPU of this machine that cannot be used.
     """
-    logs.configure(verbose)
+    configure_logs(verbose)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        hardware.check_driver()
+        device.check_driver()
     if not ray.is_initialized():
         if not log_to_driver:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Ray would say that it has read this level. (Not in a thread, which train.py starts it in:
         # there it would hide what the main thread says meanwhile.)
-        with logs.silent_stderr(verbose=verbose or log_to_driver):
+        with silent_stderr(verbose=verbose or log_to_driver):
             _connect(address, verbose, log_to_driver)
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = verbose
     data_context.execution_options.preserve_order = True  # the same rows in the same order
-    logs.configure(verbose)  # Ray has set levels of its own
+    configure_logs(verbose)  # Ray has set levels of its own
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # no trace of Ray's
     return resources()
@@ -90,15 +99,19 @@ def _in_thread(function, *args):
 
 def fit(trainer):
     """`trainer.fit()`, in a thread unless it runs in this process: Ray Train would otherwise take
-    over Ctrl-C."""
-    if trainer.running_in_local_mode:
-        result = trainer.fit()
-        # At exit, before Ray's own shutdown, which waits for what other processes print: none does.
-        atexit.register(_stop_ray)
-        return result
-    if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    return shortage.wait_and_tell(_in_thread(trainer.fit), trainer.scaling_config)
+    over Ctrl-C. What fails is one of FAILURES; where the user caused it, a UserError."""
+    try:
+        if trainer.running_in_local_mode:
+            result = trainer.fit()
+            # At exit, before Ray's own shutdown, which waits for what other processes print: none
+            # does.
+            atexit.register(_stop_ray)
+            return result
+        if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        return wait_and_tell(_in_thread(trainer.fit), trainer.scaling_config)
+    except FAILURES as error:
+        raise training_error(error) or error from None
 
 
 def scaling_config(num_workers, num_gpus, num_cpus):
@@ -139,7 +152,7 @@ def _connect(address, verbose, log_to_driver):
         ray.init(address="local", include_dashboard=False, **log_settings)
         atexit.register(_kill_monitor)
         return
-    package = {"py_modules": [str(Path(__file__).parent)]}  # the nodes need not have this checkout
+    package = {"py_modules": [PACKAGE]}  # the nodes need not have this checkout
     try:
         check_address(address)
         ray.init(address=address, runtime_env=package, **log_settings)
@@ -224,8 +237,120 @@ def check_num_workers(num_workers, num_gpus, num_cpus):
         )
 
 
-def num_cores():
-    """The number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def wait_and_tell(future, scaling_config, interval=5):
+    """The result of `future`, a run of Ray Train's with that ScalingConfig, which itself waits for
+    lost nodes silently. Look every `interval` seconds whether the cluster still has room for the
+    workers; print when it has none for longer than `GRACE`, and when it has again."""
+    short_since, told = None, False
+    while not wait([future], timeout=interval).done:
+        missing = missing_resource(scaling_config)
+        if missing is None:
+            if told:
+                print("the cluster has room for the workers again", flush=True)
+            short_since, told = None, False
+            continue
+        short_since = short_since or time.monotonic()
+        if not told and time.monotonic() - short_since >= GRACE:
+            print(f"waiting: {missing}. Ctrl-C, twice, stops; rerun to resume", flush=True)
+            told = True
+    return future.result()
+
+
+def missing_resource(scaling_config):
+    """What the cluster lacks for the fewest workers allowed, in words; None if nothing."""
+    num_workers = scaling_config.num_workers
+    fewest = num_workers if isinstance(num_workers, int) else num_workers[0]
+    try:
+        total = ray.cluster_resources()
+    except ray.exceptions.RayError:  # its head does not answer just now
+        return None
+    for name, amount in scaling_config.resources_per_worker.items():
+        needed = amount * fewest
+        if name == "CPU":
+            needed *= 2  # half of them for Ray Data's tasks: see `scaling_config`
+        if total.get(name, 0) < needed:
+            return (
+                f"{fewest} workers need {needed:g} {name}s, the cluster has {total.get(name, 0):g}"
+            )
+    return None
+
+
+def start_on_node(node, function, *args, num_gpus=0):
+    """Start `function(*args)` as a task on `node`, an entry of `ray.nodes()`; returns its
+    reference."""
+    here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    task = ray.remote(function).options(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=here)
+    return task.remote(*args)
+
+
+def check_shared_storage(paths):
+    """Every node must see each of `paths`, which this process sees: a UserError names a node and
+    the path that it lacks."""
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    nodes = [node for node in others if node["Resources"].get("CPU")]
+    tasks = [start_on_node(node, missing_paths, [str(path) for path in paths]) for node in nodes]
+    for node, missing in zip(nodes, ray.get(tasks), strict=True):
+        if missing:
+            raise UserError(
+                f"node {node['NodeManagerHostname']} does not see {missing[0]}:"
+                " put it on storage that all nodes share"
+            )
+
+
+def missing_paths(paths):
+    """Those of `paths` that this machine does not see."""
+    return [path for path in paths if not os.path.exists(path)]
+
+
+def user_error_in(error):
+    """The `UserError` behind an exception that crossed Ray, of the class that was raised; None if
+    there is none.
+
+    It is the exception itself or one of its causes. Only where Ray has lost the cause and kept its
+    text is it read from that.
+    """
+    causes = [error]
+    while causes[-1] is not None:
+        # A RayTaskError has its original exception as an attribute.
+        causes.append(getattr(causes[-1], "cause", None) or causes[-1].__cause__)
+    for cause in causes:
+        # Ray raises a class of its own, which is a RayTaskError and a UserError, with a trace.
+        if isinstance(cause, UserError) and not isinstance(cause, ray.exceptions.RayError):
+            return cause
+    classes = {cls.__name__: cls for cls in (UserError, *UserError.__subclasses__())}
+    in_text = re.findall(rf"\b({'|'.join(classes)}): (.*)", str(error))
+    if in_text:
+        name, message = in_text[-1]
+        return classes[name](message)
+    return None
+
+
+def training_error(error):
+    """The `UserError` behind a failed training, or behind one worker's exception; None if it is not
+    the user's."""
+    if "requires at least one CUDA device" in str(error):  # NCCL's, on another node
+        return UserError(f"a GPU of the cluster: {device.unusable_gpu()}")
+    # Both are absent if train_fn ran in this process.
+    controller_failure = getattr(error, "controller_failure", None)
+    worker_failures = getattr(error, "worker_failures", {})
+    for cause in [error, controller_failure, *worker_failures.values()]:
+        if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
+            return OutOfMemory(
+                "out of GPU memory: give --gradient_checkpointing, then --param_dtype bf16 or"
+                " --use_lora, or a smaller --train_batch_size or --resolution"
+            )
+        user_error = user_error_in(cause)
+        if user_error:
+            return user_error
+    return None
+
+
+class NoRetryForUserErrors(ray.train.UserCallback):
+    """Ends the run at once where retrying would not help: Ray Train retries any other failure."""
+
+    def after_exception(self, run_context, worker_exceptions):
+        for error in worker_exceptions.values():
+            user_error = training_error(error)
+            if user_error:
+                raise user_error

@@ -1,11 +1,11 @@
 """Generated images on disk: each PNG carries the record of how it was made, so that the next run
-recognises it; and contact sheets, to see many at once.
+recognizes it; metadata.jsonl lists them, as Hugging Face's ImageFolder reads it; and contact
+sheets, to see many at once.
 
-    python -m dreambooth.outputs --output sheet.png "subject"=images/lego-car "new"=/tmp/images-new
+    python -m dreambooth.files.generated_images --output sheet.png \\
+        "subject"=images/lego-car "new"=/tmp/images-new
 """
 
-import argparse
-import hashlib
 import json
 import os
 import re
@@ -13,28 +13,32 @@ import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from dreambooth import atomic
-from dreambooth.cli import HelpFormatter, UserError, run_main
-from dreambooth.images import CONTACT_SHEET, find_images, open_image
+from dreambooth.cli import ArgumentParser, UserError, run_main
+from dreambooth.files import atomic
+from dreambooth.files.photos import CONTACT_SHEET, find_images, open_image
 
-RECORDS = "images.jsonl"
+METADATA = "metadata.jsonl"
 OWN_FIELDS = ("file", "prompt", "seed", "index")  # of an image; the rest is the command's
 FILE_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")
 # As atomic.replace_file names it; the groups are the host and the process.
-TEMPORARY = re.compile(rf"\.(?:{FILE_NAME.pattern}|{RECORDS})\.([^.]+)\.(\d+)\.tmp")
+TEMPORARY = re.compile(rf"\.(?:{FILE_NAME.pattern}|{METADATA})\.([^.]+)\.(\d+)\.tmp")
+
+
+class Existing(NamedTuple):
+    """The images that generate.py has made in a folder, beside those that are planned for it."""
+
+    finished: list  # the planned records whose images are there
+    others: list  # records of other images with the same settings, such as another seed's
+    stale: list  # files made with other settings or prompts
 
 
 def file_name(prompt_number, index, seed):
     """The name of one prompt's image number `index`."""
     return f"{prompt_number:03d}-{index:04d}-seed{seed}.png"
-
-
-def pixel_digest(image):
-    """A digest of the pixels, whatever file format they are stored in."""
-    return hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
 
 def save_image(image, record, file):
@@ -55,40 +59,40 @@ def read_record(file):
             if opened.read() != b"\0\0\0\0IEND\xaeB`\x82":
                 return None
         with Image.open(file) as image:
-            return json.loads(image.info["dreambooth"])
+            record = json.loads(image.info["dreambooth"])
     except (OSError, SyntaxError, ValueError, AttributeError, KeyError):
         return None
+    return record if isinstance(record, dict) and "prompt" in record else None
 
 
 def find_existing(folder, planned):
-    """What generate.py has made in `folder`, beside the records `planned` for it: the finished ones
-    of these, whose images are there; the records of other images with the same settings, such as
-    another seed's; and the files of stale images, made with other settings or prompts.
+    """What generate.py has made in `folder`, an `Existing`, given the records `planned` for it.
 
-    Truncated images, and files that generate.py did not make, are none of these.
+    A record is judged by the fields that it shares with what is planned: images of earlier
+    versions, which recorded other fields, stay valid. Truncated images, and files that generate.py
+    did not make, count as absent. UserError: nothing can be written to `folder`.
     """
+    atomic.check_writable(folder)
     planned = {record["file"]: record for record in planned}
     prompts = {_prompt_number(name): record["prompt"] for name, record in planned.items()}
     first = next(iter(planned.values()))
     settings = {name: value for name, value in first.items() if name not in OWN_FIELDS}
-    finished = []
-    others = []
-    stale = []
+    existing = Existing([], [], [])
     for file in sorted(Path(folder).glob("*.png")):
         record = read_record(file) if FILE_NAME.fullmatch(file.name) else None
         if record is None:
             continue
-        own = {name: record.get(name) for name in OWN_FIELDS}
-        own["file"] = file.name
-        own["prompt"] = prompts.get(_prompt_number(file.name), own["prompt"])
-        expected = {**settings, **planned.get(file.name, own), "digest": record.get("digest")}
-        if record != expected:
-            stale.append(file)
+        expected = planned.get(file.name)
+        if expected is None:  # another index or seed of a planned prompt, or another prompt
+            prompt = prompts.get(_prompt_number(file.name), record.get("prompt"))
+            expected = {**settings, "file": file.name, "prompt": prompt}
+        if any(record[name] != value for name, value in expected.items() if name in record):
+            existing.stale.append(file)
         elif file.name in planned:
-            finished.append(record)
+            existing.finished.append({**record, "file": file.name})
         else:
-            others.append(record)
-    return finished, others, stale
+            existing.others.append({**record, "file": file.name})
+    return existing
 
 
 def _prompt_number(name):
@@ -116,15 +120,21 @@ def _is_running(process_id):
     return True
 
 
-def write_records(folder, records):
-    """Replace the folder's images.jsonl: one line per image."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    atomic.replace_file(folder / RECORDS, lambda path: path.write_text(lines))
+def write_metadata(folder, records):
+    """Replace the folder's metadata.jsonl: one line per image."""
+    lines = "".join(f"{_metadata_line(record)}\n" for record in records)
+    atomic.replace_file(folder / METADATA, lambda path: path.write_text(lines, encoding="utf-8"))
 
 
-def append_record(folder, record):
-    """Append one line to the folder's images.jsonl."""
-    atomic.append_line(folder / RECORDS, json.dumps(record))
+def append_metadata(folder, record):
+    """Append one line to the folder's metadata.jsonl."""
+    atomic.append_line(folder / METADATA, _metadata_line(record))
+
+
+def _metadata_line(record):
+    """A record under ImageFolder's names for the file and the text that belongs to it."""
+    settings = {name: value for name, value in record.items() if name not in ("file", "prompt")}
+    return json.dumps({"file_name": record["file"], "text": record["prompt"], **settings})
 
 
 def contact_sheet(rows, file, columns=8, side=192):
@@ -190,7 +200,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("rows", nargs="+", metavar="CAPTION=DIR", help="a row of the sheet")
     parser.add_argument("--output", default=CONTACT_SHEET, help="the sheet, a PNG")
     parser.add_argument("--columns", type=int, default=8, help="maximum images per row")

@@ -1,7 +1,7 @@
 """How much GPU memory training needs, as counted, and which flags make it fit.
 
-    python -m dreambooth.memory --model_dir $ORIG_MODEL_PATH --num_workers 2    # for the GPUs here
-    python -m dreambooth.memory --model_dir $ORIG_MODEL_PATH --num_workers 2 --gib 23
+    python -m dreambooth.machines.memory --model_dir $ORIG_MODEL_PATH --num_workers 2   # GPUs here
+    python -m dreambooth.machines.memory --model_dir $ORIG_MODEL_PATH --num_workers 2 --gib 23
 
 Prints the flags to add to train.py's, and on stderr why.
 """
@@ -9,8 +9,9 @@ Prints the flags to add to train.py's, and on stderr why.
 import sys
 from typing import NamedTuple
 
-from dreambooth import gpus, hardware, model_dir
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, check_at_least, run_main
+from dreambooth.cli import ArgumentParser, absolute_path, check_at_least, run_main, warn
+from dreambooth.files import pipeline_dir
+from dreambooth.machines import device, gpus
 
 
 class Counted(NamedTuple):
@@ -64,77 +65,61 @@ def needed(flags, job):
 
 def choose(gib, job, given=()):
     """The first of CHOICES that includes the flags `given` and with which `job` fits GPUs with
-    `gib` GiB free; None if none does."""
-    for flags in CHOICES:
-        if set(given) <= set(flags) and needed(flags, job) <= gib:
-            return flags
-    return None
+    `gib` GiB free; where none does, the last, which needs least: the numbers are counted, and it
+    may fit all the same."""
+    choices = [flags for flags in CHOICES if set(given) <= set(flags)]
+    return next((flags for flags in choices if needed(flags, job) <= gib), choices[-1])
 
 
-def check_memory(args, plan, num_workers, device):
-    """UserError: a GPU, `device`, without bfloat16, or too small for the training of `args`; with
-    what to do. Each worker calls it before it loads the models."""
-    if device.type == "cpu":
+def check_device(args, plan, num_workers, torch_device):
+    """Warn if the training of `args` may not fit the free memory of a GPU, or is slow without one.
+    Each worker calls it before it loads the models. UserError: a GPU without bfloat16."""
+    sizes = pipeline_dir.num_parameters(args.model_dir)
+    if torch_device.type == "cpu":
+        device.warn_if_slow(sizes, "a step")
         return
-    hardware.check_bfloat16(device)
+    device.check_bfloat16(torch_device)
+    if sum(sizes.values()) < device.LARGE:
+        return
     given = {
         CHECKPOINTING: args.gradient_checkpointing,
         BF16: args.param_dtype == "bf16",
         LORA: args.use_lora,
     }
     given = tuple(flag for flag, is_given in given.items() if is_given)
-    sizes = model_dir.num_parameters(args.model_dir)
-    if sum(sizes.values()) < hardware.LARGE:
-        return
-    pairs_per_pass, num_passes = plan.divide(num_workers)
+    pairs_per_pass, accumulation_steps = plan.divide(num_workers)
     job = Job(
-        pairs=pairs_per_pass * len(plan.prompt_ids) / 2,  # without class images, half of a pair
-        keeps_gradients=num_workers > 1 or num_passes > 1,
+        pairs=pairs_per_pass * plan.images_per_pair / 2,
+        keeps_gradients=num_workers > 1 or accumulation_steps > 1,
         resolution=plan.resolution,
         **relative(sizes, args.train_text_encoder),
     )
-    gib = hardware.free_memory(device)
+    gib = device.free_memory(torch_device)
     if needed(given, job) > gib:
-        raise UserError(
-            f"training needs about {needed(given, job):.1f} GiB of GPU memory, and {gib:.1f} are"
-            f" free: {remedy(gib, job, given)}"
+        warn(
+            f"training may need {needed(given, job):.1f} GiB of GPU memory, and {gib:.1f} are free;"
+            f" {CHECKPOINTING}, {BF16} and {LORA} need less (README, Memory)"
         )
 
 
 def relative(sizes, train_text_encoder=True):
     """The fields of a `Job` that say how large a model is, of its numbers of parameters."""
-    trained = model_dir.num_trained(sizes, train_text_encoder)
+    trained = pipeline_dir.num_trained(sizes, train_text_encoder)
     return {"unet": sizes["unet"] / SD14["unet"], "trained": trained / sum(SD14.values())}
-
-
-def remedy(gib, job, given):
-    """What to do for `job`, which does not fit `gib` GiB with the flags `given`."""
-    flags = choose(gib, job, given)
-    if flags:
-        added = [flag for flag in flags if flag not in given]
-        return f"add {' '.join(added)} ({needed(flags, job):.1f} GiB)"
-    if BF16 in given:
-        flags = choose(gib, job, (LORA,))
-        if flags:
-            return f"give {' '.join(flags)} in place of {BF16} ({needed(flags, job):.1f} GiB)"
-    return "give a smaller --train_batch_size or --resolution, or use a larger GPU"
 
 
 def choose_for_gpus(free, job, given):
     """The flags for the recipe of run.sh on GPUs with `free` GiB, a list (None: in use by others),
-    as a string, and why, a sentence. UserError: they are too small."""
+    as a string, and why, a sentence."""
     if None in free:
         why = "other jobs use the cluster's GPUs: their memory is not known, no flag is added"
         return " ".join(given), why
     gib = min(free)
     flags = choose(gib, job, given)
-    if flags is None:
-        least = CHOICES[-1]
-        raise UserError(
-            f"{gib:.1f} GiB of GPU memory are free, and even with {' '.join(least)} training needs"
-            f" {needed(least, job):.1f}: use a larger GPU, or {hardware.USE_THE_CPU}"
-        )
     why = f"{len(free)} x {gib:.1f} GiB of GPU memory free, training needs {needed(given, job):.1f}"
+    if needed(flags, job) > gib:
+        need = f"{needed(flags, job):.1f}"
+        return " ".join(flags), f"warning: {why}, even with {' '.join(flags)} {need}: it may fail"
     if flags == given:
         return " ".join(flags), f"{why}: it fits"
     return " ".join(flags), f"{why}: with {' '.join(flags)} it needs {needed(flags, job):.1f}"
@@ -144,16 +129,16 @@ def main(args):
     """Print the flags that make training fit `args.gib` GiB per GPU, and on stderr why."""
     check_at_least(args, 1, "num_workers")
     check_at_least(args, 0, "gib", above=True)
-    model_dir.check_model_dir(args.model_dir)
+    pipeline_dir.check_model_dir(args.model_dir)
     given = (LORA,) if args.use_lora else ()
-    sizes = model_dir.num_parameters(args.model_dir)
+    sizes = pipeline_dir.num_parameters(args.model_dir)
     free = []
-    if sum(sizes.values()) >= hardware.LARGE:
-        free = [args.gib] * args.num_workers if args.gib else gpus.free_memory()
+    if sum(sizes.values()) >= device.LARGE:
+        free = [args.gib] * args.num_workers if args.gib else gpus.free_memory_of_all()
     if not free:
         print(*given)
         return
-    resolution, _ = model_dir.resolution(args.model_dir)
+    resolution, _ = pipeline_dir.resolution(args.model_dir)
     keeps_gradients = args.num_workers > 1
     job = Job(keeps_gradients=keeps_gradients, resolution=resolution, **relative(sizes))
     flags, why = choose_for_gpus(free, job, given)

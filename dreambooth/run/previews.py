@@ -9,11 +9,10 @@ it when they next average gradients.
 """
 
 import re
+import shutil
 from pathlib import Path
 
-import torch
-
-from dreambooth import outputs
+from dreambooth.files import generated_images
 
 FOLDER = "previews"
 FILM_STRIP = "film-strip.png"
@@ -39,49 +38,64 @@ def find(folder):
 
 class Previews:
     """Generates a preview of each of `args.preview_prompts` before the first step, every
-    `args.preview_every` steps, and after the last."""
+    `args.preview_every` steps, and after the last: on rank 0."""
 
-    def __init__(self, args, plan, vae, denoiser, report):
-        self.prompts = args.preview_prompts if args.preview_every and report.writer else []
+    def __init__(self, args, plan, vae, denoiser, log):
+        self.enabled = log.enabled
+        self.prompts = args.preview_prompts if args.preview_every and log.enabled else []
         self.every = args.preview_every
         self.num_steps = plan.num_steps
+        self.folder = plan.report_dir
         self.seed = args.seed
         self.model_dir = args.model_dir
         self.vae = vae
         self.denoiser = denoiser
-        self.report = report
+        self.log = log
         self.pipeline = None  # built when first needed
 
-    def step_is_done(self, step):
-        """Call with the number of steps done: 0 before the first."""
+    def on_train_begin(self, first_step):
+        """Previews of an earlier run, or of steps that are done again, go."""
+        if self.enabled and first_step == 0:
+            shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
+            (self.folder / FILM_STRIP).unlink(missing_ok=True)
+        elif self.enabled:
+            remove_later(self.folder, first_step)
+        self.on_step_end(first_step)
+
+    def on_step_end(self, step, **metrics):
         if self.prompts and (step % self.every == 0 or step == self.num_steps):
-            with self.report.aside("previews"):
+            with self.log.aside("previews"):
                 self._generate(step)
 
+    def on_train_end(self):
+        pass
+
     def _generate(self, step):
-        folder = self.report.folder / FOLDER
-        folder.mkdir(exist_ok=True)
-        remove_later(self.report.folder, step)
+        (self.folder / FOLDER).mkdir(exist_ok=True)
         if self.pipeline is None:
-            self.pipeline = build_pipeline(self.model_dir, self.vae, self.denoiser)
+            self.pipeline = self._build_pipeline()
         training = self.denoiser.training
         self.denoiser.eval()
         for number, prompt in enumerate(self.prompts):
             image = self._sample(prompt)
             record = {"prompt": prompt, "seed": self.seed, "step": step}
-            outputs.save_image(image, record, folder / file_name(number, step))
-            self.report.writer.add_image(f"previews/{prompt}", image, step)
+            file = self.folder / FOLDER / file_name(number, step)
+            generated_images.save_image(image, record, file)
+            self.log.add_image(f"previews/{prompt}", image, step)
         self.denoiser.train(training)
-        write_film_strip(self.report.folder)
+        write_film_strip(self.folder)
 
-    @torch.no_grad()
     def _sample(self, prompt):
-        """Image 0 of `prompt`, from the noise from which generate.py starts it."""
+        """Image 0 of `prompt`, from the noise from which generate.py starts it; in fewer steps and
+        with less guidance."""
+        import torch  # here: report/page.py looks at previews without it
+
         from dreambooth.image_generator import noise_generator, to_pil_image
 
         record = {"prompt": prompt, "seed": self.seed, "index": 0}
         device = next(self.denoiser.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.denoiser.autocast):
+        autocast = torch.autocast(device, torch.bfloat16, enabled=self.denoiser.autocast)
+        with torch.no_grad(), autocast:
             images = self.pipeline(
                 prompt,
                 generator=noise_generator(record, attempt=0),
@@ -91,29 +105,17 @@ class Previews:
             ).images
         return to_pil_image(images[0].float().nan_to_num().cpu())
 
+    def _build_pipeline(self):
+        """A pipeline of the models that are being trained: no weight is copied."""
+        from dreambooth.image_generator import load_pipeline
 
-def build_pipeline(model_dir, vae, denoiser):
-    """A pipeline of the models that are being trained: no weight is copied."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        model_dir,
-        vae=vae,
-        text_encoder=denoiser.text_encoder,
-        unet=denoiser.unet,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config, use_karras_sigmas=True
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        denoiser = self.denoiser
+        parts = {"vae": self.vae, "text_encoder": denoiser.text_encoder, "unet": denoiser.unet}
+        return load_pipeline(self.model_dir, scheduler="dpm", **parts)
 
 
 def remove_later(folder, step):
-    """Remove the previews of later steps than `step`: of the run before a resume, or another."""
+    """Remove the previews of later steps than `step`: of the run before a resume."""
     for by_step in find(folder).values():
         for other, path in by_step.items():
             if other > step:
@@ -125,9 +127,9 @@ def write_film_strip(folder):
     rows = {}
     for by_step in find(folder).values():
         paths = [by_step[step] for step in sorted(by_step)]
-        prompt = (outputs.read_record(paths[0]) or {}).get("prompt", "")
+        prompt = (generated_images.read_record(paths[0]) or {}).get("prompt", "")
         steps = ", ".join(map(str, sorted(by_step)))
         rows[f"{prompt} after {steps} steps"] = paths
     if rows:
         columns = max(len(paths) for paths in rows.values())
-        outputs.contact_sheet(rows, Path(folder) / FILM_STRIP, columns, side=128)
+        generated_images.contact_sheet(rows, Path(folder) / FILM_STRIP, columns, side=128)

@@ -1,0 +1,270 @@
+"""A page that says whether a run worked: one report.html that opens without a network.
+
+    python -m dreambooth.report.page $TUNED_MODEL_DIR.report --images_dir $IMAGES_NEW_DIR
+
+It shows what the run has logged (metrics, previews, run.json), the images that generate.py has made
+with --compare_to, before and after, and advice where a figure is off. Run it again at any time,
+also while the run trains.
+"""
+
+import base64
+import io
+import math
+import re
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import jinja2
+from PIL import Image, ImageStat
+
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
+from dreambooth.files import atomic, generated_images
+from dreambooth.files.photos import open_image
+from dreambooth.run import export, previews, training_log
+
+PAGE = "report.html"
+MAX_SIDE = 320  # pixels of an image on the page
+MAX_PHOTOS = 12
+MAX_PAIRS = 12
+
+# A curve's title, and the metrics in it with their labels.
+CURVES = [
+    ("Loss", {"instance_loss": "instance images", "class_loss": "class images"}),
+    ("Gradient norm", {"grad_norm": ""}),
+    ("Learning rate", {"lr": ""}),
+    ("Images per second", {"images_per_s": ""}),
+    ("Peak GPU memory, GiB", {"peak_gib": ""}),
+]
+COLOURS = ["#1f5fa8", "#b3541e"]
+
+MIN_ROWS = 6  # of metrics: fewer do not show a trend
+MIN_RISE = 1.1  # of the loss on class images, last third against first third
+MIN_CONTRAST = 0.6  # of images after, relative to before
+NO_CONTRAST = 0.05
+
+
+class Advice(NamedTuple):
+    """What a figure says, and what to change."""
+
+    finding: str
+    remedy: str
+
+
+FORGETTING = Advice(
+    "The loss on class images rises: the model is forgetting the class.",
+    "Raise --prior_loss_weight, or train for fewer steps.",
+)
+BLACK = Advice(
+    "The images are black or of one colour.",
+    "Lower --lr to a tenth; check the class images for black ones.",
+)
+WASHED_OUT = Advice(
+    "The images have far less contrast than the original model's.",
+    "Lower --lr or train for fewer steps; sample with a lower --guidance_scale.",
+)
+
+
+def advice(rows, relative_contrast):
+    """The `Advice` for which a figure is off, of the lines of metrics.jsonl and of the contrast of
+    the images after, relative to before (None without images)."""
+    found = [FORGETTING] if class_loss_rises(rows) else []
+    if relative_contrast is not None and relative_contrast < MIN_CONTRAST:
+        found.append(BLACK if relative_contrast < NO_CONTRAST else WASHED_OUT)
+    return found
+
+
+def class_loss_rises(rows):
+    """Its mean over the last third of the run is above the first third's: by a tenth, and by more
+    than twice the standard error."""
+    losses = [row["class_loss"] for row in rows if "class_loss" in row]
+    if len(losses) < MIN_ROWS or not all(map(math.isfinite, losses)):
+        return False
+    third = len(losses) // 3
+    first, last = losses[:third], losses[-third:]
+    error = math.hypot(stdev(first), stdev(last)) / math.sqrt(third)
+    rise = mean(last) - mean(first)
+    return mean(last) > MIN_RISE * mean(first) and rise > 2 * error
+
+
+def all_curves(rows):
+    """The SVG of each curve for which `rows` (the lines of metrics.jsonl) have numbers."""
+    svgs = []
+    for title, names in CURVES:
+        known = {name: label for name, label in names.items() if any(name in row for row in rows)}
+        if known:
+            svgs.append(curve(title, known, rows))
+    return svgs
+
+
+def curve(title, names, rows):
+    """One curve over the steps, as an SVG element."""
+    import matplotlib  # here: takes a second
+    from matplotlib.figure import Figure
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title, fontsize=10, loc="left")
+        for colour, (name, label) in zip(COLOURS, names.items(), strict=False):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(
+                *zip(*points, strict=True), color=colour, label=label, marker=".", ms=4, lw=1.2
+            )
+        axes.set_xlabel("steps", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, lw=0.5)
+        if any(names.values()):
+            axes.legend(fontsize=8, frameon=False)
+        text = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    return to_element(text.getvalue(), title)
+
+
+def to_element(svg, title):
+    """The <svg> of an SVG file, which takes the width that the page gives it."""
+    element = svg[svg.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r' (width|height)="[\d.]+pt"', "", element, count=2)
+    return element.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+
+
+def data_uri(path, max_side=MAX_SIDE):
+    """The image as a data URI, scaled down; small images stay as they are."""
+    image = open_image(path)
+    image.thumbnail((max_side, max_side))
+    encoded = io.BytesIO()
+    kind = "PNG" if max(image.size) <= 128 else "JPEG"
+    image.save(encoded, kind, quality=88)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def find_pairs(images_dir):
+    """The images that generate.py has made with --compare_to: prompt, before and after (paths), one
+    per prompt and then the next, at most MAX_PAIRS."""
+    if not images_dir:
+        return []
+    pairs = []
+    for after in sorted(Path(images_dir).glob("*-seed*.png")):
+        before = after.parent / "compared" / after.name
+        record, other = map(generated_images.read_record, (after, before))
+        same = ("prompt", "seed", "index")
+        if record and other and all(record[name] == other[name] for name in same):
+            pairs.append((record["index"], record["prompt"], before, after))
+    pairs.sort(key=lambda pair: pair[0])
+    return [pair[1:] for pair in pairs[:MAX_PAIRS]]
+
+
+def contrast(path):
+    """The standard deviation of an image's brightness."""
+    with Image.open(path) as image:
+        return ImageStat.Stat(image.convert("L")).stddev[0]
+
+
+def relative_contrast(pairs):
+    """The mean contrast of the images after, relative to those before; None without images."""
+    before = sum(contrast(before) for _, before, _ in pairs)
+    if not before:
+        return None
+    return sum(contrast(after) for _, _, after in pairs) / before
+
+
+def film_strips(folder):
+    """Each prompt's previews in the order of their steps."""
+    strips = []
+    for by_step in previews.find(folder).values():
+        steps = sorted(by_step)
+        record = generated_images.read_record(by_step[steps[0]]) or {}
+        images = [{"step": step, "data": data_uri(by_step[step], 184)} for step in steps]
+        strips.append({"prompt": record.get("prompt", ""), "images": images})
+    return strips
+
+
+def facts_of(record):
+    """What the page's table says of a run: labels and texts."""
+    flags = record["flags"]
+    revision = f", revision {record['revision']}" if record["revision"] else ""
+    facts = [
+        ("model", record["model"] + revision),
+        ("status", ": ".join(filter(None, [record["status"], record.get("message")]))),
+        ("images and steps", record["plan"]),
+        ("learning rate", f"{flags['lr']:g}, {flags['lr_scheduler']}"),
+        ("prior loss weight", f"{flags['prior_loss_weight']:g}"),
+        ("LoRA", f"rank {flags['lora_rank']}" if flags["use_lora"] else "no"),
+        ("seed", flags["seed"]),
+        ("hardware", record["hardware"]),
+        ("versions", ", ".join(f"{name} {v}" for name, v in record["versions"].items())),
+    ]
+    if "seconds" in record:
+        facts.append(
+            ("where the seconds went", training_log.where_the_seconds_went(record["seconds"]))
+        )
+    return facts
+
+
+def render(folder, images_dir=None):
+    """The page's HTML, and the advice on it."""
+    record = training_log.read_record(folder)
+    rows = training_log.read_metrics(folder)
+    pairs = find_pairs(images_dir)
+    found = advice(rows, relative_contrast(pairs))
+    photos = [path for path in record["instance_paths"] if Path(path).exists()]
+    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = environment.from_string(template).render(
+        name=Path(record["flags"]["output_dir"]).name,
+        record=record,
+        flags=record["flags"],
+        advice=found,
+        photos=[data_uri(path) for path in photos[:MAX_PHOTOS]],
+        pairs=[
+            {"prompt": prompt, "before": data_uri(before), "after": data_uri(after)}
+            for prompt, before, after in pairs
+        ],
+        strips=film_strips(folder),
+        preview_steps=previews.NUM_INFERENCE_STEPS,
+        preview_guidance=previews.GUIDANCE_SCALE,
+        curves=all_curves(rows),
+        facts=facts_of(record),
+    )
+    return html, found
+
+
+def write_before_after(pairs, file):
+    """The image of the model card: a row before, a row after."""
+    rows = {
+        "original model": [before for _, before, _ in pairs],
+        "tuned model": [after for _, _, after in pairs],
+    }
+    generated_images.contact_sheet(rows, file, columns=5, side=128)
+
+
+def main(args):
+    """Write report.html into `args.report_dir`. UserError: no run is recorded there."""
+    folder = Path(args.report_dir)
+    record = training_log.read_record(folder)
+    if not record:
+        raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
+    html, found = render(folder, args.images_dir)
+    atomic.replace_file(folder / PAGE, lambda file: file.write_text(html, encoding="utf-8"))
+    pairs = find_pairs(args.images_dir)
+    output_dir = Path(record["flags"]["output_dir"])
+    if pairs and record["status"] == "finished" and output_dir.is_dir():
+        write_before_after(pairs, folder / export.IMAGE)
+        export.write_card(output_dir, record, folder / export.IMAGE)
+    for item in found:
+        print(f"{item.finding} {item.remedy}")
+    print(f"open {folder / PAGE}")
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("report_dir", type=absolute_path, help="TUNED_MODEL_DIR.report, beside a result")
+    add("--images_dir", type=absolute_path, help="images that generate.py made with --compare_to")
+    run_main(main, parser.parse_args())

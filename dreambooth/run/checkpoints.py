@@ -1,0 +1,283 @@
+"""Checkpoints of a training run: the same command, given again, resumes where the last one stopped.
+
+    TUNED_MODEL_DIR.checkpoints/lock              locked by the process of the run
+    TUNED_MODEL_DIR.checkpoints/run.json          the fingerprint of the run
+    TUNED_MODEL_DIR.checkpoints/step_000100/      a complete checkpoint: state.pt and complete.json
+
+A checkpoint holds all that changes from step to step: trained weights, optimizer, learning-rate
+schedule. Pairs, crops, noise and timesteps follow from their position in the run (seeds.py). So a
+resumed run ends with the weights of an uninterrupted one: to the last bit on a CPU.
+
+Where a run resumes is decided once for each group of workers, when train.py builds the dataset:
+`find_newest` names the step, the data begin with its pairs, and the workers restore its checkpoint.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import ray.train
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dreambooth.cli import Diverged, Stopped, UserError
+from dreambooth.files import atomic
+
+SHORT_RUN = 60  # seconds: by default, runs shorter than this write no checkpoint
+STEPS_BETWEEN_NOTICES = 10  # steps between two questions whether a node is about to be preempted
+
+
+def checkpoint_dir(folder, step):
+    """The directory of the checkpoint after `step` steps of the run in `folder`."""
+    return Path(folder) / f"step_{step:06d}"
+
+
+def find_newest(folder):
+    """The number of steps at the newest complete checkpoint in `folder`; 0 if there is none."""
+    for path in sorted(Path(folder).glob("step_*"), reverse=True):
+        try:
+            complete = json.loads((path / "complete.json").read_text())
+            if (path / "state.pt").stat().st_size == complete["num_bytes"]:
+                return complete["step"]
+        except (OSError, ValueError, KeyError):
+            continue
+    return 0
+
+
+def prepare(folder, fingerprint, default_of, args):
+    """Make a run's directory ready, for this process alone; returns the number of steps that it
+    goes on after, and says so.
+
+    `fingerprint`: a flat dict of all that decides the result. `default_of(flag)`: what a flag was
+    that an older run has not recorded. UserError: the checkpoints there belong to a run with
+    another fingerprint, or to a run that has not ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.lock(folder / "lock", args.output_dir)
+    step = find_newest(folder)
+    if args.restart or not (folder / "run.json").exists():
+        step = 0
+    if step:
+        check_fingerprint(folder, fingerprint, default_of)
+        print(f"resuming after step {step}: {checkpoint_dir(folder, step)}")
+    for other in folder.iterdir():  # of the previous process: Ray Train's files, a stop request
+        if other.name in ("lock", "run.json") or step and other.name.startswith("step_"):
+            continue
+        shutil.rmtree(other) if other.is_dir() else other.unlink()
+    text = json.dumps(fingerprint, indent=1)
+    atomic.replace_file(folder / "run.json", lambda file: file.write_text(text))
+    return step
+
+
+def check_fingerprint(folder, fingerprint, default_of):
+    """The run in `folder` must be this one; a UserError names what differs."""
+    try:
+        earlier = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        earlier = {}
+    now = json.loads(json.dumps(fingerprint))
+    earlier = {name: earlier.get(name, default_of(name)) for name in now}
+    differing = [name for name in now if earlier[name] != now[name]]
+    if differing:
+        changes = ", ".join(f"{name} was {earlier[name]}, is {now[name]}" for name in differing)
+        raise UserError(
+            f"{folder} holds checkpoints of another run ({changes}):"
+            " give that run's flags to resume it, or --restart to start over"
+        )
+
+
+def remove(folder):
+    """Delete a run's checkpoints and Ray Train's files: the result is in place."""
+    with suppress(OSError):
+        (folder / "run.json").unlink()  # first: without it, no run resumes from the rest
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unless_needed(folder):
+    """Delete them if there is no checkpoint to go on from."""
+    if not find_newest(folder):
+        remove(folder)
+
+
+def write(state, step, folder, limit):
+    """Write `state` as the checkpoint of `step`, then delete all but the newest `limit`; returns
+    its path. UserError: the disk or the quota is full; earlier checkpoints are kept."""
+    path = checkpoint_dir(folder, step)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with open(temporary / "state.pt", "wb") as file:  # torch's own writer would hide the error
+            torch.save(state, file)
+        num_bytes = (temporary / "state.pt").stat().st_size
+        complete = json.dumps({"step": step, "num_bytes": num_bytes})
+        (temporary / "complete.json").write_text(complete)
+        for file in (temporary / "state.pt", temporary / "complete.json", temporary):
+            atomic.flush(file)
+    except (OSError, RuntimeError) as error:  # the latter after the former, by torch
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not atomic.is_full(error):
+            raise
+        needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+        raise UserError(
+            f"no space for the checkpoint of step {step} in {folder}, which takes"
+            f" {needed / 1e9:.2f} GB: make room and give the same command again"
+        ) from error
+    for other in Path(folder).glob("step_*"):
+        if other.name >= path.name:  # damaged, as the run went on from an earlier one
+            shutil.rmtree(other, ignore_errors=True)
+    os.rename(temporary, path)
+    atomic.flush(folder)
+    for older in sorted(Path(folder).glob("step_*"))[:-limit]:
+        shutil.rmtree(older, ignore_errors=True)
+    return path
+
+
+class Checkpointer:
+    """Loads and saves what changes from step to step: weights, optimizer, learning-rate schedule.
+
+    Every worker keeps one; rank 0's writes the files. A step waits while the state is copied to the
+    CPU's memory; a thread then writes it.
+    """
+
+    def __init__(self, args, plan, denoiser, optimizer, lr_schedule, rank):
+        self.folder = plan.run_dir
+        self.every = args.checkpointing_steps
+        fewest, most = args.num_workers
+        # When workers join, Ray Train stops those there are, perhaps within the first minute.
+        self.skip_if_short = self.every is None and fewest == most
+        if self.every is None:
+            self.every = max(1, round(plan.num_steps / 10))
+        self.limit = args.checkpoints_total_limit
+        self.num_steps = plan.num_steps
+        self.denoiser = denoiser
+        self.optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.rank = rank
+        self.started = time.monotonic()
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = None  # a future of the path that is being written
+        self.reported = True  # whether Ray Train knows of the last checkpoint
+        self.noticed = None  # the preemption for which a checkpoint has been written
+
+    def on_train_begin(self, first_step):
+        """Load the checkpoint after `first_step` steps. FileNotFoundError: this worker does not see
+        it (yet); Ray Train tries again."""
+        if not first_step:
+            return
+        file = checkpoint_dir(self.folder, first_step) / "state.pt"
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, p in self._trained():
+                p.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_schedule.load_state_dict(state["lr_schedule"])
+
+    def on_step_end(self, step, **metrics):
+        """UserError: a signal asked the run to stop, and the checkpoint is written; or the disk is
+        full."""
+        if self.writing and self.writing.done():
+            self.writing.result()  # raises what went wrong
+        if step == self.num_steps:
+            return
+        if self.rank == 0 and (self.folder / "stop").exists():
+            self._save(step)
+            self.writing.result()
+            raise Stopped(f"stopped after step {step}")
+        if self._is_due(step) or self._preemption_is_near(step):
+            self._report()
+            self._save(step)
+
+    def on_train_end(self):
+        self._report()
+
+    def _is_due(self, step):
+        if not self.every or step % self.every:
+            return False
+        is_long = time.monotonic() - self.started > SHORT_RUN
+        return not self.skip_if_short or broadcast_from_rank_zero(is_long)
+
+    def _preemption_is_near(self, step):
+        """Whether Ray has heard, since it was last asked, that a node will be taken away."""
+        if step % STEPS_BETWEEN_NOTICES:
+            return False
+        notice = ray.train.get_preemption_info()
+        is_new = notice is not None and notice != self.noticed
+        self.noticed = notice
+        return is_new
+
+    def _trained(self):
+        return [(name, p) for name, p in self.denoiser.named_parameters() if p.requires_grad]
+
+    def _state(self):
+        """A copy of all that changes from step to step, in the CPU's memory."""
+        state = {
+            "weights": dict(self._trained()),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_schedule": self.lr_schedule.state_dict(),
+        }
+        return tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), state)
+
+    def _save(self, step):
+        """Copy the state and start to write it."""
+        self.reported = False
+        if self.rank != 0:
+            return
+        if self.writing:
+            self.writing.result()
+        state = self._state()
+        if not all(weight.isfinite().all() for weight in state["weights"].values()):
+            raise Diverged(
+                f"the weights are not finite after step {step}: lower --lr, with --restart;"
+                " nothing was saved"
+            )
+        self.writing = self.thread.submit(write, state, step, self.folder, self.limit)
+
+    def _report(self):
+        """Tell Ray Train of the last checkpoint, once it is written: every worker calls this."""
+        if self.reported:
+            return
+        checkpoint = None
+        if self.rank == 0:
+            checkpoint = ray.train.Checkpoint.from_directory(self.writing.result())
+        ray.train.report(  # [4]
+            {},
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+        self.reported = True
+
+
+class StopOnSignal:
+    """Ctrl-C and TERM ask the run to stop after its current step, with a checkpoint; the second
+    time they stop it at once."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number, frame):
+        if self.signal:
+            sys.exit(128 + number)
+        self.signal = number
+        with suppress(OSError):  # the run may have ended, and its folder be gone
+            (self.folder / "stop").touch()
+        print("stopping after this step (again: at once)", flush=True)
+
+    def exit_if_asked(self, error):
+        """If a signal stopped the run, which ended with `error`, say so and exit with its code;
+        unless that is another error that the user must see."""
+        if self.signal and (isinstance(error, Stopped) or not isinstance(error, UserError)):
+            step = find_newest(self.folder)
+            remedy = "run the same command again to resume"
+            print(f"stopped after step {step}: {remedy}", file=sys.stderr)
+            sys.exit(128 + self.signal)

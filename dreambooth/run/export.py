@@ -1,0 +1,281 @@
+"""What a training run leaves: a complete pipeline directory or the file of a LoRA, and its model
+card, the README.md that the Hugging Face Hub reads; and the ways from there to the Hub and to other
+programs.
+
+    python -m dreambooth.run.export card $TUNED_MODEL_DIR --push YOUR-NAME/YOUR-MODEL
+    python -m dreambooth.run.export kohya $LORA_DIR --output subject.safetensors
+
+The result is uploaded to a private repository, unless you give --public. Log in first: hf auth
+login. ComfyUI and AUTOMATIC1111 read a LoRA in kohya's layout, and so does diffusers.
+"""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
+from dreambooth.files import atomic, pipeline_dir
+from dreambooth.files.pipeline_dir import CARD_FILES, LORA_FILE
+from dreambooth.run import training_log
+from dreambooth.run.plan import report_dir
+
+# The licences of the base models that these scripts are used with most, by the Hub's names.
+LICENCES = {
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+}
+CARD, IMAGE = CARD_FILES
+
+TEXT = """
+# {name}
+
+{kind} that knows one subject as "{prompt}", made with DreamBooth's prior-preserving loss
+([Ruiz et al. 2022](https://arxiv.org/abs/2208.12242)) from {num_photos} photos.
+{image}
+```python
+{code}
+```
+
+- base model: {base}{revision}
+- instance prompt: {prompt}
+{class_prompt}- {plan}
+- learning rate {lr}, prior loss weight {weight}, seed {seed}
+
+The base model's licence holds for this model as well. The photos' subject may have rights of its
+own: mind what you publish.
+"""
+LOAD_PIPELINE = """from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{name}")
+pipeline("{prompt}").images[0]"""
+LOAD_LORA = """from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("{name}")
+pipeline("{prompt}").images[0]"""
+
+
+def save(denoiser, args):
+    """Write the result of a run to `args.output_dir`."""
+    if args.use_lora:
+        save_lora(denoiser, args.output_dir)
+    else:
+        save_pipeline(denoiser, args.model_dir, args.output_dir)
+
+
+def save_pipeline(denoiser, model_dir, output_dir):
+    """Write a complete pipeline directory: the denoiser's models, which move to the CPU, the rest
+    as in `model_dir`. All in float32: loaders that are told no precision would mix several."""
+    import torch
+
+    denoiser.to("cpu", torch.float32)
+    atomic.replace_dir(output_dir, partial(_write_pipeline, denoiser, model_dir))
+
+
+def save_lora(denoiser, output_dir):
+    """Write the LoRA matrices as diffusers' `load_lora_weights` reads them."""
+    atomic.replace_dir(output_dir, partial(_write_lora, denoiser))
+
+
+def _write_pipeline(denoiser, model_dir, folder):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    parts = {"text_encoder": denoiser.text_encoder, "unet": denoiser.unet}
+    pipeline_dir.load_pipeline(model_dir, torch.float32, **parts).save_pretrained(folder)
+    weights = folder / "text_encoder" / "model.safetensors"
+    save_file(_with_hub_names(load_file(weights)), weights, metadata={"format": "pt"})
+    atomic.apply_umask(folder)
+
+
+def _write_lora(denoiser, folder):
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = {}
+    for part in ("unet", "text_encoder"):
+        model = getattr(denoiser, part)
+        if hasattr(model, "peft_config"):
+            layers[part] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+            layers[part] = {_with_one_layout(k): v for k, v in layers[part].items()}
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=layers["unet"],
+        text_encoder_lora_layers=_with_hub_names(layers.get("text_encoder", {})),
+    )
+    atomic.apply_umask(folder)
+
+
+def _with_one_layout(name):
+    """diffusers renames the matrices of attention alone; of a file with both kinds of names it
+    would load one kind, and say nothing."""
+    return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
+
+
+def _with_hub_names(text_encoder_weights):
+    """The weights under the names that the Hub's files have and every loader knows: transformers 5
+    leaves out their first part, and older versions would silently start from random weights."""
+    return {
+        f"text_model.{name.removeprefix('text_model.')}": weight
+        for name, weight in text_encoder_weights.items()
+    }
+
+
+def write_card(output_dir, record, image=None, repo=None):
+    """Write the card of the result in `output_dir`, which the run in `record` (training_log.py) has
+    made; with the file `image` if one is given, and with the name that the result has on the Hub,
+    if it has one. UserError: there is no result here."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        raise UserError(f"{output_dir} is on another node: it must be on shared storage")
+    if image:
+        atomic.replace_file(output_dir / IMAGE, lambda file: shutil.copyfile(image, file))
+    card = build_card(repo or output_dir.name, record, (output_dir / IMAGE).exists())
+    text = str(card)
+    atomic.replace_file(output_dir / CARD, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def build_card(name, record, has_image):
+    """The card, a ModelCard, of the run in `record` (training_log.py)."""
+    from huggingface_hub import ModelCard, ModelCardData  # here: train.py may need neither
+
+    flags = record["flags"]
+    prompt = flags["instance_prompt"]
+    class_prompt = flags["class_prompt"]
+    lora = flags["use_lora"]
+    base = record["model"]
+    on_hub = "/" in base
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        license=LICENCES.get(base),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "stable-diffusion", "dreambooth"]
+        + (["lora"] if lora else []),
+        instance_prompt=prompt,
+        widget=[{"text": prompt, "output": {"url": IMAGE}}] if has_image else None,
+    )
+    code = LOAD_LORA if lora else LOAD_PIPELINE
+    text = TEXT.format(
+        name=name,
+        kind="A LoRA" if lora else "A Stable Diffusion model",
+        prompt=prompt,
+        class_prompt=f"- class prompt: {class_prompt}\n" if class_prompt else "",
+        num_photos=len(record["instance_paths"]),
+        image=f"\n![before, above, and after]({IMAGE})\n" if has_image else "",
+        code=code.format(name=name, base=base, prompt=prompt),
+        base=base,
+        revision=f", revision {record['revision']}" if record["revision"] else "",
+        plan=record["plan"],
+        lr=flags["lr"],
+        weight=flags["prior_loss_weight"],
+        seed=flags["seed"],
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def push(output_dir, repo, private):
+    """Upload the result in `output_dir` to the Hub; returns the repository's address. UserError:
+    not logged in, or the Hub says no."""
+    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+    )
+
+    api = HfApi()
+    try:
+        api.whoami(token=True)
+        ModelCard.load(Path(output_dir) / CARD).validate()
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=output_dir)
+    except LocalTokenNotFoundError:
+        raise UserError("not logged in to the Hub: run `hf auth login` first") from None
+    except HFValidationError:
+        raise UserError(f"--push {repo}: give the repository as NAME/MODEL") from None
+    except HfHubHTTPError as error:
+        response = error.response
+        status = response.status_code if response is not None else "no answer"
+        raise UserError(f"--push {repo}: the Hub answered {status}; is it yours?") from None
+    except OSError as error:
+        raise UserError(f"the Hub cannot be reached ({type(error).__name__})") from None
+    return str(url)
+
+
+def to_kohya(weights):
+    """The LoRA's tensors by name, as diffusers saves them, under kohya's names for Stable Diffusion
+    1.x and 2.x, with the alpha of each layer: its rank, which stands for a scale of 1."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    converted = convert_state_dict_to_kohya(_to_peft(weights))
+    # lora_te1 is the first of SDXL's two text encoders; these models have one.
+    return {name.replace("lora_te1_", "lora_te_"): tensor for name, tensor in converted.items()}
+
+
+def _to_peft(weights):
+    """The tensors under PEFT's names; U-Net and text encoder have conversions of their own."""
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    unet = {name: tensor for name, tensor in weights.items() if name.startswith("unet.")}
+    text_encoder = {name: tensor for name, tensor in weights.items() if name not in unet}
+    converted = convert_unet_state_dict_to_peft(unet)
+    if text_encoder:
+        converted.update(convert_state_dict_to_peft(text_encoder))
+    return converted
+
+
+def export_card(args):
+    """Write the card of `args.output_dir` anew, and upload the result if asked to. UserError: it is
+    no result of train.py."""
+    folder = Path(args.output_dir)
+    if not ((folder / "model_index.json").exists() or (folder / LORA_FILE).exists()):
+        raise UserError(f"{folder} holds no result of train.py")
+    record = training_log.read_record(report_dir(folder))
+    if not record:
+        raise UserError(f"{report_dir(folder)} is missing: it says how the model was made")
+    write_card(folder, record, repo=args.push)
+    print(f"wrote {folder / CARD}")
+    if args.push:
+        print(f"uploaded to {push(folder, args.push, private=not args.public)}")
+
+
+def export_kohya(args):
+    """Write the LoRA of `args.lora_dir` to `args.output`. UserError: there is none."""
+    from safetensors.torch import load_file, save_file
+
+    pipeline_dir.check_lora_dir(args.lora_dir, "LORA_DIR")
+    output = Path(args.output)
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: must end with .safetensors")
+    atomic.check_writable(output.parent, "the directory of --output,")
+    file = Path(args.lora_dir) / LORA_FILE
+    if not file.is_file():
+        raise UserError(f"LORA_DIR {args.lora_dir}: no {file.name} there")
+    weights = {name: tensor.contiguous() for name, tensor in to_kohya(load_file(file)).items()}
+    atomic.replace_file(output, lambda file: save_file(weights, file, metadata={"format": "pt"}))
+    print(f"wrote {output}")
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="card|kohya")
+    add = commands.add_parser("card", description=export_card.__doc__).add_argument
+    add("output_dir", type=absolute_path, help="a result of train.py")
+    add("--push", metavar="REPO", help="upload to this repository of the Hub")
+    add("--public", action="store_true", help="let anybody see it")
+    add = commands.add_parser("kohya", description=export_kohya.__doc__).add_argument
+    add("lora_dir", type=absolute_path, help=f"a result of train.py: {LORA_FILE}")
+    add("--output", type=absolute_path, required=True, help="the file to write")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    {"card": export_card, "kohya": export_kohya}[args.command](args)
+
+
+if __name__ == "__main__":
+    run_main(main, parse_args())

@@ -1,0 +1,270 @@
+"""What a training run will do, worked out from its flags and images before a model loads; and what
+a user can get wrong in them."""
+
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth import images
+from dreambooth.cli import UserError, check_at_least, warn
+from dreambooth.files import atomic, pipeline_dir
+from dreambooth.files.photos import find_images, warn_if_few
+
+LR_SCHEDULERS = [
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+]  # fmt: skip
+# The flags that may change when a run is resumed. All others are part of its fingerprint.
+PATHS = {"model_dir", "output_dir", "instance_images_dir", "class_images_dir", "storage_path"}
+FACTORS = {  # of the pairs in a step and of the number of steps, which are part of it
+    "train_batch_size", "gradient_accumulation_steps", "num_workers", "num_epochs",
+    "max_train_steps",
+}  # fmt: skip
+HOW_IT_RUNS = {
+    "gradient_checkpointing", "compile", "checkpointing_steps", "checkpoints_total_limit",
+    "restart", "max_failures", "wait_for_gpus", "log_every", "preview_prompts", "preview_every",
+    "verbose",
+}  # fmt: skip
+MAY_CHANGE = PATHS | FACTORS | HOW_IT_RUNS
+
+
+def worker_range(text):
+    """The type of --num_workers: "2" is (2, 2), "2:4" is (2, 4)."""
+    numbers = [int(number) for number in text.split(":")]
+    if not 1 <= numbers[0] <= numbers[-1] or len(numbers) > 2:
+        raise ValueError
+    return numbers[0], numbers[-1]
+
+
+@dataclass
+class TrainingPlan:
+    """What follows from the flags of a run; a pair is one instance and one class image, or without
+    prior preservation the one instance image."""
+
+    instance_paths: list
+    class_paths: list  # [] without prior preservation
+    prompt_ids: list  # token ids of instance and class prompt, 2 x L; or of the former, 1 x L
+    resolution: int  # pixels
+    pairs_per_step: int  # of all workers and forward passes
+    num_steps: int
+    max_pairs_per_pass: int  # per worker and forward pass
+    num_workers: tuple  # minimum, maximum
+    run_dir: Path  # checkpoints, and Ray Train's own files: every node must see it
+    report_dir: Path  # what the run logs, beside its result
+
+    @property
+    def has_class_half(self):
+        """Whether there are class images: with prior preservation."""
+        return bool(self.class_paths)
+
+    @property
+    def images_per_pair(self):
+        return 2 if self.has_class_half else 1
+
+    @property
+    def image_dirs(self):
+        """The folders of the images."""
+        return sorted({str(Path(path).parent) for path in self.instance_paths + self.class_paths})
+
+    def divide(self, num_workers):
+        """How each of `num_workers` takes its share of a step: pairs per forward pass, and passes,
+        over which gradients are accumulated."""
+        share = self.pairs_per_step // num_workers
+        accumulation_steps = math.ceil(share / self.max_pairs_per_pass)
+        while share % accumulation_steps:
+            accumulation_steps += 1
+        return share // accumulation_steps, accumulation_steps
+
+    def fingerprint(self, args):
+        """All that decides the run's result, as a flat dict: a resumed run must have the same."""
+        flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+        return {
+            **flags,
+            "model": pipeline_dir.fingerprint(args.model_dir),
+            "instance images": images.digest(self.instance_paths),
+            "class images": images.digest(self.class_paths),
+            "resolution": self.resolution,
+            "pairs per step": self.pairs_per_step,
+            "steps": self.num_steps,
+        }
+
+    def __str__(self):
+        return (
+            f"{len(self.instance_paths)} instance and {len(self.class_paths)} class images"
+            f" at {self.resolution} px, {self.num_steps} steps of {self.pairs_per_step} pairs,"
+            f" {' to '.join(map(str, sorted(set(self.num_workers))))} worker(s)"
+        )
+
+
+def make_plan(args):
+    """The `TrainingPlan` for flags that `check_flags` has passed. Reads the tokenizer and each
+    image: a UserError names one that cannot be read, or a prompt that is too long."""
+    prompts = [args.instance_prompt]
+    if preserves_prior(args):
+        prompts.append(args.class_prompt)
+    pipeline_dir.check_prompts(args.model_dir, prompts + args.preview_prompts)
+    resolution = check_resolution(args)
+    instance_paths = find_images(args.instance_images_dir)
+    class_paths = find_images(args.class_images_dir) if preserves_prior(args) else []
+    images.check_images(instance_paths + class_paths, resolution)
+    warn_of_likely_mistakes(prompts, instance_paths)
+
+    tokenizer = pipeline_dir.load_tokenizer(args.model_dir)
+
+    # Each step takes the next pairs: one stream, which goes on from epoch to epoch.
+    _, most = args.num_workers
+    pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
+    num_steps = math.ceil(args.num_epochs * len(class_paths or instance_paths) / pairs_per_step)
+    num_steps = min(args.max_train_steps, num_steps)
+    if args.lr_warmup_steps >= num_steps:
+        raise UserError(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {num_steps} steps")
+    return TrainingPlan(
+        instance_paths=instance_paths,
+        class_paths=class_paths,
+        prompt_ids=tokenizer(
+            prompts, padding="max_length", max_length=tokenizer.model_max_length
+        ).input_ids,
+        resolution=resolution,
+        pairs_per_step=pairs_per_step,
+        num_steps=num_steps,
+        max_pairs_per_pass=args.train_batch_size,
+        num_workers=args.num_workers,
+        run_dir=run_dir(args),
+        report_dir=report_dir(args.output_dir),
+    )
+
+
+def preserves_prior(args):
+    """Whether a run has a class half."""
+    return bool(args.prior_loss_weight)
+
+
+def run_dir(args):
+    """Beside the result, or in --storage_path, where other results may have the same name."""
+    output_dir = Path(args.output_dir)
+    if args.storage_path:
+        path_hash = f"{zlib.crc32(str(output_dir).encode()):08x}"
+        return Path(args.storage_path) / f"{output_dir.name}-{path_hash}.checkpoints"
+    return output_dir.with_name(f"{output_dir.name}.checkpoints")
+
+
+def report_dir(output_dir):
+    """Where what a run logs goes: beside its result."""
+    output_dir = Path(output_dir)
+    return output_dir.with_name(f"{output_dir.name}.report")
+
+
+def check_flags(args):
+    """Check the flags of train.py, as far as that takes no time. A UserError names the first
+    mistake."""
+    check_numbers(args)
+    pipeline_dir.check_model_dir(args.model_dir)
+    check_output_dir(args)
+    find_images(args.instance_images_dir)
+    if preserves_prior(args):
+        check_class(args)
+
+
+def check_class(args):
+    """Prior preservation needs class images and a class prompt, which must be the class's own."""
+    if not (args.class_images_dir and args.class_prompt):
+        raise UserError(
+            "--class_images_dir and --class_prompt are missing:"
+            " give both, or --prior_loss_weight 0 to train without class images"
+        )
+    if args.instance_prompt == args.class_prompt:
+        raise UserError(
+            "--instance_prompt and --class_prompt are equal: put the identifier before the class"
+        )
+    if Path(args.instance_images_dir).resolve() == Path(args.class_images_dir).resolve():
+        raise UserError("--instance_images_dir and --class_images_dir are the same folder")
+    find_images(args.class_images_dir)
+
+
+def check_numbers(args):
+    """The recipe's numbers must be in range and go together."""
+    check_at_least(
+        args, 1, "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
+        "lora_rank", "log_every", "checkpoints_total_limit",
+    )  # fmt: skip
+    check_at_least(
+        args, 0, "lr_warmup_steps", "prior_loss_weight", "seed", "adam_beta1", "adam_beta2",
+        "adam_weight_decay", "adam_epsilon", "checkpointing_steps", "max_failures", "wait_for_gpus",
+        "preview_every",
+    )  # fmt: skip
+    check_at_least(args, 0, "lr", "max_grad_norm", "snr_gamma", above=True)  # 0 would learn nothing
+    if bool(args.preview_every) != bool(args.preview_prompts):
+        raise UserError("--preview_prompts and --preview_every go together: give both or neither")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        raise UserError("--lr_warmup_steps: give --lr_scheduler constant_with_warmup")
+    if max(args.adam_beta1, args.adam_beta2 or 0) >= 1:
+        raise UserError("--adam_beta1 and --adam_beta2 must be below 1")
+    if args.param_dtype == "bf16" and (args.adam_beta2 or 0) > 0.995:
+        raise UserError(f"--adam_beta2 {args.adam_beta2}: too slow for bfloat16, give 0.99")
+    fewest, most = args.num_workers
+    pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
+    for num_workers in range(fewest, most + 1):
+        if pairs_per_step % num_workers:
+            raise UserError(
+                f"--num_workers {fewest}:{most}: {num_workers} workers cannot share"
+                f" {pairs_per_step} pairs per step equally; give another --train_batch_size"
+            )
+    if args.param_dtype == "bf16" and args.use_lora:
+        raise UserError("--param_dtype bf16 is for full fine-tuning: leave it out with --use_lora")
+
+
+def check_output_dir(args):
+    """The result must fit where it is to go, and replace nothing but an earlier one of its kind."""
+    if Path(args.output_dir).resolve() == Path(args.model_dir).resolve():
+        raise UserError("--output_dir is --model_dir: name another directory")
+    names = [pipeline_dir.LORA_FILE] if args.use_lora else pipeline_dir.PIPELINE_NAMES
+    atomic.check_replaceable(args.output_dir, [*names, *pipeline_dir.CARD_FILES])
+    atomic.check_writable(report_dir(args.output_dir), "the report's directory,")
+    atomic.check_writable(run_dir(args), "the checkpoints' directory,")
+    if not args.use_lora:
+        sizes = pipeline_dir.num_parameters(args.model_dir)
+        num_bytes = 4 * sum(sizes.values())  # float32
+        folder = Path(args.output_dir).resolve()
+        leftovers = atomic.unfinished(folder).rglob("*.*")
+        atomic.check_space(folder, num_bytes, "the result", leftovers)
+        check_space_for_checkpoints(args, sizes)
+
+
+def check_space_for_checkpoints(args, sizes):
+    """The disk must have room for the checkpoints of full fine-tuning, and for one more while that
+    is written, beside those that are there. Trained weights and optimizer take 12 bytes per weight;
+    8 in bfloat16."""
+    if args.checkpointing_steps == 0:
+        return
+    trained = pipeline_dir.num_trained(sizes, args.train_text_encoder)
+    num_bytes = {"fp32": 12, "bf16": 8}[args.param_dtype] * trained
+    what = f"{args.checkpoints_total_limit} + 1 checkpoints (none with --checkpointing_steps 0)"
+    existing = run_dir(args).glob("*step_*/state.pt")  # also unfinished ones
+    needed = (args.checkpoints_total_limit + 1) * num_bytes
+    atomic.check_space(run_dir(args), needed, what, existing)
+
+
+def check_resolution(args):
+    """The side of training images in pixels: --resolution, or the model's own."""
+    resolution, pixels_per_latent = pipeline_dir.resolution(args.model_dir)
+    if args.resolution is not None:
+        resolution = args.resolution
+    if resolution < pixels_per_latent or resolution % pixels_per_latent:
+        raise UserError(
+            f"--resolution {resolution}: this model takes multiples of {pixels_per_latent}"
+        )
+    return resolution
+
+
+def warn_of_likely_mistakes(prompts, instance_paths):
+    """Say what is allowed and seldom meant: few photos, prompts the wrong way round."""
+    warn_if_few(instance_paths)
+    if len(prompts) < 2:
+        return
+    words = [set(prompt.lower().split()) - {"a", "an", "the"} for prompt in prompts]
+    instance_words, class_words = words
+    if class_words - instance_words or not instance_words - class_words:
+        warn(
+            "--class_prompt is usually --instance_prompt without the identifier:"
+            f" are {prompts[0]!r} and {prompts[1]!r} meant in this order?"
+        )

@@ -1,0 +1,355 @@
+"""What a training run logs: progress (a bar on a terminal, else a line every few steps), and beside
+its result
+
+    TUNED_MODEL_DIR.report/run.json         command, flags, versions, hardware, and how it ended
+    TUNED_MODEL_DIR.report/metrics.jsonl    a line every --log_every steps: means since the last
+    TUNED_MODEL_DIR.report/tensorboard/     tensorboard --logdir TUNED_MODEL_DIR.report
+
+After a resume, metrics go on from the checkpoint's step: what was logged of later steps is dropped,
+as those steps are done again.
+"""
+
+import json
+import math
+import platform
+import shlex
+import shutil
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dreambooth.cli import Diverged
+from dreambooth.files import atomic, pipeline_dir
+
+RECORD = "run.json"
+METRICS = "metrics.jsonl"
+PACKAGES = ["torch", "diffusers", "transformers", "peft", "ray"]
+LOSSES = ("loss", "instance_loss", "class_loss")  # of a step, in this order
+TAGS = {  # under which TensorBoard shows the metrics
+    "loss": "loss/total",
+    "instance_loss": "loss/instance images",
+    "class_loss": "loss/class images",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "images_per_s": "images per second",
+    "peak_gib": "peak memory, GiB",
+}
+SECONDS_BETWEEN_LOOKS = 0.5  # of the bar of several workers at their metrics
+
+
+class TrainingLog:
+    """Kept by each worker, shown by rank 0. Nothing in an ordinary step waits for the device:
+    losses stay on it until a line is due, every `log_every` steps.
+
+    `started` is when the script began, in seconds since the epoch. `show` is what rank 0 shows, as
+    `shown_by_worker` says.
+    """
+
+    def __init__(self, plan, device, log_every, started, enabled, show):
+        self.plan = plan
+        self.device = device
+        self.log_every = log_every
+        self.enabled = enabled
+        self.folder = plan.report_dir
+        self.show = show if enabled else "nothing"
+        # Of clocks, other processes share only the wall's, which may be set back.
+        self.metrics = {"start_s": max(0.0, time.time() - started)}
+        self.phase_began = time.monotonic()
+        self.unread_losses = []
+        self.waits_for_first = True
+        self.first_step = 0
+        self.events = None  # TensorBoard's writer
+        self.bar = None
+
+    def _end_phase(self, name):
+        now = time.monotonic()
+        self.metrics[f"{name}_s"] = now - self.phase_began
+        self.phase_began = now
+
+    @contextmanager
+    def aside(self, name):
+        """For what is done between two steps: its seconds are counted under `name`, and neither as
+        part of the steps nor in images per second."""
+        wait_for(self.device)
+        began = time.monotonic()
+        yield
+        wait_for(self.device)
+        seconds = time.monotonic() - began
+        self.metrics[f"{name}_s"] = self.metrics.get(f"{name}_s", 0.0) + seconds
+        self.phase_began += seconds
+
+    def models_are_loaded(self, parameters, num_workers):
+        """Say what is trained, and on what."""
+        self._end_phase("load")
+        millions = sum(p.numel() for p in parameters) / 1e6
+        on = f"{num_workers} x {self.device.type}"
+        if self.enabled:
+            print(
+                f"training {millions:.2f} M parameters in {parameters[0].dtype}: {on}", flush=True
+            )
+
+    def on_train_begin(self, first_step):
+        self.first_step = first_step
+        if self.enabled:
+            from torch.utils.tensorboard import SummaryWriter  # here: seconds, for rank 0 alone
+
+            prepare(self.folder, first_step)
+            self.events = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
+        if self.show == "bar":
+            self.bar = new_bar(self.plan.num_steps, first_step)
+
+    def on_step_end(self, step, losses, grad_norm, lr):
+        """`losses` as in `LOSSES`, a tensor. Diverged, with the step: one is not finite."""
+        if self.waits_for_first:
+            # The first step alone waits: for compilation, and for the device, so that neither
+            # counts as part of the other steps.
+            self.waits_for_first = False
+            losses.tolist()
+            self._end_phase("first_step")
+        self.unread_losses.append(losses.reshape(-1))
+        if step % self.log_every == 0 or step == self.plan.num_steps:
+            self._log(step, grad_norm, lr)
+        if self.bar is not None:
+            self.bar.update()
+
+    def _log(self, step, grad_norm, lr):
+        losses = mean_of_workers(self.unread_losses)
+        losses = losses.tolist()  # here the CPU waits for the device
+        self.unread_losses = []
+        grad_norm = grad_norm.item()
+        means = [sum(column) / len(column) for column in zip(*losses, strict=True)]
+        row = {"step": step, **dict(zip(LOSSES, means, strict=False))}
+        row.update(grad_norm=grad_norm, lr=lr, images_per_s=self._images_per_s(step))
+        if self.device.type == "cuda":
+            row["peak_gib"] = peak_gib(self.device)
+        if self.events:
+            self._write(row)
+        for number, values in enumerate(losses, start=step + 1 - len(losses)):
+            if not math.isfinite(values[0]):
+                self._give_up(f"the loss is {values[0]} at step {number}")
+        if not math.isfinite(grad_norm):  # an earlier step's would show in the losses
+            self._give_up(f"the gradients are not finite at step {step}")
+        self.metrics["loss"] = losses[-1][0]
+        if self.bar is not None:
+            show_metrics(self.bar, row)
+        if self.show == "lines":
+            print(self._line(row), flush=True)
+
+    def _write(self, row):
+        """Add a row of metrics to both files."""
+        atomic.append_line(self.folder / METRICS, json.dumps(row))
+        for name, value in row.items():
+            if name in TAGS:
+                self.events.add_scalar(TAGS[name], value, row["step"])
+        self.events.flush()  # a run that is killed keeps its curves
+
+    def _give_up(self, reason):
+        if self.bar is not None:
+            self.bar.close()
+        raise Diverged(f"{reason}: lower --lr, with --restart; nothing was saved")
+
+    def _images_per_s(self, step):
+        images_per_step = self.plan.images_per_pair * self.plan.pairs_per_step
+        num_images = images_per_step * (step - self.first_step - 1)
+        return num_images / max(time.monotonic() - self.phase_began, 1e-9)
+
+    def _line(self, row):
+        memory = f" peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
+        halves = ""
+        if "class_loss" in row:
+            halves = f" (instance {row['instance_loss']:.4f}, class {row['class_loss']:.4f})"
+        return (
+            f"step {row['step']}/{self.plan.num_steps} loss {row['loss']:.4f}{halves}"
+            f" grad norm {row['grad_norm']:.3f} lr {row['lr']:.2e}"
+            f" {row['images_per_s']:.1f} images/s{memory}"
+        )
+
+    def add_image(self, name, image, step):
+        """Show a Pillow image in TensorBoard."""
+        import numpy as np
+
+        self.events.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def on_train_end(self):
+        self._end_phase("steps")
+        if self.bar is not None:
+            self.bar.close()
+        if self.events:
+            self.events.close()
+
+    def summary(self):
+        """Call after saving. Returns the run's metrics: the last loss, and the seconds of each
+        phase under names that end with "_s"."""
+        self._end_phase("save")
+        return self.metrics
+
+
+def wait_for(device):
+    """Wait until a GPU has done all that it was asked to."""
+    if device.type == "cuda":
+        import torch  # here: report/page.py reads logs without it
+
+        torch.cuda.synchronize(device)
+
+
+def peak_gib(device):
+    """The most memory that tensors have taken on a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def mean_of_workers(losses):
+    """The losses of N steps, N tensors (L,), as one (N, L): their means over all workers, each of
+    which must call it."""
+    import torch
+
+    losses = torch.stack(losses)
+    if not torch.distributed.is_initialized():
+        return losses
+    torch.distributed.all_reduce(losses)
+    return losses / torch.distributed.get_world_size()
+
+
+def where_the_seconds_went(metrics):
+    """One line of a run's metrics: "start 8.0 s, load 1.2 s, ..."."""
+    phases = {name: value for name, value in metrics.items() if name.endswith("_s")}
+    return ", ".join(
+        f"{name.removesuffix('_s').replace('_', ' ')} {seconds:.1f} s"
+        for name, seconds in phases.items()
+    )
+
+
+def prepare(folder, first_step):
+    """Make a report's directory ready for a run that goes on after `first_step` steps: the metrics
+    of later ones go; with 0 also the curves and the page of an earlier run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in read_metrics(folder) if row["step"] <= first_step]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    atomic.replace_file(folder / METRICS, lambda file: file.write_text(text))
+    if first_step == 0:
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        (folder / "report.html").unlink(missing_ok=True)
+
+
+def read_metrics(folder):
+    """The lines of a folder's metrics.jsonl as dicts; [] if there are none. A last line that a
+    crash has cut off is left out."""
+    try:
+        lines = (Path(folder) / METRICS).read_text().splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class RunRecord:
+    """run.json: what a run was. As a context manager it records the error that ends its body."""
+
+    def __init__(self, args, plan, hardware):
+        name, revision = pipeline_dir.name_and_revision(args.model_dir)
+        self.folder = plan.report_dir
+        self.facts = {
+            "status": "running",
+            "command": shlex.join(["python", *sys.argv]),
+            "flags": vars(args),
+            "model": name,
+            "revision": revision,
+            "plan": str(plan),
+            "num_steps": plan.num_steps,
+            "instance_paths": [str(path) for path in plan.instance_paths],
+            "num_class_images": len(plan.class_paths),
+            "hardware": hardware,
+            "versions": {"Python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        }
+        self._write()
+
+    def finish(self, seconds):
+        """The run is done; `seconds` are those of its phases."""
+        self.facts.update(status="finished", seconds=seconds)
+        self._write()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_class, error, trace):
+        if error is not None:
+            stopped = not isinstance(error, Exception)  # by Ctrl-C or a signal
+            self.facts["status"] = getattr(error, "status", "stopped" if stopped else "failed")
+            self.facts["message"] = (str(error).strip().splitlines() or [""])[0]
+            self._write()
+
+    def _write(self):
+        text = json.dumps(self.facts, indent=1)
+        atomic.replace_file(self.folder / RECORD, lambda file: file.write_text(text))
+
+
+def read_record(folder):
+    """The facts in a report's run.json; {} if there is none."""
+    try:
+        return json.loads((Path(folder) / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def shown_by_worker(in_driver):
+    """What rank 0 shows: "lines" where nobody watches, as on a log file or in CI; else "bar", or
+    "nothing", where it is no child of the terminal and the driver shows the bar."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return "lines"
+    return "bar" if in_driver else "nothing"
+
+
+def new_bar(num_steps, first_step):
+    """A tqdm bar over a run's steps."""
+    return tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=True)
+
+
+def show_metrics(bar, row):
+    """Put the losses and the rate of a row of metrics behind the bar."""
+    names = {"instance_loss": "instance", "class_loss": "class", "images_per_s": "images/s"}
+    shown = {label: f"{row[name]:.3g}" for name, label in names.items() if name in row}
+    bar.set_postfix(shown, refresh=False)
+
+
+@contextmanager
+def followed(plan, enabled):
+    """Show a bar while the body runs, from the metrics that another process writes."""
+    if not enabled:
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_follow, args=(plan, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _follow(plan, done):
+    bar = None
+    finished = False
+    while not finished:
+        finished = done.wait(SECONDS_BETWEEN_LOOKS)  # then one last look
+        rows = read_metrics(plan.report_dir)
+        if not rows:
+            continue
+        if bar is None:
+            bar = new_bar(plan.num_steps, 0)
+        show_metrics(bar, rows[-1])
+        bar.update(rows[-1]["step"] - bar.n)  # backwards if workers went on from a checkpoint
+        bar.refresh()
+    if bar is not None:
+        bar.close()
