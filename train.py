@@ -25,7 +25,7 @@ from dreambooth import dataset, latents
 from dreambooth.cli import ArgumentParser, absolute_path, configure_logs, run_main, valid_prompt
 from dreambooth.loss import training_loss
 from dreambooth.machines import cluster, memory
-from dreambooth.machines.device import describe, num_cores
+from dreambooth.machines.device import configure_torch, describe
 from dreambooth.run import checkpoints, export, previews, training_log
 from dreambooth.run.plan import LR_SCHEDULERS, TrainingPlan, check_flags, make_plan, worker_range
 
@@ -128,22 +128,15 @@ def train_fn(config):
     plan = TrainingPlan(**config["plan"])
     configure_logs(args.verbose)
     context = ray.train.get_context()  # [1]
-    rank = context.get_world_rank()
-    num_workers = context.get_world_size()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = get_device()
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
     memory.check_device(args, plan, num_workers, device)
     log = training_log.TrainingLog(plan, device, enabled=rank == 0, **config["log"])
-    if device.type == "cpu":  # Ray gives a worker one thread; it takes its share of the cores
-        torch.set_num_threads(max(1, num_cores() // context.get_local_world_size()))
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    configure_torch(device, context.get_local_world_size())
 
     # Set up the data: this worker's pairs, a batch per forward pass, read while the models load.
-    shard = ray.train.get_dataset_shard("train")  # [2]
-    batches = shard.iter_torch_batches(
-        batch_size=pairs_per_pass, collate_fn=dataset.collate, prefetch_batches=4
-    )
-    batches = dataset.Prefetched(batches)
+    batches = dataset.read(ray.train.get_dataset_shard("train"), pairs_per_pass)  # [2]
 
     # Set up the models: prepare_model moves to the device and, with several workers, wraps in DDP.
     vae, denoiser, scheduler = models.load_models(args, device)
@@ -239,10 +232,8 @@ def main(args):
         with training_log.RunRecord(args, plan, describe(num_gpus)) as record:
             folders = [args.model_dir, *plan.image_dirs, plan.run_dir, plan.report_dir]
             cluster.check_shared_storage(folders)
-            show_bar = training_log.shown_by_worker(in_driver) == "nothing"
-            with training_log.followed(plan, enabled=show_bar):
-                trainer = build_trainer(args, plan, num_gpus, num_cpus, started)
-                result = cluster.fit(trainer)  # [10]
+            with training_log.followed(plan, in_driver):
+                result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))
             record.finish(result.return_value)
             export.write_card(args.output_dir, record.facts)
     except cluster.FAILURES as error:

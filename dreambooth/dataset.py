@@ -107,6 +107,14 @@ def collate(batch):
     }
 
 
+def read(shard, batch_size):
+    """The pairs of one worker's `shard` in batches of `batch_size`, a `Prefetched`."""
+    batches = shard.iter_torch_batches(
+        batch_size=batch_size, collate_fn=collate, prefetch_batches=4
+    )
+    return Prefetched(batches)
+
+
 class Prefetched:
     """An iterator over `batches`, the first of which is fetched in a thread from now on."""
 

@@ -102,7 +102,7 @@ def fit(trainer):
     over Ctrl-C. What fails is one of FAILURES; where the user caused it, a UserError."""
     try:
         if trainer.running_in_local_mode:
-            result = trainer.fit()
+            result = trainer.fit()  # [10]
             # At exit, before Ray's own shutdown, which waits for what other processes print: none
             # does.
             atexit.register(_stop_ray)

@@ -91,6 +91,13 @@ def num_cores():
     return os.cpu_count()
 
 
+def configure_torch(device, workers_here):
+    """Set up torch in one of `workers_here` training workers on this machine, on its `device`."""
+    if device.type == "cpu":  # Ray gives a worker one thread; it takes its share of the cores
+        torch.set_num_threads(max(1, num_cores() // workers_here))
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+
+
 def describe(num_gpus):
     """The hardware of a run on `num_gpus` GPUs, in words."""
     if num_gpus and torch.cuda.is_available():

@@ -323,9 +323,10 @@ def show_metrics(bar, row):
 
 
 @contextmanager
-def followed(plan, enabled):
-    """Show a bar while the body runs, from the metrics that another process writes."""
-    if not enabled:
+def followed(plan, in_driver):
+    """While the body trains, show the bar, from the metrics that another process writes; unless the
+    worker shows it itself."""
+    if shown_by_worker(in_driver) != "nothing":
         yield
         return
     done = threading.Event()
