@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreambooth import dataset
 from dreambooth.cli import UserError
+from tests.without_ray import Rows
 
 
 def names(kind, count):
@@ -145,19 +146,31 @@ def batches_of_workers(pairs, world_size, batch_size):
     config = dataset.PairDataConfig(PAIRS_PER_STEP, resolution=32, seed=5)
     rows = {"train": dataset.build_dataset(pairs)}
     shards = config.configure(rows, world_size, worker_handles=None, worker_node_ids=None)
-    settings = {"batch_size": batch_size, "collate_fn": dataset.collate, "prefetch_batches": 1}
-    return [list(shard["train"].iter_torch_batches(**settings)) for shard in shards]
+    return [list(dataset.read(shard["train"], batch_size)) for shard in shards]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_all_workers_together_take_the_next_pairs_in_each_step(pairs, world_size, ray_address):
-    """An equal share each, in order, none twice and none left out: so the updates do not depend on
-    the number of workers."""
+def check_that_workers_share_each_step(pairs, world_size):
     workers = batches_of_workers(pairs, world_size, PAIRS_PER_STEP // world_size)
     for step, batches in enumerate(zip(*workers, strict=True)):
         positions = [position for batch in batches for position in batch["positions"]]
         assert positions == list(range(step * PAIRS_PER_STEP, (step + 1) * PAIRS_PER_STEP))
     assert step == NUM_PAIRS // PAIRS_PER_STEP - 1
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    monkeypatch.setattr(ray.data, "from_items", Rows.from_items)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_all_workers_together_take_the_next_pairs_in_each_step(pairs, world_size, without_ray):
+    """An equal share each, in order, none twice and none left out: so the updates do not depend on
+    the number of workers."""
+    check_that_workers_share_each_step(pairs, world_size)
+
+
+def test_ray_data_deals_them_likewise(pairs, ray_address):
+    check_that_workers_share_each_step(pairs, world_size=2)
 
 
 def test_each_image_stands_beside_its_position_and_key(pairs, ray_address):
@@ -174,15 +187,15 @@ def test_each_image_stands_beside_its_position_and_key(pairs, ray_address):
         assert batch["images"][:, 1, 0, 0].tolist() == [-1] * len(own) + [1] * len(own)
 
 
-def test_images_are_read_in_order_and_on_no_more_cores_than_asked_for(
-    pairs, ray_address, monkeypatch
-):
+def test_images_are_read_in_order_and_on_no_more_cores_than_asked_for(pairs, without_ray):
     """Training in this process on a CPU needs the others. A task reads at most 16 pairs, so that
-    the first batch is there early."""
-    monkeypatch.setattr(ray.data.DataContext.get_current().execution_options, "preserve_order", 0)
-    for num_cpus, limit in ((1, 1), (None, float("inf"))):
-        rows = dataset.build_dataset(pairs, verbose=bool(num_cpus), num_cpus=num_cpus)
-        assert rows.context.execution_options.resource_limits.cpu == limit
-        assert rows.context.execution_options.preserve_order is True
-        assert rows.context.enable_progress_bars == bool(num_cpus)
-    assert [dataset.build_dataset(pairs[:count]).num_blocks() for count in (32, 33)] == [2, 3]
+    the first batch is there early; and there is no bar unless asked for."""
+    for flags, limit, bars in (
+        ({}, float("inf"), False),
+        ({"verbose": True, "num_cpus": 1}, 1, True),
+    ):
+        context = dataset.build_dataset(pairs, **flags).context
+        assert context.execution_options.resource_limits.cpu == limit
+        assert context.execution_options.preserve_order
+        assert context.enable_progress_bars == bars
+    assert [dataset.build_dataset(pairs[:count]).num_blocks for count in (32, 33)] == [2, 3]

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 import generate
 import train
-from dreambooth import latents
+from dreambooth import latents, models
 from dreambooth.cli import Diverged, UserError
 from dreambooth.files import pipeline_dir
 from dreambooth.machines import cluster, device
@@ -19,6 +19,7 @@ from dreambooth.run import checkpoints, export
 from dreambooth.run.plan import report_dir
 from dreambooth.run.training_log import read_metrics, read_record
 from tests.by_hand import ByHand
+from tests.without_ray import Rows, call_train_fn
 
 # Every flag of the recipe at another value than its default. AdamW's large epsilon makes its
 # updates smooth in the gradients, so that rounding does not grow.
@@ -42,8 +43,27 @@ WITHOUT_CLASS = {"prior_loss_weight": 0, "class_images_dir": False, "class_promp
 
 
 @pytest.fixture(scope="module")
-def recipe_run(train_here):
-    return train_here(**RECIPE)
+def train_alone(train_args, tmp_path_factory):
+    """The training of train.py without Ray and without what its main does before and after:
+    train_alone(lr=1e-3) returns a namespace of its output_dir, stdout and metrics."""
+
+    def run(output_dir=None, worker=None, **changes):
+        output_dir = output_dir or tmp_path_factory.mktemp("alone") / "out"
+        args = train_args(output_dir, **{"log_every": 1, **changes})
+        done = call_train_fn(args, **(worker or {}))
+        return SimpleNamespace(output_dir=output_dir, changes=changes, **vars(done))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def default_run(train_alone):
+    return train_alone()
+
+
+@pytest.fixture(scope="module")
+def recipe_run(train_alone):
+    return train_alone(**RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +99,10 @@ def test_every_flag_of_the_recipe_does_what_it_says(recipe_run, update, by_hand)
     assert relative_distance(update(recipe_run), expected.update()) < 1e-3
 
 
-def test_gradients_are_clipped(recipe_run, train_here, update):
+def test_gradients_are_clipped(recipe_run, train_alone, update):
     """Fault 2 of the published example: it clipped unet.parameters(), a generator that the
     optimizer had used up, so nothing. Without clipping the same steps end elsewhere."""
-    unclipped = train_here(**{**RECIPE, "max_grad_norm": 1e6})
+    unclipped = train_alone(**{**RECIPE, "max_grad_norm": 1e6})
     assert relative_distance(update(unclipped), update(recipe_run)) > 0.1
 
 
@@ -95,14 +115,14 @@ def test_two_workers_make_the_updates_of_one_process(two_workers, update, by_han
     assert relative_distance(update(two_workers), expected.update()) < 1e-3
 
 
-def test_without_class_images_a_run_is_of_the_instance_images_alone(train_here, update, by_hand):
+def test_without_class_images_a_run_is_of_the_instance_images_alone(train_alone, update, by_hand):
     """Epochs then count them: one round through five photos, two in each step."""
-    run = train_here(
+    run = train_alone(
         **WITHOUT_CLASS, num_epochs=1, train_batch_size=2, max_train_steps=10,
         lr=1e-3, adam_epsilon=1e-2,
     )  # fmt: skip
     expected = by_hand(run)
-    assert "5 instance and 0 class images at 64 px, 3 steps of 2 pairs, 1 worker(s)" in run.stdout
+    assert len(expected.losses) == 3
     assert logged(run, "loss") == logged(run, "instance_loss")
     assert logged(run, "loss") == pytest.approx(expected.losses, abs=1e-4)
     assert relative_distance(update(run), expected.update()) < 1e-3
@@ -138,13 +158,67 @@ def test_the_result_is_a_pipeline_that_generates_other_images(
     assert len({images["000-0000-seed0.png"] for images in found}) == 3
 
 
-def test_the_same_seed_gives_the_same_weights_to_the_last_bit(one_worker, train_here):
-    """As a command, or called here. Fault 4 of the published example: no seed, no checkpoint."""
-    again = train_here()
+def test_the_same_seed_gives_the_same_weights_to_the_last_bit(one_worker, default_run, train_alone):
+    """As a command, or here without Ray. Fault 4 of the published example: no seed, and no
+    checkpoint."""
     weights = weights_of(one_worker.output_dir)
     assert len(weights) == 3
-    assert weights_of(again.output_dir) == weights
-    assert weights_of(train_here(seed=1).output_dir) != weights
+    assert weights_of(default_run.output_dir) == weights
+    assert weights_of(train_alone(seed=1).output_dir) != weights
+
+
+def test_a_worker_logs_its_steps_and_the_seconds_of_its_phases(default_run):
+    lines = default_run.stdout.splitlines()
+    assert lines[0] == "training 5.65 M parameters in torch.float32: 1 x cpu"
+    assert [line.split(" loss")[0] for line in lines[1:]] == ["step 1/3", "step 2/3", "step 3/3"]
+    phases = ["start_s", "load_s", "first_step_s", "steps_s", "save_s"]
+    assert sorted(default_run.metrics) == sorted(["loss", *phases])
+    assert logged(default_run, "step") == [1, 2, 3]
+    assert logged(default_run, "lr") == [5e-6] * 3
+
+
+def test_other_workers_save_and_log_nothing(train_alone, tmp_path, monkeypatch):
+    """They keep their gradients, in DDP's buckets."""
+    gradients = []
+
+    def look(checkpointer, step, **metrics):
+        gradients.extend(p.grad for p in checkpointer.denoiser.unet.parameters())
+
+    monkeypatch.setattr(checkpoints.Checkpointer, "on_step_end", look)
+    other = {"rank": 1, "num_workers": 2}
+    run = train_alone(tmp_path / "out", worker=other, num_workers=2, max_train_steps=1)
+    assert run.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+    assert gradients
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_workers", "hooks"),
+    [("cuda", 2, 1), ("cuda", 1, 0), ("cpu", 2, 0), ("cpu", 1, 0)],
+)
+def test_gpus_exchange_gradients_in_bfloat16(
+    train_alone, load_models, monkeypatch, tmp_path, device, num_workers, hooks
+):
+    """Half the bytes. The run ends here where a GPU would be needed."""
+
+    class Ended(Exception):
+        pass
+
+    def end(parameters, args):
+        raise Ended
+
+    registered = []
+    ddp = SimpleNamespace(register_comm_hook=lambda *args: registered.append(args))
+    monkeypatch.setattr(train.memory, "check_device", lambda *args: None)
+    loaded = load_models()
+    monkeypatch.setattr(models, "load_models", lambda *args: loaded)
+    monkeypatch.setattr(models, "build_optimizer", end)
+    worker = {"num_workers": num_workers, "device": device}
+    worker["prepare_model"] = lambda denoiser, **settings: ddp
+    with pytest.raises(Ended):
+        train_alone(tmp_path / "out", worker=worker, num_workers=num_workers)
+    assert registered == [(None, train.bf16_compress_hook)] * hooks
 
 
 def test_a_run_says_what_it_does_and_leaves_its_result_and_its_report(train_here):
@@ -251,7 +325,9 @@ def test_each_node_must_see_what_training_reads_and_writes(
     assert os.listdir(tmp_path) == ["out.report"]
 
 
-def test_a_worker_uses_its_cores_and_one_worker_keeps_no_gradients(train_here, monkeypatch, capsys):
+def test_a_worker_is_quiet_uses_its_cores_and_alone_keeps_no_gradients(
+    train_alone, monkeypatch, capsys
+):
     """Ray gives it one thread. A large model's step takes minutes there: it says so."""
     seen = []
 
@@ -261,40 +337,45 @@ def test_a_worker_uses_its_cores_and_one_worker_keeps_no_gradients(train_here, m
 
     monkeypatch.setattr(checkpoints.Checkpointer, "on_step_end", look)
     monkeypatch.setattr(device, "LARGE", 1e6)
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     try:
-        train_here(max_train_steps=1)
+        train_alone(max_train_steps=1)
         assert torch.get_float32_matmul_precision() == "high"  # TF32, on a GPU
     finally:
         torch.set_num_threads(num_threads)
     assert seen == [(device.num_cores(), True)]
     assert "no GPU: a step takes minutes" in capsys.readouterr().err
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
 
 
 @pytest.mark.parametrize(
-    ("in_driver", "num_gpus", "cores"),
-    [(True, 0, 2), (True, 1, float("inf")), (False, 0, float("inf"))],
+    ("in_driver", "num_gpus", "num_cpus", "cores"),
+    [(True, 0, 5, 2), (True, 0, 1, 1), (True, 1, 5, float("inf")), (False, 0, 5, float("inf"))],
 )
 def test_where_this_process_trains_on_a_cpu_half_of_the_cores_read_images(
-    train_args, monkeypatch, tmp_path, ray_address, in_driver, num_gpus, cores
+    train_args, monkeypatch, tmp_path, in_driver, num_gpus, num_cpus, cores
 ):
     args = train_args(tmp_path / "out")
+    monkeypatch.setattr(train.dataset.ray.data, "from_items", Rows.from_items)
     monkeypatch.setattr(cluster, "runs_in_driver", lambda num_workers: in_driver)
-    trainer = train.build_trainer(args, train.make_plan(args), num_gpus, num_cpus=5, started=0.0)
-    options = trainer.datasets["train"]().context.execution_options
-    assert options.resource_limits.cpu == cores
+    monkeypatch.setattr(Rows, "map_batches", lambda rows, *args, **settings: rows)
+    monkeypatch.setattr(Rows, "filter", lambda rows, expr: rows)
+    trainer = train.build_trainer(args, train.make_plan(args), num_gpus, num_cpus, started=0.0)
+    built = trainer.datasets["train"]()
+    assert built.context.execution_options.resource_limits.cpu == cores
 
 
 @pytest.fixture
-def interrupted(train_here, tmp_path):
+def interrupted(train_alone, tmp_path):
     """The folder of the checkpoints after steps 1 and 2 of a run whose saving fails after step 3;
     tmp_path/out would be its result."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train_here(tmp_path / "out", checkpointing_steps=1, checkpoints_total_limit=2)
+            train_alone(tmp_path / "out", checkpointing_steps=1, checkpoints_total_limit=2)
     folder = tmp_path / "out.checkpoints"
     assert [path.name for path in sorted(folder.glob("step_*"))] == ["step_000001", "step_000002"]
     return folder
@@ -312,26 +393,26 @@ def change_after_the_dataset_is_built(monkeypatch, change):
 
 
 def test_workers_restore_the_checkpoint_that_the_data_begin_with(
-    one_worker, interrupted, train_here, tmp_path, monkeypatch
+    default_run, interrupted, train_alone, tmp_path, monkeypatch
 ):
     """Not the newest that they see, which on shared storage may appear in between."""
     newest = interrupted / "step_000002"
     hidden = newest.rename(tmp_path / "hidden")
     change_after_the_dataset_is_built(monkeypatch, lambda: hidden.rename(newest))
-    run = train_here(tmp_path / "out")
-    assert f"resuming after step 1: {interrupted / 'step_000001'}" in run.stdout
-    assert weights_of(run.output_dir) == weights_of(one_worker.output_dir)
-    assert logged(run, "step") == [1, 2, 3]
+    run = train_alone(tmp_path / "out")
+    assert weights_of(run.output_dir) == weights_of(default_run.output_dir)
+    assert logged(run, "loss") == logged(default_run, "loss")
+    assert "step 1/3" not in run.stdout
 
 
 def test_a_checkpoint_that_a_worker_does_not_see_is_no_user_error(
-    interrupted, train_here, tmp_path, monkeypatch
+    interrupted, train_alone, tmp_path, monkeypatch
 ):
     """Ray Train tries again: it may appear there later. Nothing is lost meanwhile."""
     state = interrupted / "step_000002" / "state.pt"
     change_after_the_dataset_is_built(monkeypatch, lambda: state.rename(tmp_path / "state.pt"))
     with pytest.raises(FileNotFoundError) as error:
-        train_here(tmp_path / "out")
+        train_alone(tmp_path / "out")
     assert cluster.training_error(error.value) is None
     assert (interrupted / "step_000001" / "state.pt").exists()
 
