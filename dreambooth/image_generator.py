@@ -3,16 +3,19 @@
 A record is a dict that says all an image depends on: prompt, seed, index, file name, and settings.
 """
 
+import re
 import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dreambooth.cli import UserError, configure_logs, hide_progress_bars, warn
 from dreambooth.files import generated_images, pipeline_dir
@@ -22,6 +25,7 @@ from dreambooth.seeds import seed_for
 CPU_PIXELS = 16 * 64 * 64  # per batch on a CPU
 MAX_BATCH = 16  # on a GPU: larger batches are hardly faster
 BYTES_PER_PIXEL = 4096  # GPU memory per image being generated; an estimate, corrected by halving
+MIN_LAST_ALPHA = 1e-4  # Stable Diffusion's cumulative alpha ends at 0.0047
 MAX_ATTEMPTS = 10  # an image without content is sampled again, with other noise
 
 
@@ -150,28 +154,77 @@ def load_pipeline(model_dir, dtype=None, scheduler="dpm", **parts):
 
     pipeline = pipeline_dir.load_pipeline(model_dir, dtype, **parts)
     if scheduler == "dpm":
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-            pipeline.scheduler.config, use_karras_sigmas=True
-        )
+        config = pipeline.scheduler.config
+        dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+        # Where the last timestep is all but pure noise (cosine, zero SNR), Karras' steps begin at so
+        # high a noise that several of them fall on that one timestep.
+        if dpm.alphas_cumprod[-1] < MIN_LAST_ALPHA:
+            dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=False)
+        pipeline.scheduler = dpm
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def apply_lora(pipeline, lora_weights_dir, lora_scale):
-    """Put the LoRA of `lora_weights_dir` on the models of `pipeline`. UserError: it is another
-    model's."""
+    """Put the LoRA of `lora_weights_dir` on the models of `pipeline`, and say which file that is.
+    UserError: it is another model's."""
+    file = pipeline_dir.lora_file(lora_weights_dir)
+    flag = f"--lora_weights_dir {file}"
+    print(f"with the LoRA of {file}", flush=True)
+    weights = load_file(file)
+    if (file.parent / PEFT_CONFIG).exists() and any(name.startswith(PEFT) for name in weights):
+        weights = from_peft(weights, file.parent / PEFT_CONFIG, flag)
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--lora_weights_dir {lora_weights_dir} does not fit --model_dir: {reason}"
-        ) from error
+        state, _ = pipeline.lora_state_dict(dict(weights))[:2]
+    except Exception as error:  # of another model, conversion can end in any
+        raise UserError(f"{flag} is no LoRA for --model_dir ({type(error).__name__})") from None
+    fitting = [name for name in state if _layer_of(pipeline, name)]
+    if not fitting:
+        raise UserError(f"{flag} is no LoRA for --model_dir: no layer has such a name")
+    if len(fitting) < len(state):
+        strange = next(name for name in state if name not in set(fitting))
+        warn(f"{flag}: {len(state) - len(fitting)} of its {len(state)} tensors fit no layer"
+             f" ({strange}) and are left out")  # fmt: skip
+    with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipeline.load_lora_weights(weights, adapter_name="subject")
     if any("additional target modules" in str(warning.message) for warning in caught):
-        warn(f"--lora_weights_dir {lora_weights_dir}: some of its matrices were not loaded")
+        warn(f"{flag}: some of its matrices were not loaded")
     pipeline.set_adapters("subject", lora_scale)
+
+
+def _layer_of(pipeline, name):
+    """The layer of `pipeline` for which a LoRA's tensor is, by diffusers' name; None if none."""
+    layer = re.split(
+        r"\.lora_[AB]\.|\.lora\.|\.lora_linear_layer\.|\.lora_magnitude|\.alpha", name
+    )[0]
+    part, _, path = layer.partition(".")
+    model = getattr(pipeline, part, None)
+    if model is None or not path:
+        return None
+    for candidate in (path, path.removeprefix("text_model."), f"text_model.{path}"):
+        with suppress(AttributeError):
+            return model.get_submodule(candidate)
+    return None
+
+
+PEFT = "base_model.model."  # how the names of PEFT's own files begin
+PEFT_CONFIG = "adapter_config.json"
+
+
+def from_peft(weights, config_file, flag):
+    """The tensors of a PEFT adapter under diffusers' names; its scale goes into the matrices."""
+    config = pipeline_dir.read_config(config_file, flag)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+        raise UserError(f"{flag}: {config_file.name} has no r and lora_alpha")
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    in_unet = any("down_blocks" in name or "mid_block" in name for name in weights)
+    part = "unet" if in_unet else "text_encoder"
+    return {
+        f"{part}.{name.removeprefix(PEFT)}": tensor * scale if ".lora_B." in name else tensor
+        for name, tensor in weights.items()
+    }
 
 
 def noise_generator(record, attempt):

@@ -231,7 +231,7 @@ def prepare(folder, first_step):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in read_metrics(folder) if row["step"] <= first_step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    atomic.replace_file(folder / METRICS, lambda file: file.write_text(text))
+    atomic.replace_file(folder / METRICS, lambda file: file.write_text(text, encoding="utf-8"))
     if first_step == 0:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "report.html").unlink(missing_ok=True)
@@ -241,7 +241,7 @@ def read_metrics(folder):
     """The lines of a folder's metrics.jsonl as dicts; [] if there are none. A last line that a
     crash has cut off is left out."""
     try:
-        lines = (Path(folder) / METRICS).read_text().splitlines()
+        lines = (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     rows = []
@@ -291,13 +291,15 @@ class RunRecord:
 
     def _write(self):
         text = json.dumps(self.facts, indent=1)
-        atomic.replace_file(self.folder / RECORD, lambda file: file.write_text(text))
+        atomic.replace_file(
+            self.folder / RECORD, lambda file: file.write_text(text, encoding="utf-8")
+        )
 
 
 def read_record(folder):
     """The facts in a report's run.json; {} if there is none."""
     try:
-        return json.loads((Path(folder) / RECORD).read_text())
+        return json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
