@@ -209,7 +209,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
 
 def main(args):
     """Check the flags, start Ray, train, and say where the result is."""
-    started = time.time()
+    started, began = time.time(), time.monotonic()  # for other processes, and for this one
     check_flags(args)
     ray_start = cluster.start_ray_in_background(args.verbose)
     plan = make_plan(args)
@@ -240,7 +240,7 @@ def main(args):
         checkpoints.remove_unless_needed(plan.run_dir)
     checkpoints.remove(plan.run_dir)
     print(training_log.where_the_seconds_went(result.return_value))
-    print(f"wrote {args.output_dir} ({time.time() - started:.0f} s in all)")
+    print(f"wrote {args.output_dir} ({time.monotonic() - began:.0f} s in all)")
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ def load_pipeline(model_dir, dtype=None, scheduler="dpm", **parts):
     if scheduler == "dpm":
         config = pipeline.scheduler.config
         dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
-        # Where the last timestep is all but pure noise (cosine, zero SNR), Karras' steps begin at so
-        # high a noise that several of them fall on that one timestep.
+        # Where the last timestep is all but pure noise (cosine, zero SNR), Karras' first steps are
+        # all so noisy that they fall on that one timestep.
         if dpm.alphas_cumprod[-1] < MIN_LAST_ALPHA:
             dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=False)
         pipeline.scheduler = dpm

@@ -266,7 +266,7 @@ def copy_images(source, folder):
     It is replaced whole, and only if this function made it: it then holds a hidden marker file,
     which names their source. UserError: it holds something else.
     """
-    images = find_images(source, report=True)
+    images = find_images(source)
     folder = Path(folder)
     if folder.resolve() == Path(source).resolve():
         return
@@ -291,12 +291,18 @@ def copy_images(source, folder):
 
 
 def main(args):
-    copy_images(args.source, args.folder)
-    warn_if_few(find_images(args.folder))
+    """Check that each image in `args.source` can be read; copy them if `args.folder` is given."""
+    images = find_images(args.source, report=True)
+    for image in images:
+        open_image(image)
+    warn_if_few(images)
+    if args.folder:
+        copy_images(args.source, args.folder)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(__doc__)
     parser.add_argument("source", help="a folder with photos of the subject")
-    parser.add_argument("folder", help="where to put them; replaced if this command made it")
+    where = "where to put them; replaced if this command made it (default: only check them)"
+    parser.add_argument("folder", nargs="?", help=where)
     run_main(main, parser.parse_args())

@@ -158,8 +158,8 @@ def _connect(address, verbose, log_to_driver):
         except (RuntimeError, ConnectionError, TimeoutError, ray.exceptions.RayError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"Ray did not start ({reason}): the machine may be busy or out of memory, or another"
-                " Ray half stopped; try again, with --verbose to see what Ray says"
+                f"Ray did not start ({reason}): the machine may be busy, or out of memory;"
+                " try again, with --verbose to see what Ray says"
             ) from error
         atexit.register(_kill_monitor)
         return

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreambooth.cli import Diverged
+from dreambooth.cli import Diverged, warn
 from dreambooth.files import atomic, pipeline_dir
 
 RECORD = "run.json"
@@ -65,6 +65,7 @@ class TrainingLog:
         self.first_step = 0
         self.events = None  # TensorBoard's writer
         self.bar = None
+        self.lost = set()  # what could not be written
 
     def _end_phase(self, name):
         now = time.monotonic()
@@ -142,11 +143,22 @@ class TrainingLog:
 
     def _write(self, row):
         """Add a row of metrics to both files."""
-        atomic.append_line(self.folder / METRICS, json.dumps(row))
-        for name, value in row.items():
-            if name in TAGS:
-                self.events.add_scalar(TAGS[name], value, row["step"])
-        self.events.flush()  # a run that is killed keeps its curves
+        with self.survived("metrics"):
+            atomic.append_line(self.folder / METRICS, json.dumps(row))
+            for name, value in row.items():
+                if name in TAGS:
+                    self.events.add_scalar(TAGS[name], value, row["step"])
+            self.events.flush()  # a run that is killed keeps its curves
+
+    @contextmanager
+    def survived(self, what):
+        """A run goes on if the body, which writes `what`, cannot: the disk is full, say."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self.lost:
+                warn(f"{what} cannot be written to {self.folder} ({error.strerror or error})")
+            self.lost.add(what)
 
     def _give_up(self, reason):
         if self.bar is not None:
