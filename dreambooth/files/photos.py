@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import struct
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -158,12 +159,30 @@ def _decode(opened):
 
 
 def _upright(image):
-    """How to turn an image upright: the EXIF orientation, the one tag that matters here."""
+    """How to turn an image upright: as the EXIF orientation says, the one tag that matters here."""
+    orientation = _find_orientation(image.info.get("exif") or b"")
+    if orientation is None:  # a TIFF's own, or that of XMP
+        with suppress(Exception):  # damaged metadata can end in any
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return TRANSPOSE_OF.get(orientation) if isinstance(orientation, int) else None
+
+
+def _find_orientation(exif):
+    """The orientation in an EXIF block, whatever else is in it; None if it is not there. Pillow
+    would lose it where another tag is damaged. The block is a TIFF header, and then a directory of
+    entries of 12 bytes (TIFF 6.0, section 2)."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-        return TRANSPOSE_OF.get(orientation)
-    except Exception:  # damaged metadata can end in any
-        return None
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for i in range(count):
+            tag, kind, number, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * i)
+            if tag == ExifTags.Base.Orientation and (kind, number) == (3, 1):  # one short integer
+                return value
+    except (TypeError, struct.error):
+        pass
+    return None
 
 
 TRANSPOSE_OF = {  # by EXIF orientation
