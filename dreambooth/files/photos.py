@@ -195,12 +195,12 @@ TRANSPOSE_OF = {  # by EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_METADATA = {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"tIME", b"pHYs"}
+PNG_METADATA = {b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"tIME", b"pHYs"}
 
 
 def _without_metadata(opened):
-    """A PNG without the chunks that no pixel depends on; None of other formats, whose metadata
-    Pillow does not look at until it is asked for."""
+    """A PNG without the chunks that Pillow reads at once and no pixel depends on; None of other
+    formats, whose metadata it does not look at until it is asked for."""
     opened.seek(0)
     content = opened.read()
     if not content.startswith(PNG_SIGNATURE):
