@@ -149,20 +149,28 @@ def warn_if_slow(args):
 
 def load_pipeline(model_dir, dtype=None, scheduler="dpm", **parts):
     """The pipeline of `model_dir` to sample from; `parts` are models to take in place of its own.
-    `scheduler`: "dpm", DPM-Solver++ with Karras sigmas, or "model", the model's own."""
-    from diffusers import DPMSolverMultistepScheduler  # here: not needed if nothing is missing
-
+    `scheduler`: "dpm", that of `build_dpm`, or "model", the model's own."""
     pipeline = pipeline_dir.load_pipeline(model_dir, dtype, **parts)
-    if scheduler == "dpm":
-        config = pipeline.scheduler.config
-        dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
-        # Where the last timestep is all but pure noise (cosine, zero SNR), Karras' first steps are
-        # all so noisy that they fall on that one timestep.
-        if dpm.alphas_cumprod[-1] < MIN_LAST_ALPHA:
-            dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=False)
-        pipeline.scheduler = dpm
+    with pipeline_dir.loading(f"{model_dir}/scheduler"):
+        if scheduler == "dpm":
+            pipeline.scheduler = build_dpm(pipeline.scheduler.config)
+        pipeline.scheduler.set_timesteps(10)  # fails here, and not after minutes
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def build_dpm(config):
+    """DPM-Solver++ with Karras sigmas (Lu et al. 2022, arXiv 2211.01095) for a noise schedule.
+
+    Where the last timestep is all but pure noise (cosine, zero SNR), without Karras: its first
+    steps are all so noisy that they fall on that one timestep.
+    """
+    from diffusers import DPMSolverMultistepScheduler  # here: not needed if nothing is missing
+
+    dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    if dpm.alphas_cumprod[-1] < MIN_LAST_ALPHA:
+        dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=False)
+    return dpm
 
 
 def apply_lora(pipeline, lora_weights_dir, lora_scale):

@@ -14,6 +14,8 @@ learning rate of 5e-6 most updates are smaller than half their last digit and ro
 adds it later.
 """
 
+from pathlib import Path
+
 import optimi
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -76,6 +78,8 @@ def load_models(args, device, autocast=None):
     def load(cls, part, dtype=torch.float32):
         variant = pipeline_dir.weights(args.model_dir, part).variant
         settings = {"dtype": dtype, "device_map": device, "variant": variant}
+        if hasattr(cls, "load_config"):  # one of diffusers' classes; transformers' check themselves
+            pipeline_dir.check_fields(cls, Path(args.model_dir) / part / "config.json")
         with pipeline_dir.loading(f"{args.model_dir}/{part}"):
             model, found = cls.from_pretrained(
                 args.model_dir, subfolder=part, output_loading_info=True, **settings
@@ -109,7 +113,8 @@ def load_models(args, device, autocast=None):
         unet.compile_repeated_blocks()
     with pipeline_dir.loading(f"{args.model_dir}/scheduler"):
         scheduler = DDPMScheduler.from_pretrained(args.model_dir, subfolder="scheduler")
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+        scheduler.alphas_cumprod[-1].item()  # of an empty schedule, fails here
     return vae, denoiser, scheduler
 
 

@@ -25,6 +25,9 @@ os.environ.pop("PYTHONPATH", None)
 COMMAND_ENVIRONMENT = dict(os.environ)  # as a user has it: nothing that the code sets at run time
 os.environ["PYTHONPATH"] = str(ROOT)  # for Ray's workers, which unpickle this project's classes
 
+import dreambooth  # noqa: F401 (first: it sets what torch reads when it is imported)
+
+# isort: split
 import numpy as np
 import pytest
 import ray

@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import re
+import types
+import typing
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -336,8 +338,34 @@ def load_tokenizer(model_dir):
     config = read_config(Path(model_dir) / "text_encoder" / "config.json", "--model_dir")
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and limit > 0:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+        own = tokenizer.model_max_length
+        tokenizer.model_max_length = min(own, limit) if type(own) is int and own > 0 else limit
     return tokenizer
+
+
+def check_fields(cls, file):
+    """The fields of a configuration must be of the types that the class `cls`, which is built from
+    it, says that it takes. UserError: one is not; the class itself would fail later, or not at all.
+    """
+    hints = typing.get_type_hints(cls.__init__)
+    for name, value in read_config(file, "--model_dir").items():
+        if name in hints and not _fits(value, hints[name]):
+            value = json.dumps(value)
+            raise UserError(f"--model_dir: {file} has {name}: {value[:40]}, not {hints[name]}")
+
+
+def _fits(value, hint):
+    """Whether a value of JSON is of the type that `hint` names, as far as that is understood."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if hint in (tuple, list) or origin in (tuple, list):
+        return isinstance(value, list) and all(_fits(v, parts[0]) for v in value if parts)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint in (int, str, bool, type(None)):
+        return type(value) is hint
+    return True
 
 
 def load_pipeline(model_dir, dtype=None, **parts):
@@ -345,9 +373,11 @@ def load_pipeline(model_dir, dtype=None, **parts):
     directory. Without the safety checker, whose black images would be trained on as class images.
     UserError: a part cannot be loaded.
     """
-    from diffusers import StableDiffusionPipeline  # here: takes seconds
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
     found = [weights(model_dir, part) for part in family(model_dir).models]
+    check_fields(UNet2DConditionModel, Path(model_dir) / "unet" / "config.json")
+    check_fields(AutoencoderKL, Path(model_dir) / "vae" / "config.json")
     with loading(model_dir):
         return StableDiffusionPipeline.from_pretrained(
             model_dir,
@@ -356,7 +386,7 @@ def load_pipeline(model_dir, dtype=None, **parts):
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-            **parts,
+            **{"tokenizer": load_tokenizer(model_dir), **parts},
         )
 
 
