@@ -177,12 +177,6 @@ find_python() {
   PYTHON=$PWD/.venv/bin/python
 }
 
-run_tests() {
-  "$PYTHON" -m ruff check .
-  "$PYTHON" -m ruff format --check .
-  exec "$PYTHON" -m pytest -q
-}
-
 # Paths are relative to the caller's directory; the scripts are beside this file.
 for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH {TUNED_MODEL,LORA,IMAGES_REG,IMAGES_OWN,IMAGES_NEW}_DIR; do
   [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
@@ -191,6 +185,6 @@ if [[ "${PYTHON:-}" == */* ]]; then PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$
 cd "$(dirname "$(realpath "$0")")"
 case "${1:-}" in
   "") find_python; main ;;
-  test) find_python; run_tests ;;
+  test) find_python; exec "$PYTHON" -m pytest -q ;;
   *) sed -n '2,9s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
 esac

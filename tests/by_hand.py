@@ -1,10 +1,11 @@
 """A training run written out by hand, against which train.py is tested."""
 
+import numpy as np
 import torch
 
-from dreambooth import dataset, latents
-from dreambooth import model_dir as directory
-from dreambooth.training_plan import make_plan
+from dreambooth import dataset, images, latents
+from dreambooth.files import pipeline_dir
+from dreambooth.run.plan import make_plan
 
 
 class AdamW:
@@ -47,7 +48,7 @@ class ByHand:
     """The run of some arguments in one process and in float64, each step in a single forward pass:
     no Ray, no shards, no accumulation, no torch.optim, no code of train.py or loss.py."""
 
-    def __init__(self, args, load_models, clip=True):
+    def __init__(self, args, load_models):
         self.args = args
         self.vae, self.denoiser, self.scheduler = load_models()
         self.vae.double()
@@ -59,14 +60,16 @@ class ByHand:
         self.learning_rates = []
         plan = make_plan(args)
         self.prompt_ids = self.tokenize()
-        rows = self.read_rows(plan)
+        pairs = dataset.pair_images(
+            plan.instance_paths, plan.class_paths, plan.num_steps * plan.pairs_per_step, args.seed
+        )
         optimizer = AdamW(self.parameters, args)
         for step in range(plan.num_steps):
             start = step * plan.pairs_per_step
-            loss = self.loss(rows[start : start + plan.pairs_per_step])
+            loss = self.loss(pairs[start : start + plan.pairs_per_step], plan.resolution)
             gradients = torch.autograd.grad(loss, self.parameters)
             norm = sum(g.square().sum() for g in gradients).sqrt()
-            if clip and norm > args.max_grad_norm:
+            if norm > args.max_grad_norm:
                 gradients = [g * args.max_grad_norm / norm for g in gradients]
             lr = learning_rate(step, plan.num_steps, args)
             optimizer.step(gradients, lr)
@@ -75,49 +78,48 @@ class ByHand:
             self.learning_rates.append(lr)
 
     def tokenize(self):
-        tokenizer = directory.load_tokenizer(self.args.model_dir)
+        """The token ids of the instance and, if there is one, the class prompt."""
+        tokenizer = pipeline_dir.load_tokenizer(self.args.model_dir)
         prompts = [self.args.instance_prompt, self.args.class_prompt]
         length = tokenizer.model_max_length
-        inputs = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt")
+        inputs = tokenizer(
+            [prompt for prompt in prompts if prompt],
+            padding="max_length",
+            max_length=length,
+            return_tensors="pt",
+        )
         return inputs.input_ids
 
-    def read_rows(self, plan):
-        """All pairs of the run with their images, in order."""
-        num_pairs = plan.num_steps * plan.pairs_per_step
-        seed = self.args.seed
-        pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, num_pairs, seed)
-        deal = dataset.DealPairs(plan.pairs_per_step, plan.resolution, seed)
-        rows = deal.shard(dataset.build_dataset(pairs), 0, 1).take_all()
-        assert [row["position"] for row in rows] == list(range(num_pairs))
-        return rows
-
-    def loss(self, rows):
-        """Of B pairs: instance half first."""
-        images = [row["instance_image"] for row in rows] + [row["class_image"] for row in rows]
-        pixels = torch.stack([torch.tensor(image) for image in images]).double() / 127.5 - 1
+    def loss(self, pairs, resolution):
+        """Of B pairs: instance half first, and the class half if there is one."""
+        batch = {name: np.array([pair[name] for pair in pairs]) for name in pairs[0]}
+        crops = images.load_crops(batch, resolution, self.args.seed)
+        halves = [crops[f"{kind}_image"] for kind in ("instance", "class") if kind in batch]
+        pixels = torch.tensor(np.concatenate(halves)).double() / 127.5 - 1
         with torch.no_grad():
             posterior = self.vae.encode(pixels).latent_dist
-        positions = [row["position"] for row in rows]
+        positions = batch["position"].tolist()
         posterior_noise, noise = latents.sample_noise(
             self.args.seed, positions, posterior.mean.shape[1:], "cpu"
         )
+        timesteps = latents.sample_timesteps(self.args.seed, positions, 1000)
+        n = len(pixels)
+        posterior_noise, noise, timesteps = posterior_noise[:n], noise[:n], timesteps[:n]
         x = posterior.mean + posterior.std * posterior_noise
         x = x * self.vae.config.scaling_factor
-        timesteps = latents.sample_timesteps(self.args.seed, positions, 1000)
         a = self.scheduler.alphas_cumprod.double()[timesteps]
         noisy = a.sqrt().view(-1, 1, 1, 1) * x + (1 - a).sqrt().view(-1, 1, 1, 1) * noise
         hidden_states = self.denoiser.text_encoder(self.prompt_ids)[0]
         hidden_states = torch.cat(
-            [hidden_states[i : i + 1].expand(len(rows), -1, -1) for i in (0, 1)]
+            [prompt.expand(len(pairs), -1, -1) for prompt in hidden_states.split(1)]
         )
         predicted = self.denoiser.unet(noisy, timesteps, hidden_states).sample
         errors = (predicted - noise).square().mean(dim=(1, 2, 3))
         if self.args.snr_gamma is not None:
             snr = a / (1 - a)
             errors = errors * snr.clamp(max=self.args.snr_gamma) / snr
-        instance = errors[: len(rows)].mean()
-        prior = errors[len(rows) :].mean()
-        return instance + self.args.prior_loss_weight * prior
+        instance, *prior = (half.mean() for half in errors.split(len(pairs)))
+        return instance + self.args.prior_loss_weight * sum(prior)
 
     def update(self):
         """What the run has added to all weights, as one vector."""

@@ -1,21 +1,31 @@
-"""Checkpoint directories: complete or not seen, found again, refused to another run."""
+"""Checkpoints: complete or not seen, refused to another run, written when they are due; and a
+restored run is the same run."""
 
-import argparse
 import errno
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from argparse import Namespace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
+import ray.train
 import torch
 
-from dreambooth import checkpoints
-from dreambooth.cli import UserError
+import train
+from dreambooth import models
+from dreambooth.cli import Diverged, Stopped, UserError
+from dreambooth.run import checkpoints
 
 STATE = {"weights": {"w": torch.arange(6.0)}, "optimizer": {"state": {0: {"step": 3}}}}
+NUM_STEPS = 20
 
 
 @pytest.fixture
@@ -30,98 +40,69 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_newest_checkpoint_is_found(folder):
-    path, step = checkpoints.find_newest(folder)
-    assert (path.name, step) == ("step_000020", 20)
-    state = torch.load(path / "state.pt", weights_only=True)
-    assert torch.equal(state["weights"]["w"], STATE["weights"]["w"])
+def steps_in(folder):
+    return [int(path.name.removeprefix("step_")) for path in sorted(folder.glob("step_*"))]
 
 
-def test_no_checkpoint_is_step_zero(tmp_path):
-    assert checkpoints.find_newest(tmp_path) == (None, 0)
-    assert checkpoints.find_newest(tmp_path / "nowhere") == (None, 0)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "no state", "no record", "half a record"])
-def test_incomplete_checkpoints_are_passed_by(folder, damage):
-    newest = folder / "step_000020"
-    if damage == "truncated":
-        content = (newest / "state.pt").read_bytes()
-        (newest / "state.pt").write_bytes(content[:-1])
-    elif damage == "no state":
-        (newest / "state.pt").unlink()
-    elif damage == "no record":
-        (newest / "complete.json").unlink()
-    else:
-        (newest / "complete.json").write_text('{"step": 2')
-    path, step = checkpoints.find_newest(folder)
-    assert (path.name, step) == ("step_000010", 10)
-
-
-def test_unfinished_write_is_not_seen(folder):
-    shutil.copytree(folder / "step_000020", folder / ".step_000030.tmp")
-    assert checkpoints.find_newest(folder)[1] == 20
-
-
-@pytest.mark.parametrize(("limit", "kept"), [(1, [30]), (2, [20, 30]), (9, [10, 20, 30])])
-def test_only_the_newest_are_kept(folder, limit, kept):
-    checkpoints.write(STATE, 30, folder, limit)
-    assert names(folder) == [f"step_{step:06d}" for step in kept]
+def test_the_newest_complete_checkpoint_is_found(folder):
+    """Not what a killed process has left, or a full disk has cut off."""
+    assert checkpoints.find_newest(folder / "nowhere") == 0
+    shutil.copytree(folder / "step_000020", folder / ".step_000040.tmp")
+    assert checkpoints.find_newest(folder) == 20
+    for step in (30, 40, 50):
+        checkpoints.write(STATE, step, folder, limit=5)
+    state = folder / "step_000030" / "state.pt"
+    os.truncate(state, state.stat().st_size - 1)
+    (folder / "step_000040" / "state.pt").unlink()
+    (folder / "step_000050" / "complete.json").write_text('{"step": 5')
+    assert checkpoints.find_newest(folder) == 20
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_a_damaged_one_does_not_take_the_place_of_a_good_one(folder, limit):
-    """The run goes on from step 10, as 20 cannot be read."""
+def test_only_the_newest_are_kept_and_a_damaged_one_is_none_of_them(folder, limit):
+    """The run went on from step 10, as 20 could not be read."""
     (folder / "step_000020" / "state.pt").write_bytes(b"half")
     checkpoints.write(STATE, 15, folder, limit)
-    assert names(folder) == ["step_000010", "step_000015"][-limit:]
-    assert checkpoints.find_newest(folder)[1] == 15
+    assert steps_in(folder) == [10, 15][-limit:]
+    assert checkpoints.find_newest(folder) == 15
 
 
-def full_disk(path, mode):
-    """The file of a state, on a disk that is full."""
-    return open("/dev/full", mode)
-
-
-class FullQuota(io.FileIO):
-    """The same where the user's quota is used up."""
-
-    code = errno.EDQUOT
-    room = 0
+class FullDisk(io.FileIO):
+    """The file of a state: after some of it has been written, torch too raises an error."""
 
     def write(self, data):
-        if self.tell() + len(data) > self.room:
-            raise OSError(self.code, os.strerror(self.code))
+        if self.tell() + len(data) > 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return super().write(data)
 
 
-class FullLater(FullQuota):
-    """Some of the state has been written: torch then raises an error of its own as well."""
-
-    code = errno.ENOSPC
-    room = 100
-
-
-@pytest.mark.parametrize("open_state", [full_disk, FullQuota, FullLater])
-def test_full_disk_is_said_and_keeps_the_last(folder, monkeypatch, open_state):
-    monkeypatch.setattr(checkpoints, "open", open_state, raising=False)
+def test_a_full_disk_is_said_and_keeps_the_earlier_ones(folder, monkeypatch):
+    monkeypatch.setattr(checkpoints, "open", FullDisk, raising=False)
     with pytest.raises(UserError, match="no space for the checkpoint of step 30"):
         checkpoints.write(STATE, 30, folder, limit=1)
     assert names(folder) == ["step_000010", "step_000020"]
 
 
-def run_args(tmp_path, restart=False):
-    output_dir = str(tmp_path / "tuned")
-    return argparse.Namespace(output_dir=output_dir, storage_path=None, restart=restart)
-
-
-IDENTITY = {"lr": 1e-4, "prompt": "photo of unqtkn car", "snr_gamma": None}
+FINGERPRINT = {"lr": 1e-4, "instance_prompt": "photo of unqtkn car"}
 
 
 @pytest.fixture
-def begun(tmp_path):
+def prepare(tmp_path):
+    """Begin or resume the run of tmp_path / "tuned": prepare(lr=0.1, restart=True)."""
+
+    def call(restart=False, **changes):
+        args = Namespace(output_dir=str(tmp_path / "tuned"), restart=restart)
+        default_of = train.build_parser().get_default
+        fingerprint = {**FINGERPRINT, **changes}
+        return checkpoints.prepare(tmp_path / "tuned.checkpoints", fingerprint, default_of, args)
+
+    return call
+
+
+@pytest.fixture
+def begun(prepare, tmp_path):
     """A run with a checkpoint of step 10, and what a killed process leaves behind."""
-    checkpoints.prepare(run_args(tmp_path), IDENTITY)
+    assert prepare() == 0
     run_dir = tmp_path / "tuned.checkpoints"
     checkpoints.write(STATE, 10, run_dir, limit=1)
     (run_dir / "stop").touch()
@@ -129,89 +110,257 @@ def begun(tmp_path):
     return run_dir
 
 
-def test_same_run_goes_on(begun, tmp_path, capsys):
-    checkpoints.prepare(run_args(tmp_path), IDENTITY)
+def test_the_same_run_goes_on_and_another_is_refused_by_what_differs(begun, prepare, capsys):
+    assert prepare() == 10
     assert "resuming after step 10" in capsys.readouterr().out
     assert names(begun) == ["lock", "run.json", "step_000010"]  # an old request to stop is gone
+    with pytest.raises(UserError, match=r"lr was 0.0001, is 0.1\): .*--restart") as error:
+        prepare(lr=0.1)
+    assert "\n" not in str(error.value)
+    assert prepare() == 10
 
 
-def test_a_full_disk_when_a_run_resumes_loses_nothing(begun, tmp_path, monkeypatch):
+def test_a_flag_that_an_older_run_has_not_recorded_counts_as_its_default(begun, prepare):
+    """So that a new version of these scripts, with a flag more, goes on with an older one's run."""
+    with pytest.raises(UserError, match="lora_layers was attention, is all; |snr_gamma was None"):
+        prepare(lora_layers="all", snr_gamma=5.0)
+    assert prepare(lora_layers="attention", snr_gamma=None) == 10
+
+
+def test_restart_begins_anew_and_a_run_without_checkpoints_leaves_nothing(
+    begun, prepare, tmp_path, capsys
+):
+    checkpoints.remove_unless_needed(begun)
+    assert steps_in(begun) == [10]
+    assert prepare(restart=True, lr=0.1) == 0
+    assert names(begun) == ["lock", "run.json"]
+    assert json.loads((begun / "run.json").read_text())["lr"] == 0.1
+    assert capsys.readouterr().out == ""
+    checkpoints.remove_unless_needed(begun)
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_when_a_run_resumes_loses_nothing(begun, prepare, monkeypatch):
     """Nor would a kill at that moment: what says whose the checkpoints are is replaced whole."""
-
-    def fail(file, write):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(checkpoints.atomic, "replace_file", fail)
-        checkpoints.prepare(run_args(tmp_path), IDENTITY)
-    checkpoints.prepare(run_args(tmp_path), IDENTITY)
-    assert names(begun) == ["lock", "run.json", "step_000010"]
+        error = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(checkpoints.atomic, "replace_file", MagicMock(side_effect=error))
+        prepare()
+    assert prepare() == 10
 
 
 LOCK = """
 import sys
-from dreambooth import atomic
+from dreambooth.files import atomic
 atomic.lock(sys.argv[1], "tuned")
 print("locked", flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_run_that_has_not_ended_is_left_alone(begun, tmp_path, root):
+def test_a_run_that_has_not_ended_is_left_alone(begun, prepare, root):
     """Two at a time would write each other's checkpoints and result. When its process has ended,
     in whatever way, the run can resume."""
     (begun / "lock").unlink()  # of this process
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOCK, begun / "lock"],
-        cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "locked\n"
-    before = names(begun)
-    for restart in (False, True):
-        with pytest.raises(UserError, match=f"another run is writing {tmp_path / 'tuned'}"):
-            checkpoints.prepare(run_args(tmp_path, restart), IDENTITY)
-    assert names(begun) == before
-    process.kill()
-    process.wait()
-    checkpoints.prepare(run_args(tmp_path), IDENTITY)
-    assert names(begun) == ["lock", "run.json", "step_000010"]
+    command = [sys.executable, "-c", LOCK, begun / "lock"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=root, **pipes) as process:
+        assert process.stdout.readline() == b"locked\n"
+        before = names(begun)
+        for restart in (False, True):
+            with pytest.raises(UserError, match=f"another run is writing {begun.with_suffix('')}"):
+                prepare(restart)
+        assert names(begun) == before
+        process.kill()
+    assert prepare() == 10
 
 
-def test_what_is_left_of_a_finished_run_is_not_resumed(begun, tmp_path, capsys, monkeypatch):
+def test_what_is_left_of_a_finished_run_is_not_resumed(begun, prepare, capsys, monkeypatch):
     """It was killed while it removed its checkpoints, in whatever order that happens."""
-    monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
-    checkpoints.remove(begun)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+        checkpoints.remove(begun)
     assert "step_000010" in names(begun)
-    checkpoints.prepare(run_args(tmp_path), {**IDENTITY, "lr": 0.1})
+    assert prepare(lr=0.1) == 0
     assert names(begun) == ["lock", "run.json"]
     assert capsys.readouterr().out == ""
 
 
-def test_another_run_is_refused_by_what_differs(begun, tmp_path):
-    with pytest.raises(UserError, match=r"lr was 0.0001, is 0.1\): .*--restart") as error:
-        checkpoints.prepare(run_args(tmp_path), {**IDENTITY, "lr": 0.1})
-    assert "\n" not in str(error.value)
-    assert "step_000010" in names(begun)
+class Run:
+    """A model of one trained and one frozen weight, which trains as train_fn does. The gradients of
+    a step follow from its number alone."""
+
+    def __init__(self, args, folder, rank, num_steps):
+        torch.manual_seed(0)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.param_dtype]
+        self.model = torch.nn.Linear(8, 4).to(dtype)
+        self.model.bias.requires_grad_(False)
+        self.optimizer = models.build_optimizer([self.model.weight], args)
+        self.lr_schedule = models.build_lr_schedule(self.optimizer, num_steps, args)
+        self.folder = folder
+        plan = SimpleNamespace(num_steps=num_steps, run_dir=folder)
+        parts = (self.model, self.optimizer, self.lr_schedule)
+        self.checkpointer = checkpoints.Checkpointer(args, plan, *parts, rank)
+
+    def take_steps(self, first, last):
+        """Those from `first` to `last`, which is the number of steps then done."""
+        for step in range(first, last):
+            gradient = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            self.model.weight.grad = gradient.to(self.model.weight.dtype)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.lr_schedule.step()
+            self.checkpointer.on_step_end(step + 1, lr=1.0)
+
+    def everything(self):
+        """Weights, moments and Kahan terms, and the learning rate."""
+        moments = self.optimizer.state_dict()["state"][0].values()
+        return [self.model.weight, *moments, torch.tensor(self.lr_schedule.get_last_lr())]
 
 
-def test_restart_begins_anew(begun, tmp_path, capsys):
-    checkpoints.prepare(run_args(tmp_path, restart=True), {**IDENTITY, "lr": 0.1})
-    assert names(begun) == ["lock", "run.json"]
-    assert json.loads((begun / "run.json").read_text())["lr"] == 0.1
-    assert capsys.readouterr().out == ""
+@pytest.fixture
+def reports(monkeypatch):
+    """The checkpoints of which Ray Train is told, in place of which this stands: their steps, or
+    None of other ranks'."""
+    found = []
+
+    def report(metrics, checkpoint, **settings):
+        found.append(checkpoint and checkpoints.find_newest(os.path.dirname(checkpoint.path)))
+
+    monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
+    monkeypatch.setattr(checkpoints, "broadcast_from_rank_zero", lambda value: value)
+    return found
 
 
-def test_a_run_without_checkpoints_leaves_nothing(tmp_path):
-    checkpoints.prepare(run_args(tmp_path), IDENTITY)
-    checkpoints.remove_unless_needed(tmp_path / "tuned.checkpoints")
-    assert names(tmp_path) == []
+@pytest.fixture
+def make(train_args, tmp_path, reports):
+    """A `Run` at its beginning: make(checkpointing_steps=5)."""
+
+    def build(rank=0, num_steps=NUM_STEPS, **flags):
+        flags = {"lr": 0.1, "lr_scheduler": "cosine", "checkpoints_total_limit": 99, **flags}
+        args = train_args(tmp_path / "tuned", **flags)
+        return Run(args, tmp_path / "tuned.checkpoints", rank, num_steps)
+
+    return build
 
 
-def test_checkpoints_go_where_storage_path_says(tmp_path):
-    args = run_args(tmp_path)
-    args.storage_path = str(tmp_path / "shared")
-    folder = checkpoints.run_dir(args)
-    assert folder.parent == tmp_path / "shared"
-    args.output_dir = str(tmp_path / "another subject" / "tuned")
-    assert checkpoints.run_dir(args) != folder
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_restored_run_goes_on_to_the_last_bit(make, monkeypatch, dtype):
+    """Five steps, a checkpoint, two more steps while it is written, and a new process with the
+    other fifteen: as twenty in a row."""
+    whole = make(param_dtype=dtype, checkpointing_steps=0)
+    whole.take_steps(0, NUM_STEPS)
+    assert not whole.folder.exists()
+
+    flags = {"param_dtype": dtype, "checkpointing_steps": 5}
+    may_write = threading.Event()
+    write = checkpoints.write
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write", lambda *args: may_write.wait(20) and write(*args))
+        first = make(**flags)
+        first.take_steps(0, 7)
+        may_write.set()
+        first.checkpointer.on_train_end()
+    state = torch.load(first.folder / "step_000005" / "state.pt", weights_only=True)
+    assert list(state["weights"]) == ["weight"]  # what is not trained is not saved
+
+    second = make(**flags)
+    second.checkpointer.on_train_begin(checkpoints.find_newest(second.folder))
+    second.take_steps(5, NUM_STEPS)
+    expected, found = whole.everything(), second.everything()
+    assert len(found) == len(expected) == 5
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(whole.model.weight, first.model.weight)
+
+
+def test_every_so_many_steps_but_not_after_the_last(make, reports):
+    """Ray Train hears of each one when it is complete. The other ranks report as often, as Ray
+    Train waits for all of them, and write nothing."""
+    other = make(rank=1, checkpointing_steps=5)
+    other.take_steps(0, NUM_STEPS)
+    other.checkpointer.on_train_end()
+    assert reports == [None] * 3
+    assert not other.folder.exists()
+    run = make(checkpointing_steps=5)
+    run.take_steps(0, NUM_STEPS)
+    run.checkpointer.on_train_end()
+    assert reports[3:] == steps_in(run.folder) == [5, 10, 15]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "num_workers", "expected"),
+    [(59, "1", []), (61, "1", [2, 4, 6]), (1, "2:4", [2, 4, 6])],
+)
+def test_by_default_every_tenth_of_a_run_that_is_long_or_elastic(
+    make, monkeypatch, seconds, num_workers, expected
+):
+    """Of elastic workers Ray Train looks after 60 seconds whether there are more, and then stops
+    those there are."""
+    now = time.monotonic()
+    run = make(num_workers=num_workers)
+    monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
+    run.take_steps(0, 7)
+    run.checkpointer.on_train_end()
+    assert steps_in(run.folder) == expected
+
+
+def test_a_request_to_stop_ends_the_run_with_a_checkpoint(make):
+    """Not one whose weights are not finite, which would take the place of a good one."""
+    run = make(checkpointing_steps=0)
+    run.folder.mkdir(parents=True)
+    run.take_steps(0, 6)
+    (run.folder / "stop").touch()
+    with pytest.raises(Stopped, match="stopped after step 7"):
+        run.take_steps(6, 9)
+    run.model.weight.data[0, 0] = float("nan")
+    with pytest.raises(Diverged, match="not finite after step 9: lower --lr, with --restart"):
+        run.take_steps(8, 10)
+    assert steps_in(run.folder) == [7]
+
+
+def test_a_failed_write_ends_the_run_soon(make, monkeypatch):
+    write = MagicMock(side_effect=UserError("no space for the checkpoint"))
+    monkeypatch.setattr(checkpoints, "write", write)
+    run = make(checkpointing_steps=500, num_steps=1000)
+    run.take_steps(499, 500)
+    with pytest.raises(UserError, match="no space"):
+        for step in range(500, 900):
+            run.take_steps(step, step + 1)
+            time.sleep(0.01)
+
+
+def test_the_notice_of_a_preemption_is_answered_by_one_checkpoint(make, monkeypatch):
+    """Workers ask every tenth step; the same notice is answered once."""
+    notices = iter([None, "node 3 goes in 30 s", "node 3 goes in 30 s", "node 1 goes in 30 s"])
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(notices))
+    run = make(checkpointing_steps=0, num_steps=50)
+    run.take_steps(0, 50)
+    run.checkpointer.on_train_end()
+    assert steps_in(run.folder) == [20, 40]
+    assert next(notices, None) is None
+
+
+def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys):
+    """What else ended the run is not hidden behind the first one."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    codes = []
+    try:
+        stop = checkpoints.StopOnSignal(tmp_path)
+        stop.exit_if_asked(RuntimeError("a worker died"))
+        signal.raise_signal(signal.SIGTERM)
+        assert (tmp_path / "stop").exists()
+        stop.exit_if_asked(UserError("no space for the checkpoint"))
+        for ask in (
+            lambda: stop.exit_if_asked(Stopped("stopped after step 3")),
+            lambda: stop.exit_if_asked(RuntimeError("a worker died")),
+            lambda: signal.raise_signal(signal.SIGINT),
+        ):
+            with pytest.raises(SystemExit) as found:
+                ask()
+            codes.append(found.value.code)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert codes == [128 + signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT]
+    assert capsys.readouterr().err.count("run the same command again to resume") == 2

@@ -1,13 +1,18 @@
-"""What all command lines share: --help, user errors in one line, exit codes."""
+"""What all command lines share: --help, user errors in one line, exit codes, quiet libraries."""
 
-import argparse
+import logging
+import math
 import os
 import re
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import diffusers
 import pytest
+import transformers
 
 import cache_model
 import download_example_dataset
@@ -16,164 +21,31 @@ import train
 from dreambooth import cli
 from dreambooth.cli import UserError
 
-
-@pytest.fixture(autouse=True)
-def no_exit(monkeypatch):
-    """A `run_main` that succeeds in this process would end the tests."""
-    monkeypatch.setattr(cli.os, "_exit", lambda code: pytest.fail("the process has ended"))
+# The end of a script.
 
 
-def raise_error(error):
-    raise error
-
-
-def test_user_error_is_one_line_and_exit_code_2(capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("a.png: gone"), 2, "error: a.png: gone\n"),
+        (cli.Diverged("a\nb.png: gone"), 2, "error: a\\nb.png: gone\n"),  # a file's name
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_ends_a_script_is_one_line_and_an_exit_code(capsys, error, code, line):
     with pytest.raises(SystemExit) as stopped:
-        cli.run_main(raise_error, UserError("a.png: gone"))
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: a.png: gone\n"
-
-
-def test_ctrl_c_is_exit_code_130(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.run_main(raise_error, KeyboardInterrupt())
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
-SUCCEED = """
-import atexit
-from dreambooth.cli import run_main
-
-class Large:
-    def __del__(self):
-        print("freed")
-
-large = Large()
-atexit.register(print, "shut down")
-run_main(print, "done")
-"""
-
-
-def test_a_script_that_succeeds_shuts_down_but_frees_nothing(run_script):
-    """Ray's shutdown takes place; that Python frees torch's modules takes seconds, and does not."""
-    result = run_script("-c", SUCCEED)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "done\nshut down\n"
-
-
-def test_a_script_whose_output_nobody_reads_has_succeeded(root):
-    """`train.py >&-`, or `train.py | head`, which has what it wants."""
-    for redirection in (">&-", "2>&-", "> /dev/full"):
-        command = f"{sys.executable} -c '{SUCCEED.replace('print, ', 'bool, ')}' {redirection}"
-        assert subprocess.run(command, shell=True, cwd=root).returncode == 0
+        cli.run_main(MagicMock(side_effect=error), None)
+    assert (stopped.value.code, capsys.readouterr().err) == (code, line)
 
 
 def test_a_bug_keeps_its_stack_trace():
     with pytest.raises(ZeroDivisionError):
-        cli.run_main(raise_error, ZeroDivisionError())
-
-
-BAD_COMMANDS = {
-    "missing flag": ["--output_dir", "out"],
-    "unknown flag": ["--model_dir", "a", "--output_dir", "b", "--sede", "1"],
-    "no number": ["--model_dir", "a", "--output_dir", "b", "--seed", "one"],
-    "unknown choice": ["--model_dir", "a", "--output_dir", "b", "--scheduler", "best"],
-}
-
-
-@pytest.mark.parametrize("name", BAD_COMMANDS)
-def test_a_command_line_that_argparse_refuses_is_one_line_and_exit_code_2(name, capsys):
-    """argparse itself prints the usage, some forty lines, above its error."""
-    with pytest.raises(SystemExit) as stopped:
-        generate.parse_args(BAD_COMMANDS[name])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert len(printed.err.splitlines()) == 1
-    assert printed.err.startswith("error: ")
-    assert "--help" in printed.err
-
-
-PATH_FLAGS = {
-    train: ["model_dir", "output_dir", "instance_images_dir", "class_images_dir", "storage_path"],
-    generate: ["model_dir", "output_dir", "lora_weights_dir", "compare_to", "prompts_file"],
-}
-
-
-@pytest.mark.parametrize(
-    ("script", "name"), [(script, name) for script, names in PATH_FLAGS.items() for name in names]
-)
-def test_an_empty_path_is_refused(script, name, train_argv, generate_argv, capsys):
-    """A shell variable that is not set: "" would be the current directory."""
-    build = train_argv if script is train else generate_argv
-    argv = [*build("out"), f"--{name}", ""]
-    with pytest.raises(SystemExit) as stopped:
-        script.parse_args(argv)
-    assert stopped.value.code == 2
-    assert f"error: argument --{name}: an empty path" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script", PATH_FLAGS)
-def test_paths_are_absolute_after_parsing(script, train_argv, generate_argv):
-    """Ray's workers run in another directory."""
-    build = train_argv if script is train else generate_argv
-    argv = build("out")
-    for name in PATH_FLAGS[script]:
-        argv += [f"--{name}", "some/path"]
-    args = script.parse_args(argv)
-    for name in PATH_FLAGS[script]:
-        assert getattr(args, name) == os.path.join(os.getcwd(), "some/path")
-
-
-def test_a_tilde_is_the_home_directory(monkeypatch):
-    """The shell leaves it alone in --flag=~/x and in quotes."""
-    monkeypatch.setenv("HOME", "/home/ann")
-    assert cli.absolute_path("~/photos") == "/home/ann/photos"
-    assert cli.absolute_path("/a/b") == "/a/b"
-
-
-def options_of(script):
-    """The options of a script's parser, all but --help."""
-    parsers = []
-
-    def keep(parser, argv=None):
-        parsers.append(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", keep)
-        script.parse_args([])
-    return [action for action in parsers[0]._actions if action.dest != "help"]
-
-
-@pytest.mark.parametrize("script", [train, generate, cache_model, download_example_dataset])
-def test_help_is_the_docstring_and_every_default_but_off_and_none(script, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")  # so that no help is wrapped
-    with pytest.raises(SystemExit) as stopped:
-        script.parse_args(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert script.__doc__.strip() in text
-    text = " ".join(text.split())
-    for option in options_of(script):
-        is_off = option.default is None or option.default is False or option.default == []
-        default = "" if is_off else f" (default: {option.default})"
-        assert f"{option.help}{default}" in text
-    assert not re.search(r"\(default: (None|False|\[\])\)", text)
-
-
-def test_a_default_of_zero_appears_in_help(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "steps of linear warm-up from 0 (default: 0)" in text
-    assert "random numbers of the run (default: 0)" in text
+        cli.run_main(lambda args: 1 / 0, None)
 
 
 def test_a_script_that_fails_closes_its_iterators():
     """Even while its error is kept. Closed later, after Ray, Ray Data's would wait for ever."""
-    closed = []
-    kept = []
+    closed, kept = [], []
 
     def rows():
         try:
@@ -195,28 +67,121 @@ def test_a_script_that_fails_closes_its_iterators():
 
     with pytest.raises(SystemExit):
         cli.run_main(main, None)
-    assert len(kept) == 1
     assert closed == ["rows"]
 
 
-def test_check_at_least():
-    args = SimpleNamespace(count=2, rate=0.5, unset=None, zero=0, infinite=float("inf"))
+SUCCEED = """
+import atexit
+from dreambooth.cli import run_main
+
+class Large:
+    def __del__(self):
+        print("freed")
+
+large = Large()
+atexit.register(print, "shut down")
+run_main(print, "done")
+"""
+
+
+def test_a_script_that_succeeds_shuts_down_but_frees_nothing(run_script):
+    """Ray's shutdown takes place; that Python frees torch's modules takes seconds, and does not."""
+    result = run_script("-c", SUCCEED)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\nshut down\n", "")
+
+
+def test_a_script_whose_output_nobody_reads_has_succeeded(root):
+    """`train.py >&-`, or `train.py | head`, which has what it wants."""
+    for redirection in (">&-", "2>&-", "> /dev/full"):
+        command = f"{sys.executable} -c '{SUCCEED.replace('print, ', 'bool, ')}' {redirection}"
+        assert subprocess.run(command, shell=True, cwd=root).returncode == 0
+
+
+# Its flags.
+
+
+@pytest.fixture
+def refusal(capsys):
+    """The line with which a script's `parse_args` refuses some arguments."""
+
+    def run(script, argv):
+        with pytest.raises(SystemExit) as stopped:
+            script.parse_args(argv)
+        assert stopped.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        (line,) = printed.err.splitlines()
+        return line
+
+    return run
+
+
+def test_a_command_line_that_argparse_refuses_is_one_line_and_exit_code_2(refusal):
+    """argparse itself prints the usage, some forty lines, above its error."""
+    required = ["--model_dir", "a", "--output_dir", "b"]
+    for argv, reason in (
+        (required[2:], "error: the following arguments are required: --model_dir (--help "),
+        ([*required, "--sede", "1"], "error: unrecognized arguments: --sede 1 (--help "),
+        ([*required, "--seed", "one"], "error: argument --seed: invalid int value: 'one' (--help "),
+    ):
+        assert refusal(generate, argv).startswith(reason)
+
+
+PATH_FLAGS = {
+    train: ["model_dir", "output_dir", "instance_images_dir", "class_images_dir", "storage_path"],
+    generate: ["model_dir", "output_dir", "lora_weights_dir", "compare_to", "prompts_file"],
+}
+
+
+@pytest.mark.parametrize("script", PATH_FLAGS)
+def test_paths_are_absolute_and_not_empty(script, train_argv, generate_argv, refusal, monkeypatch):
+    """Ray's workers run in another directory. An empty path is a shell variable that is not set:
+    it would be the current directory. The shell leaves a tilde alone in --flag=~/x."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    argv = (train_argv if script is train else generate_argv)("out")
+    for name in PATH_FLAGS[script]:
+        assert refusal(script, [*argv, f"--{name}", ""]).startswith(
+            f"error: argument --{name}: an empty path"
+        )
+        for path, absolute in (
+            ("some/path", f"{os.getcwd()}/some/path"),
+            ("~/photos", "/home/ann/photos"),
+            ("/a/b", "/a/b"),
+        ):
+            assert getattr(script.parse_args([*argv, f"--{name}={path}"]), name) == absolute
+
+
+def test_help_is_the_docstring_and_every_default_but_off_and_none(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # so that no help is wrapped
+    for script in (train, generate, cache_model, download_example_dataset):
+        with pytest.raises(SystemExit) as stopped:
+            script.parse_args(["--help"])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert script.__doc__.strip() in text
+        assert not re.search(r"\(default: (None|False|\[\])\)", text)
+        if script is train:
+            assert "steps of linear warm-up from 0 (default: 0)\n" in text
+            assert "learning rate of AdamW (default: 5e-06)\n" in text
+            assert "train LoRA matrices only: less memory, small file\n" in text
+
+
+def test_numbers_must_be_finite_and_in_range():
+    """A number that is none is below every minimum; what is not given is not checked."""
+    numbers = {"count": 2, "rate": 0.5, "unset": None, "none": 0, "inf": math.inf, "nan": math.nan}
+    args = SimpleNamespace(**numbers)
     cli.check_at_least(args, 2, "count", "unset")
-    cli.check_at_least(args, 0, "count", "rate", "unset", "zero")
+    cli.check_at_least(args, 0, "count", "rate", "unset", "none")
     cli.check_at_least(args, 0, "count", "rate", above=True)
-    with pytest.raises(UserError, match="^--rate is 0.5: must be at least 1$"):
-        cli.check_at_least(args, 1, "count", "rate")
-    with pytest.raises(UserError, match="^--zero is 0: must be above 0$"):
-        cli.check_at_least(args, 0, "count", "zero", above=True)
-    with pytest.raises(UserError, match="--infinite is inf"):
-        cli.check_at_least(args, 0, "infinite")
-
-
-def test_not_a_number_is_below_every_minimum():
-    args = SimpleNamespace(lr=float("nan"))
-    for above in (False, True):
-        with pytest.raises(UserError, match="--lr is nan"):
-            cli.check_at_least(args, 0, "lr", above=above)
+    for minimum, above, name, reason in [
+        (1, False, "rate", "--rate is 0.5: must be at least 1"),
+        (0, True, "none", "--none is 0: must be above 0"),
+        (0, False, "inf", "--inf is inf: must be at least 0"),
+        (0, False, "nan", "--nan is nan: must be at least 0"),
+        (0, True, "nan", "--nan is nan: must be above 0"),
+    ]:
+        with pytest.raises(UserError, match=f"^{reason}$"):
+            cli.check_at_least(args, minimum, "count", name, above=above)
 
 
 def test_lines_of_a_text_file(tmp_path):
@@ -224,13 +189,95 @@ def test_lines_of_a_text_file(tmp_path):
     file.write_text("photo of a car\n\n  at night, in the snow \r\n写真\n", encoding="utf-8")
     expected = ["photo of a car", "at night, in the snow", "写真"]
     assert cli.read_lines(file, "--prompts_file") == expected
+    file.write_bytes(b"\xff\xfecar")
+    for path, reason in (
+        (file, "is not a UTF-8 text file"),
+        (tmp_path, "is not a UTF-8 text file"),
+        (tmp_path / "nowhere.txt", "no such file"),
+    ):
+        with pytest.raises(UserError, match=f"^--prompts_file {path}:? {reason}$"):
+            cli.read_lines(path, "--prompts_file")
 
 
-def test_lines_of_what_is_not_a_text_file(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfecar")
-    with pytest.raises(UserError, match="--prompts_file .*prompts.txt is not a UTF-8 text file"):
-        cli.read_lines(tmp_path / "prompts.txt", "--prompts_file")
-    with pytest.raises(UserError, match="--prompts_file .*nowhere.txt: no such file"):
-        cli.read_lines(tmp_path / "nowhere.txt", "--prompts_file")
-    with pytest.raises(UserError, match="--prompts_file .* is not a UTF-8 text file"):
-        cli.read_lines(tmp_path, "--prompts_file")
+# What else it prints: nothing.
+
+
+@pytest.fixture
+def unconfigured():
+    """The loggers of a process that has silenced nothing yet; afterwards all is as before."""
+    environment = dict(os.environ)
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in cli.LOGGERS}
+    for logger in levels:
+        logger.setLevel(logging.WARNING)
+    for name in cli.QUIET_ENVIRONMENT:
+        os.environ.pop(name, None)
+    yield list(levels)
+    for logger, level in levels.items():
+        logger.setLevel(level)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def test_libraries_are_silent_unless_verbose(unconfigured):
+    """Their logs and warnings in this process, and by its environment in those that it starts; but
+    what the user has set there stays."""
+    os.environ["RAY_DATA_LOG_LEVEL"] = "DEBUG"
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        for verbose in (True, False):
+            cli.configure_logs(verbose)
+            assert {logger.isEnabledFor(logging.ERROR) for logger in unconfigured} == {verbose}
+            assert ("HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ) == verbose
+            warnings.warn(f"verbose: {verbose}", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["verbose: True"]
+    assert os.environ["PYTHONWARNINGS"] == "ignore"
+    assert os.environ["RAY_DATA_LOG_LEVEL"] == "DEBUG"
+
+
+def test_models_load_without_bars_and_messages_unless_verbose(unconfigured):
+    both = [library.utils.logging for library in (diffusers, transformers)]
+    for library in both:
+        library.enable_progress_bar()
+    for verbose in (True, False):  # silent in the end, as in other tests
+        cli.hide_progress_bars(verbose)
+        assert {library.is_progress_bar_enabled() for library in both} == {verbose}
+        assert {library.get_verbosity() == logging.CRITICAL for library in both} == {not verbose}
+
+
+def test_stderr_is_silent_for_a_while(capfd):
+    """Also that of other processes; afterwards it is there again, whatever happened."""
+    with pytest.raises(KeyError), cli.silent_stderr(verbose=False):
+        os.write(2, b"hidden\n")
+        subprocess.run(["sh", "-c", "echo hidden >&2"])
+        raise KeyError
+    os.write(2, b"shown\n")
+    with cli.silent_stderr(verbose=True):
+        os.write(2, b"shown, too\n")
+    assert capfd.readouterr().err == "shown\nshown, too\n"
+
+
+def test_a_run_on_two_workers_prints_its_own_lines_alone(two_workers):
+    """As a command that starts its own Ray, with a process for each worker."""
+    assert two_workers.stderr == ""
+    first_words = [line.split(" ")[0] for line in two_workers.stdout.splitlines()]
+    assert first_words == ["5", "training", "step", "step", "start", "wrote"]
+
+
+IMPORT = """
+import gc, os, sys
+
+class FirstImport:
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "ray"):
+            print(os.environ["GOMP_SPINCOUNT"], gc.get_threshold()[0], flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, FirstImport())
+import {script}
+"""
+
+
+@pytest.mark.parametrize("script", ["train", "generate"])
+def test_settings_are_made_before_torch_reads_them(run_script, script):
+    """OpenMP's, when it or Ray imports it; the garbage collector's threshold, for all objects."""
+    assert run_script("-c", IMPORT.format(script=script)).stdout == "3000 10000\n"

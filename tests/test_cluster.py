@@ -1,244 +1,466 @@
-"""Ray's start, and the hardware that a run asks for."""
+"""Ray's start, who gets in, what its nodes get, which errors are the user's, and waiting for it."""
 
-import socket
+import logging
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+import ray
+import ray.train
+import torch
+from ray.train import ScalingConfig
 
-from dreambooth import cluster
-from dreambooth.cli import UserError
+import train
+from dreambooth.cli import LOGGERS, OutOfMemory, Stopped, UserError
+from dreambooth.machines import cluster
+
+# The start.
 
 
-def test_there_is_a_gpu_or_else_a_core_for_each_worker():
-    """Otherwise Ray would wait for ever."""
-    cluster.check_num_workers(4, 4, 16)
-    cluster.check_num_workers(2, 0, 2)
-    with pytest.raises(
-        UserError, match="--num_workers 5: the cluster has 4 GPUs,.*give --num_workers 4 or less"
-    ):
-        cluster.check_num_workers(5, 4, 16)
-    with pytest.raises(UserError, match="the cluster has 1 GPU,"):
-        cluster.check_num_workers(2, 1, 16)
-    with pytest.raises(UserError, match="the cluster has 2 CPU cores,"):
-        cluster.check_num_workers(3, 0, 2)
+@pytest.fixture
+def ray_init(monkeypatch, tmp_path):
+    """`ray.init`, which starts and finds nothing, in a process that has not called it, of a user
+    who has never run Ray, with `tmp_path` as home; what `start_ray` sets is undone afterwards."""
+    environment, on_sigterm = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        os.environ.pop(name, None)
+    os.environ["HOME"] = str(tmp_path)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr(ray, "init", MagicMock())
+    yield ray.init
+    signal.signal(signal.SIGTERM, on_sigterm)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def test_without_an_address_a_quiet_ray_of_its_own_is_started(ray_init):
+    """Never one that happens to run on this machine, as ray.init() alone would join."""
+    context = ray.data.DataContext.get_current()
+    for verbose in (True, False):
+        assert cluster.start_ray(verbose) == (2, 8)
+        settings = ray_init.call_args.kwargs
+        assert settings["address"] == "local"
+        assert ("logging_config" in settings) != verbose
+        assert context.enable_progress_bars == verbose
+        assert context.execution_options.preserve_order
+    assert not any(logging.getLogger(name).isEnabledFor(logging.ERROR) for name in LOGGERS)
+
+
+def test_ray_starts_in_the_background_and_whatever_ends_the_start_comes_back(monkeypatch):
+    """Also what is no Exception: else the wait would never end."""
+
+    def start(error):
+        monkeypatch.setattr(cluster, "start_ray", MagicMock(side_effect=error, return_value=(2, 8)))
+        return cluster.start_ray_in_background().result(timeout=30)
+
+    assert start(None) == (2, 8)
+    with pytest.raises(UserError, match="^no cluster$"):
+        start(UserError("no cluster"))
+    with pytest.raises(SystemExit):
+        start(SystemExit(3))
 
 
 @pytest.mark.parametrize(
     ("address", "error"),
-    [("auto", ConnectionError("not found")), ("127.0.0.1", ValueError("no port"))],
+    [
+        ("auto", ConnectionError("not found")),  # the README's, before `ray start`
+        ("127.0.0.1", ValueError("no port")),
+        ("127.0.0.1:1", AssertionError("Ray would try for minutes")),
+    ],
 )
-def test_an_address_at_which_ray_finds_no_cluster(monkeypatch, address, error):
-    """As RAY_ADDRESS=auto, the README's own, before `ray start`; and what is not an address."""
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", MagicMock(side_effect=error))
-    with pytest.raises(UserError, match=f"RAY_ADDRESS={address}: no Ray cluster"):
-        cluster.start_ray()
-
-
-def test_without_an_address_a_ray_of_its_own_is_started(monkeypatch):
-    """Never one that happens to run on this machine, as ray.init() alone would join."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", MagicMock())
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
-    assert cluster.start_ray() == (2, 8)
-    (call,) = cluster.ray.init.call_args_list
-    assert call.kwargs["address"] == "local"
-
-
-def test_an_address_at_which_nothing_listens_is_found_at_once():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        port = listening.getsockname()[1]
-        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto", "127.0.0.1"):
-            cluster.check_address(address)
-    with pytest.raises(OSError):
-        cluster.check_address(f"127.0.0.1:{port}")
-
-
-@pytest.mark.parametrize("argv", [["train.py"], ["-m", "dreambooth.gpus"]])
-def test_a_command_with_an_address_at_which_there_is_no_cluster(
-    assert_one_line, run_script, train_argv, tmp_path, argv
-):
-    """Both ways into Ray: a script, and the number of GPUs for run.sh. Ray would try for
-    minutes."""
-    if argv == ["train.py"]:
-        argv = ["train.py", *train_argv(tmp_path / "out")]
-    result = run_script(*argv, RAY_ADDRESS="127.0.0.1:1")
-    assert_one_line(result, "RAY_ADDRESS=127.0.0.1:1", "ray start --head")
-    assert result.stdout == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_number_of_gpus_of_this_machine_and_of_a_cluster(run_script, ray_address):
-    """There are none: conftest.py hides what this machine may have."""
-    for environment in ({}, {"RAY_ADDRESS": ray_address}):
-        result = run_script("-m", "dreambooth.gpus", **environment)
-        assert result.stdout == "0\n", result.stderr
-        assert result.stderr == ""
-
-
-def test_more_workers_than_the_cluster_has_cores(
-    assert_one_line, run_script, train_argv, tmp_path, ray_address
-):
-    argv = train_argv(tmp_path / "out", num_workers=50)
-    result = run_script("train.py", *argv, RAY_ADDRESS=ray_address)
-    assert_one_line(result, "--num_workers 50", "2 CPU cores")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_cores_are_those_that_this_process_may_use(monkeypatch):
-    monkeypatch.setattr(cluster.os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
-    assert cluster.num_cores() == 3
-    monkeypatch.delattr(cluster.os, "sched_getaffinity")
-    monkeypatch.setattr(cluster.os, "cpu_count", lambda: 7)
-    assert cluster.num_cores() == 7
-
-
-def test_ray_starts_in_the_background_and_its_errors_come_back(monkeypatch):
-    monkeypatch.setattr(cluster, "start_ray", lambda verbose: (2, 8))
-    assert cluster.start_ray_in_background().result(timeout=30) == (2, 8)
-
-    def fail(verbose):
-        raise UserError("no cluster")
-
-    monkeypatch.setattr(cluster, "start_ray", fail)
-    with pytest.raises(UserError, match="^no cluster$"):
-        cluster.start_ray_in_background().result(timeout=30)
-
-
-@pytest.mark.parametrize(
-    ("num_workers", "address", "in_driver"),
-    [((1, 1), "", True), ((1, 1), "auto", False), ((2, 2), "", False), ((1, 2), "", False)],
-)
-def test_one_worker_without_a_cluster_needs_no_other_process(
-    monkeypatch, num_workers, address, in_driver
+def test_a_run_without_a_cluster_at_its_address_leaves_nothing(
+    ray_init, monkeypatch, train_args, tmp_path, address, error
 ):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert cluster.runs_in_driver(num_workers) == in_driver
-    assert (cluster.scaling_config(num_workers, 4, 16).num_workers == 0) == in_driver
+    ray_init.side_effect = error
+    args = train_args(tmp_path / "out" / "model")
+    with pytest.raises(UserError, match=f"^RAY_ADDRESS={address}: no Ray cluster.*`ray start"):
+        train.main(args)
+    assert not (tmp_path / "out").exists()
 
 
-def test_on_gpus_each_worker_has_one():
-    scaling = cluster.scaling_config((4, 4), num_gpus=4, num_cpus=16)
-    assert scaling.num_workers == 4
-    assert scaling.use_gpu
-    assert scaling.resources_per_worker == {"GPU": 1}
+# Who gets in.
 
 
-def test_a_range_of_workers_is_ray_trains():
+def test_a_new_ray_asks_for_a_token_that_only_its_user_can_read(ray_init, tmp_path):
+    """It is there when Ray starts, which would itself make one that all can read; and Ray asks for
+    it by default."""
+    token, tokens = tmp_path / ".ray" / "auth_token", []
+
+    def init(**settings):
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
+        assert "RAY_AUTH_MODE" not in os.environ
+        tokens.append(token.read_text())
+
+    ray_init.side_effect = init
+    cluster.start_ray()
+    cluster.start_ray()
+    assert re.fullmatch("[0-9a-f]{64}", tokens[0])
+    assert tokens[1] == tokens[0]
+
+
+CLIENT = """
+import sys
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    GcsClient(address=sys.argv[1])
+except AuthenticationError:
+    sys.exit(3)
+"""
+
+
+def test_a_client_without_the_token_is_refused(ray_address, tmp_path):
+    """By a Ray that was started as the scripts start theirs: one with another token, too. The
+    user's own client gets in."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+
+    def connect(**changes):
+        command = [sys.executable, "-c", CLIENT, ray_address]
+        env = {**environment, **changes}
+        return subprocess.run(command, env=env, capture_output=True, timeout=120).returncode
+
+    assert connect(RAY_AUTH_MODE="token") == 0
+    assert connect(HOME=str(tmp_path)) == 3
+    assert connect(HOME=str(tmp_path), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=64 * "a") == 3
+
+
+# What the nodes get.
+
+SHIPPED = """
+import os, sys
+
+import ray
+
+from dreambooth.machines import cluster, gpus
+
+
+def modules():
+    import dreambooth.dataset
+    import dreambooth.run.plan
+
+    return dreambooth.dataset.__file__, dreambooth.run.plan.__file__
+
+
+os.chdir(sys.argv[1])  # Ray's workers would look for modules in this process's directory
+print(len(gpus.free_memory_of_all()))
+print(*ray.get(ray.remote(modules).remote()), sep="\\n")
+"""
+
+
+def test_the_nodes_of_a_cluster_get_the_whole_package(run_script, ray_address, root, tmp_path):
+    """They need no checkout. The process that has connected prints what it was asked for, and
+    nothing else: run.sh reads the number of GPUs, which are none here (conftest.py hides them)."""
+    result = run_script("-c", SHIPPED, tmp_path, RAY_ADDRESS=ray_address)
+    assert (result.returncode, result.stderr) == (0, "")
+    num_gpus, *files = result.stdout.splitlines()
+    assert num_gpus == "0"
+    for file, module in zip(files, ["dataset.py", "run/plan.py"], strict=True):
+        assert file.endswith(f"/dreambooth/{module}")
+        assert not file.startswith(str(root))
+
+
+# What they must have and see.
+
+
+def test_there_is_a_gpu_or_else_a_core_for_each_worker(train_here, tmp_path):
+    """Otherwise Ray would wait for ever. Nothing is left of a run that is refused."""
+    cluster.check_num_workers(4, 4, 16)
+    cluster.check_num_workers(2, 0, 2)
+    for resources, has in [
+        ((5, 4, 16), "4 GPUs, .*give --num_workers 4 or less"),
+        ((5, 1, 16), "1 GPU, "),
+    ]:
+        with pytest.raises(UserError, match=f"^--num_workers 5: the cluster has {has}"):
+            cluster.check_num_workers(*resources)
+    with pytest.raises(UserError, match="--num_workers 50: the cluster has 2 CPU cores, "):
+        train_here(tmp_path / "out" / "model", num_workers=50)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def growing(monkeypatch):
+    """A cluster with one GPU, a second one 5 seconds after the start, and seconds that pass only
+    while one sleeps. growing.requests is what its autoscaler is asked for."""
+    growing = SimpleNamespace(now=100.0, requests=[])
+
+    def sleep(seconds):
+        growing.now += seconds
+
+    def request_resources(bundles):
+        growing.requests.append(bundles)
+
+    monkeypatch.setattr(cluster.time, "time", lambda: growing.now)
+    monkeypatch.setattr(cluster.time, "sleep", sleep)
+    monkeypatch.setattr(cluster, "resources", lambda: (2 if growing.now >= 105 else 1, 8))
+    monkeypatch.setattr(cluster, "request_resources", request_resources)
+    return growing
+
+
+def test_a_run_waits_for_its_gpus_if_asked_to_and_not_for_ever(growing, capsys):
+    """A cluster that grows by itself is asked for them, and no longer once the wait is over."""
+    with pytest.raises(UserError, match="the cluster has 1 GPU,"):
+        cluster.wait_for_workers(2, seconds=0)
+    assert (growing.now, growing.requests) == (100, [])
+    assert cluster.wait_for_workers(2, seconds=60) == (2, 8)
+    assert growing.now == 105
+    assert capsys.readouterr().out == "waiting 60 s for 2 GPUs: there are 1\n"
+    with pytest.raises(UserError, match="still 2 GPUs after 60 s: give --num_workers 2"):
+        cluster.wait_for_workers(3, seconds=60)
+    assert growing.now == 165
+    assert growing.requests == [2 * [{"GPU": 1}], [], 3 * [{"GPU": 1}], []]
+
+
+def test_one_worker_without_a_cluster_needs_no_other_process(monkeypatch):
+    for address in ("", "auto"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        for num_workers in ((1, 1), (2, 2), (1, 2)):
+            in_driver = (address, num_workers) == ("", (1, 1))
+            assert cluster.runs_in_driver(num_workers) == in_driver
+            assert (cluster.scaling_config(num_workers, 4, 16).num_workers == 0) == in_driver
+
+
+def test_each_worker_has_a_gpu_or_its_share_of_half_of_the_cores():
+    """Ray Data's tasks need the other half."""
+    for num_workers, num_gpus, num_cpus, resources in [
+        (4, 4, 16, {"GPU": 1}),
+        (2, 0, 2, {"CPU": 0.5}),
+        (2, 0, 16, {"CPU": 1}),
+        (3, 0, 4, {"CPU": 0.5}),
+    ]:
+        scaling = cluster.scaling_config((num_workers, num_workers), num_gpus, num_cpus)
+        assert scaling.num_workers == num_workers
+        assert scaling.use_gpu == bool(num_gpus)
+        assert scaling.resources_per_worker == resources
     assert cluster.scaling_config((2, 4), num_gpus=4, num_cpus=16).num_workers == (2, 4)
 
 
-@pytest.mark.parametrize(
-    ("num_workers", "num_cpus", "cores"), [(2, 2, 0.5), (2, 16, 1), (4, 4, 0.5), (3, 4, 0.5)]
-)
-def test_on_a_cpu_the_workers_leave_half_of_the_cores(num_workers, num_cpus, cores):
-    """Ray Data's tasks need them."""
-    scaling = cluster.scaling_config((num_workers, num_workers), 0, num_cpus)
-    assert not scaling.use_gpu
-    assert scaling.resources_per_worker == {"CPU": cores}
+@pytest.mark.parametrize("here", ["a", "h"])
+def test_a_node_that_does_not_see_a_path_is_named(monkeypatch, here):
+    """Of two nodes with cores, "b" has a disk of its own; this process is on the other one, or on a
+    head without cores, which no worker uses."""
+    nodes = [
+        {"NodeID": name, "NodeManagerHostname": name, "Alive": name != "dead", "Resources": cores}
+        for name, cores in {"h": {}, "a": {"CPU": 4}, "b": {"CPU": 4}, "dead": {"CPU": 4}}.items()
+    ]
+
+    def start_on_node(node, function, paths):
+        return [path for path in paths if node["NodeID"] == "b" and path.startswith("/tmp")]
+
+    context = SimpleNamespace(get_node_id=lambda: here)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get", lambda results: results)
+    monkeypatch.setattr(cluster, "start_on_node", start_on_node)
+    cluster.check_shared_storage(["/shared/model"])
+    with pytest.raises(UserError, match="^node b does not see /tmp/photos: "):
+        cluster.check_shared_storage(["/shared/model", "/tmp/photos"])
 
 
-class Clock:
-    """Time that passes only while a test sleeps."""
-
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(cluster.time, "time", lambda: self.now)
-        monkeypatch.setattr(cluster.time, "sleep", self.sleep)
-
-    def sleep(self, seconds):
-        self.now += seconds
+def test_a_node_is_asked_and_the_only_one_is_not(ray_address, monkeypatch, tmp_path):
+    """This process sees what its own node sees."""
+    (node,) = ray.nodes()
+    paths = [str(tmp_path), "/nowhere"]
+    task = cluster.start_on_node(node, cluster.missing_paths, paths)
+    assert ray.get(task) == ["/nowhere"]
+    monkeypatch.setattr(cluster, "start_on_node", MagicMock(side_effect=AssertionError))
+    cluster.check_shared_storage(paths)
 
 
-@pytest.fixture
-def requests(monkeypatch):
-    """What the autoscaler is asked for."""
-    asked = []
-    monkeypatch.setattr(cluster, "request_resources", lambda bundles: asked.append(bundles))
-    return asked
+# Errors that come back.
 
 
-def test_a_run_waits_for_its_gpus(monkeypatch, capsys, requests):
-    """A cluster that grows by itself is asked for them, and no longer once they are there."""
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr(cluster, "resources", lambda: (2, 8) if clock.now >= 105 else (1, 8))
-    assert cluster.wait_for_workers(2, seconds=60) == (2, 8)
-    assert clock.now == 105
-    assert capsys.readouterr().out == "waiting 60 s for 2 GPUs: there are 1\n"
-    assert requests == [[{"GPU": 1}] * 2, []]
+def chain(error, *causes):
+    """`error` with the first of `causes` as its cause, that with the next one as its own, ..."""
+    effect = error
+    for cause in causes:
+        effect.__cause__ = cause
+        effect = cause
+    return error
 
 
-def test_a_run_does_not_wait_for_ever(monkeypatch, requests):
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr(cluster, "resources", lambda: (1, 8))
-    with pytest.raises(UserError, match="still 1 GPUs after 60 s"):
-        cluster.wait_for_workers(2, seconds=60)
-    assert clock.now == 160
-    assert requests[-1] == []
+def task_error(cause):
+    return ray.exceptions.RayTaskError("map", "Traceback ...", cause)
 
 
-def test_a_run_does_not_wait_unless_asked_to(monkeypatch, requests):
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr(cluster, "resources", lambda: (1, 8))
-    with pytest.raises(UserError, match="the cluster has 1 GPU,"):
-        cluster.wait_for_workers(2, seconds=0)
-    assert clock.now == 100
-    assert requests == []
+def failed_workers(*errors):
+    """What `fit` raises where these workers have failed."""
+    return ray.train.WorkerGroupError("2 workers", dict(enumerate(errors)))
 
 
-def test_what_ends_a_thread_reaches_whoever_waits_for_it():
-    """Also what is no Exception: else the wait would never end."""
+def test_each_kind_of_user_error_arrives_from_another_process(ray_address):
+    """As Ray raises it; where a worker has raised it; and where Ray has kept its text alone."""
 
-    def stop():
-        raise SystemExit(3)
+    @ray.remote
+    def fail(cls):
+        raise cls("a.png: gone")
 
-    with pytest.raises(SystemExit):
-        cluster._in_thread(stop).result(timeout=10)
-    assert cluster._in_thread(lambda x: 2 * x, 4).result(timeout=10) == 8
-
-
-@pytest.fixture
-def killed(ray_address, monkeypatch):
-    """The types of the processes of Ray that a test would have killed."""
-    types = []
-    node = cluster.ray._private.worker._global_node
-    monkeypatch.setattr(node, "_kill_process_type", lambda name, check_alive: types.append(name))
-    assert "monitor" in node.all_processes
-    return types
-
-
-def test_at_its_end_a_script_does_not_wait_for_the_monitor(killed):
-    cluster._kill_monitor()
-    assert killed == ["monitor"]
+    for cls in (UserError, *UserError.__subclasses__()):
+        if issubclass(cls, ray.exceptions.RayError):
+            continue  # which Ray makes, of an error of this class and its trace
+        with pytest.raises(ray.exceptions.RayTaskError) as raised:
+            ray.get(fail.remote(cls))
+        for error in (raised.value, RuntimeError(str(raised.value))):
+            for found in (
+                cluster.user_error_in(error),
+                cluster.training_error(failed_workers(KeyError("rank 0 waits"), error)),
+                cluster.training_error(ray.train.ControllerError(error)),
+            ):
+                assert (type(found), str(found)) == (cls, "a.png: gone")
 
 
-def test_without_a_ray_there_is_no_monitor_to_kill(killed, monkeypatch):
-    """As at the exit of a script that has stopped its Ray."""
-    monkeypatch.setattr(cluster.ray._private.worker, "_global_node", None)
-    cluster._kill_monitor()
-    assert killed == []
+def test_a_user_error_is_found_among_the_causes():
+    """In a text, which is a traceback, the last one is it."""
+    gone = UserError("a.png: gone")
+    for error in (
+        gone,
+        chain(RuntimeError("task failed"), ValueError("batch 3"), gone),
+        chain(RuntimeError("worker failed"), task_error(gone)),
+        task_error(chain(RuntimeError("in the map function"), gone)),
+    ):
+        assert cluster.user_error_in(error) is cluster.training_error(error) is gone
+    text = (
+        "dreambooth.cli.UserError: first\n\nThe above ...\ndreambooth.cli.Stopped: second\n\nmore"
+    )
+    found = cluster.user_error_in(RuntimeError(text))
+    assert (type(found), str(found)) == (Stopped, "second")
 
 
-def test_a_run_in_this_process_ends_its_ray_at_exit(killed, monkeypatch):
-    shutdown, at_exit = MagicMock(), []
-    monkeypatch.setattr(cluster.ray, "shutdown", shutdown)
+def test_a_user_error_ends_the_run_and_a_bug_or_a_lost_worker_does_not():
+    """Then Ray Train starts the workers again."""
+    after_exception = cluster.NoRetryForUserErrors().after_exception
+    with pytest.raises(UserError, match="^a.png: gone$"):
+        after_exception(None, {0: KeyError("bug"), 1: UserError("a.png: gone")})
+    for error in (
+        ValueError("shape mismatch"),
+        RuntimeError("another_library.UserError: of its own; Stopped: an actor"),
+        chain(RuntimeError("task failed"), KeyError("bug")),
+        task_error(KeyError("bug")),
+        ray.exceptions.ActorDiedError(),
+        failed_workers(ValueError("shape mismatch")),
+    ):
+        assert cluster.user_error_in(error) is cluster.training_error(error) is None
+        after_exception(None, {0: error})
+
+
+def test_gpus_that_do_not_suffice_are_user_errors_with_the_remedies():
+    """Their memory; and on another node NCCL's error, which is an old driver's."""
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    for failure in (memory, RuntimeError("torch.OutOfMemoryError: CUDA out of memory")):
+        found = cluster.training_error(failed_workers(failure))
+        assert type(found) is OutOfMemory
+        assert "--gradient_checkpointing" in str(found)
+    nccl = RuntimeError("nccl2 requires at least one CUDA device")
+    found = cluster.training_error(ray.train.ControllerError(nccl))
+    assert type(found) is UserError
+    assert "NVIDIA's driver" in str(found)
+
+
+# A run, and waiting for it.
+
+
+@pytest.mark.parametrize("in_this_process", [True, False])
+def test_fit_raises_the_users_error_and_else_what_failed(ray_address, monkeypatch, in_this_process):
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    trainer = MagicMock(running_in_local_mode=in_this_process)
+    bug = failed_workers(KeyError("bug"))
+    for failure, expected in (
+        (failed_workers(UserError("a.png: gone")), UserError),
+        (UserError("a.png: gone"), UserError),
+        (bug, ray.train.WorkerGroupError),
+    ):
+        trainer.fit.side_effect = failure
+        with pytest.raises(cluster.FAILURES) as raised:
+            cluster.fit(trainer)
+        assert type(raised.value) is expected
+    assert raised.value is bug
+
+
+def test_a_run_in_this_process_ends_its_ray_at_exit(ray_address, monkeypatch):
+    """Without the second in which Ray would wait for the monitor of its autoscaler."""
+    at_exit, ended = [], []
+    node = ray._private.worker._global_node
+    monkeypatch.setattr(node, "kill_monitor", lambda check_alive: ended.append("monitor"))
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append("Ray"))
     monkeypatch.setattr(cluster.atexit, "register", at_exit.append)
     trainer = MagicMock(running_in_local_mode=True)
     assert cluster.fit(trainer) is trainer.fit.return_value
-    assert (killed, shutdown.call_count) == ([], 0)
+    assert ended == []
     (stop,) = at_exit
     stop()
-    assert killed == ["monitor"]
-    shutdown.assert_called_once_with()
+    assert ended == ["monitor", "Ray"]
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)
+    stop()  # it has been stopped already
+    assert ended == ["monitor", "Ray", "Ray"]
 
 
-@pytest.mark.parametrize("script", ["train", "generate"])
-def test_settings_come_before_what_reads_them(run_script, script):
-    """OpenMP's, when torch is imported; the garbage collector's threshold, for its objects."""
-    code = f"import sys, {script}; print(*sys.modules)"
-    modules = run_script("-c", code).stdout.split()
-    assert modules.index("dreambooth") < modules.index("torch")
+TWO_GPUS = ScalingConfig(num_workers=2, use_gpu=True, resources_per_worker={"GPU": 1})
+
+
+@pytest.fixture
+def run_while(monkeypatch):
+    """Wait for a run whose cluster has, at each look, the next of some numbers of GPUs."""
+    monkeypatch.setattr(cluster, "GRACE", 0.05)
+
+    def run(*gpus):
+        future, looks = Future(), iter(gpus)
+
+        def cluster_resources():
+            count = next(looks, None)
+            if count is None and not future.done():
+                future.set_result("a result")
+            return {"GPU": count or gpus[-1]}
+
+        monkeypatch.setattr(ray, "cluster_resources", cluster_resources)
+        assert cluster.wait_and_tell(future, TWO_GPUS, interval=0.02) == "a result"
+
+    return run
+
+
+def test_one_line_when_a_node_is_missed_and_one_when_it_is_back(run_while, capsys):
+    """And none for a moment without it."""
+    run_while(2, *9 * [1], *3 * [2])
+    assert capsys.readouterr().out.splitlines() == [
+        "waiting: 2 workers need 2 GPUs, the cluster has 1. Ctrl-C, twice, stops; rerun to resume",
+        "the cluster has room for the workers again",
+    ]
+    run_while(*5 * [2, 1, 2])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_wait_ends_with_the_run_and_not_with_the_next_look():
+    future = Future()
+    start = time.monotonic()
+    threading.Timer(0.05, future.set_result, ["a result"]).start()
+    assert cluster.wait_and_tell(future, TWO_GPUS, interval=60) == "a result"
+    assert time.monotonic() - start < 30
+
+
+def test_what_is_missing(monkeypatch):
+    """Nothing, where the head does not answer just now."""
+
+    def missing(scaling_config, **resources):
+        monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+        return cluster.missing_resource(scaling_config)
+
+    elastic = ScalingConfig(num_workers=(2, 4), use_gpu=True, resources_per_worker={"GPU": 1})
+    assert missing(elastic, GPU=2.0) is None
+    assert missing(elastic, GPU=1.0) == "2 workers need 2 GPUs, the cluster has 1"
+    # On a CPU, Ray Data's tasks need as many cores as the workers.
+    on_cpus = ScalingConfig(num_workers=4, resources_per_worker={"CPU": 0.5})
+    assert missing(on_cpus, CPU=4.0) is None
+    assert missing(on_cpus, CPU=3.0) == "4 workers need 4 CPUs, the cluster has 3"
+    assert missing(on_cpus) == "4 workers need 4 CPUs, the cluster has 0"
+    silent = MagicMock(side_effect=ray.exceptions.RaySystemError("no answer"))
+    monkeypatch.setattr(ray, "cluster_resources", silent)
+    assert cluster.missing_resource(TWO_GPUS) is None

@@ -1,4 +1,5 @@
-"""Both scripts survive what preemptible machines do: stopped and killed scripts, killed actors."""
+"""Both scripts survive what preemptible machines do: they are stopped and killed, and so are the
+processes that they start."""
 
 import json
 import os
@@ -7,26 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import generate
-from dreambooth import outputs
 from dreambooth.batch_inference import generate_with_ray
+from dreambooth.files import generated_images
+from dreambooth.run import export
 
 PROMPTS = ["photo of a car", "photo of a red house, at night"]
-
-
-@pytest.fixture
-def flags():
-    return {"prompts": PROMPTS, "num_inference_steps": 3}
-
-
-def read_digests(folder):
-    """As the records say, by file name."""
-    files = folder.glob("*-seed*.png")
-    return {file.name: outputs.read_record(file)["digest"] for file in files}
 
 
 def kill_after(process, folder, num_images):
@@ -38,35 +28,34 @@ def kill_after(process, folder, num_images):
 
 
 def test_killed_scripts_lose_nothing_and_repeat_nothing(
-    generate_argv, generate_args, root, tmp_path, flags
+    generate_argv, generate_args, digests, root, tmp_path
 ):
-    """`kill -9` at several moments, then a run to the end: every image is complete, none is
-    generated again once it is there, and they are those of a run that nobody killed."""
-    flags["num_samples_per_prompt"] = 48
+    """`kill -9` while the first batch of 16 is being saved, at its end, and at the start of the
+    next; then a run to the end: every image is complete, none is generated again once it is there,
+    and they are those of a run that nobody killed."""
+    flags = {"prompts": PROMPTS, "num_samples_per_prompt": 20}
     undisturbed = tmp_path / "undisturbed"
     killed = tmp_path / "killed"
     generate.main(generate_args(undisturbed, **flags))
     command = [sys.executable, "generate.py", *generate_argv(killed, **flags)]
     created = {}
-    # While a batch of 16 is being saved, at its end, and at the start of the next one.
-    for num_images in (1, 5, 17, 20, 33, 36, 49, 65, 81):
+    for num_images in (5, 16, 17):
         process = subprocess.Popen(
             command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         kill_after(process, killed, num_images)
         for file in killed.glob("0*-seed0.png"):
-            assert outputs.read_record(file) is not None, f"{file.name} is unreadable"
+            assert generated_images.read_record(file) is not None, f"{file.name} is unreadable"
             stamp = file.stat().st_mtime_ns
             assert created.setdefault(file.name, stamp) == stamp, "generated twice"
+    assert 17 <= len(created) < 40
     generate.main(generate_args(killed, **flags))
-    digests = read_digests(killed)
-    assert len(digests) == 96
-    assert digests == read_digests(undisturbed)
+    assert len(digests(killed)) == 40
+    assert digests(killed) == digests(undisturbed)
     for name, stamp in created.items():
         assert (killed / name).stat().st_mtime_ns == stamp
-    lines = (killed / outputs.RECORDS).read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert {record["file"]: record["digest"] for record in records} == digests
+    lines = (killed / generated_images.METADATA).read_text().splitlines()
+    assert sorted(json.loads(line)["file_name"] for line in lines) == sorted(digests(killed))
     assert list(killed.glob(".*.tmp")) == []
 
 
@@ -102,58 +91,50 @@ def actors():
     return found
 
 
-def test_the_images_of_a_killed_actor_are_generated_by_another(
-    generate_args, ray_address, tmp_path, flags
+def test_images_are_the_same_with_ray_and_without_and_if_an_actor_is_killed(
+    generate_args, ray_address, digests, lora_dir, tmp_path
 ):
-    """One of two actors is killed after the first image: the run completes, with the same
-    images."""
-    flags["num_samples_per_prompt"] = 24
-    undisturbed = tmp_path / "undisturbed"
-    killed = tmp_path / "killed"
-    generate.main(generate_args(undisturbed, **flags))
-    args = generate_args(killed, use_ray_data=True, num_workers=2, **flags)
+    """Forty images with a LoRA on two actors, one of which is killed after the first image: to the
+    last bit those that are generated without Ray, with the same records. Fault 9 of the published
+    example: with Ray Data a LoRA was silently ignored."""
+    flags = {"prompts": PROMPTS, "num_samples_per_prompt": 20, "lora_weights_dir": lora_dir}
+    local = generate_args(tmp_path / "local", **flags)
+    generate.main(local)
+    args = generate_args(tmp_path / "ray", use_ray_data=True, num_workers=2, **flags)
     generate.check_args(args)
-    victim = None
-    for _ in generate_with_ray(args, generate.plan(args)):
-        if victim is None:
-            victim = actors()[0]
-            os.kill(victim, signal.SIGKILL)
-    assert victim is not None
-    assert len(read_digests(killed)) == 48
-    assert read_digests(killed) == read_digests(undisturbed)
-
-
-@pytest.fixture
-def stop_after_step_1(root):
-    """Start a training command with one worker, send TERM before the first step, and wait for its
-    end: the step is completed and saved."""
-
-    def stop(argv):
-        process = subprocess.Popen(
-            [sys.executable, *argv],
-            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        for line in process.stdout:
-            if line.startswith("training "):
-                process.send_signal(signal.SIGTERM)
-        errors = process.stderr.read()
-        assert process.wait() == 128 + signal.SIGTERM
-        assert errors == "stopped after step 1: run the same command again to resume\n"
-
-    return stop
+    finished = []
+    for record in generate_with_ray(args, generate.plan(args)):
+        if not finished:
+            os.kill(actors()[0], signal.SIGKILL)
+        finished.append(record)
+    assert len(digests(tmp_path / "local")) == 40
+    assert digests(tmp_path / "ray") == digests(tmp_path / "local")
+    assert finished == generate.plan(local)
+    assert json.loads(json.dumps(finished)) == finished  # of Python's own types
 
 
 def test_a_stopped_training_run_goes_on_to_the_last_bit(
-    one_worker, train_argv, run_script, stop_after_step_1, tmp_path
+    one_worker, train_argv, train_here, ray_address, root, tmp_path, monkeypatch
 ):
-    """The same command ends with the weights of a run that nobody stopped."""
-    argv = ["train.py", *train_argv(tmp_path / "out", log_every=1)]
-    stop_after_step_1(argv)
-    assert not (tmp_path / "out").exists()
-    resumed = run_script(*argv)
-    assert resumed.returncode == 0, resumed.stderr
+    """TERM, sent before the first step, ends the run after that step, with a checkpoint. The same
+    command then ends with the weights of a run that nobody stopped: here in a worker of a Ray that
+    is there already, and no longer in the script's own process."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *train_argv(tmp_path / "out", log_every=1)],
+        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("training "):
+            process.send_signal(signal.SIGTERM)
+    errors = process.stderr.read()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert errors == "stopped after step 1: run the same command again to resume\n"
+    assert sorted(os.listdir(tmp_path)) == ["out.checkpoints", "out.report"]
+
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
+    resumed = train_here(tmp_path / "out")
     assert "resuming after step 1" in resumed.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.report"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.report"]
     files = sorted(one_worker.output_dir.rglob("*.safetensors"))
     assert len(files) == 3
     for file in files:
@@ -162,21 +143,22 @@ def test_a_stopped_training_run_goes_on_to_the_last_bit(
 
 
 def test_a_run_goes_on_with_another_number_of_workers(
-    two_workers, train_argv, run_script, stop_after_step_1, update, tmp_path
+    two_workers, train_here, update, tmp_path, monkeypatch
 ):
     """One worker takes the first of two steps, two the second: the weights are, to rounding, those
     of two workers that took both. (A pair used twice or not at all would change them.)"""
 
-    def argv(num_workers):
-        changes = {**two_workers.changes, "num_workers": num_workers}
+    def run(num_workers, **more):
+        changes = {**two_workers.changes, "num_workers": num_workers, **more}
         changes["gradient_accumulation_steps"] = 4 // num_workers
-        return ["train.py", *train_argv(tmp_path / "out", log_every=1, **changes)]
+        return train_here(tmp_path / "out", **changes)
 
-    stop_after_step_1(argv(1))
-    resumed = run_script(*argv(2))
-    assert resumed.returncode == 0, resumed.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(1, checkpointing_steps=1)
+    resumed = run(2)
+    assert "2 steps of 4 pairs, 2 worker(s)" in resumed.stdout
     assert "resuming after step 1" in resumed.stdout
-    assert "2 x cpu" in resumed.stdout
-    resumed_run = SimpleNamespace(output_dir=tmp_path / "out")
     expected = update(two_workers)
-    assert (update(resumed_run) - expected).norm() < 1e-3 * expected.norm()
+    assert (update(resumed) - expected).norm() < 1e-3 * expected.norm()

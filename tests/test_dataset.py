@@ -1,21 +1,17 @@
 """Pairs of images: which, in what order, for which worker, and what reaches the training step."""
 
-import inspect
 from collections import Counter
 from pathlib import Path
 from threading import Event
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray.train
+import ray.data
 import torch
 from PIL import Image
 
 from dreambooth import dataset
 from dreambooth.cli import UserError
-
-COUNTS = [(7, 20), (20, 7), (1, 1)]  # of instance and class images
 
 
 def names(kind, count):
@@ -23,119 +19,95 @@ def names(kind, count):
 
 
 def pair(num_instance, num_class, epochs=5, seed=0):
-    """The pairs of `epochs` rounds through the class images, with names in place of paths."""
+    """The pairs of `epochs` rounds through the class images, as names (instance, class)."""
     pairs = dataset.pair_images(
         names("i", num_instance), names("c", num_class), epochs * num_class, seed
     )
-    return [
-        {**row, "instance": Path(row["instance"]).name, "class": Path(row["class"]).name}
-        for row in pairs
-    ]
+    assert [row["position"] for row in pairs] == list(range(epochs * num_class))
+    return [(Path(row["instance"]).name, Path(row["class"]).name) for row in pairs]
 
 
-@pytest.mark.parametrize(("num_instance", "num_class"), COUNTS)
-def test_every_class_image_is_used_once_per_epoch(num_instance, num_class):
+@pytest.mark.parametrize(("num_instance", "num_class"), [(7, 20), (20, 7), (1, 1)])
+def test_each_epoch_has_every_class_image_once_and_instance_images_take_turns(
+    num_instance, num_class
+):
     """Fault 7 of the published example: with fewer class than instance images its data set was
-    empty, and where one number did not divide the other some class images were never used."""
+    empty, and where one number did not divide the other some class images were never used. And at
+    any moment of a run the uses of two instance images differ by at most one."""
     pairs = pair(num_instance, num_class)
-    assert len(pairs) == 5 * num_class
-    for start in range(0, len(pairs), num_class):
-        epoch = [row["class"] for row in pairs[start : start + num_class]]
+    for start in range(0, 5 * num_class, num_class):
+        epoch = [class_name for _, class_name in pairs[start : start + num_class]]
         assert sorted(epoch) == sorted(names("c", num_class))
-
-
-@pytest.mark.parametrize(("num_instance", "num_class"), COUNTS)
-def test_instance_images_take_turns(num_instance, num_class):
-    """At any moment of a run the uses of two instance images differ by at most one."""
     uses = Counter(dict.fromkeys(names("i", num_instance), 0))
-    for row in pair(num_instance, num_class):
-        uses[row["instance"]] += 1
+    for instance_name, _ in pairs:
+        uses[instance_name] += 1
         assert max(uses.values()) - min(uses.values()) <= 1
     assert set(uses) == set(names("i", num_instance))
 
 
-def test_a_dataset_of_another_step_than_the_workers_is_noticed():
-    """Of 6 pairs per step, one of three workers gets pairs 14 and 15 of step 2."""
-    plan = SimpleNamespace(pairs_per_step=6)
-    batches = [{"positions": [14, 15]}, {"positions": [20, 21]}]
-    assert list(dataset.check_start(batches, 2, plan)) == batches
-    with pytest.raises(RuntimeError, match="pair is 14 in step 1"):
-        next(dataset.check_start(batches, 1, plan))
+def test_each_epoch_is_shuffled_anew_and_other_images_meet():
+    """Fixed pairs would meet again in every epoch: 20 different ones among these 100."""
+    pairs = pair(7, 20)
+    order = [class_name for _, class_name in pairs]
+    assert len({tuple(order[start : start + 20]) for start in range(0, 100, 20)}) == 5
+    assert len(set(pairs)) > 40
 
 
 def test_pairs_follow_from_the_seed():
-    assert pair(7, 20, seed=3) == pair(7, 20, seed=3)
+    """A longer run begins like a shorter one; and a run that is resumed after an update of these
+    scripts goes on with its own pairs."""
     assert pair(7, 20, seed=3) != pair(7, 20, seed=4)
+    assert pair(7, 20, epochs=2) == pair(7, 20)[:40]
+    instances, classes = zip(*pair(3, 4, epochs=2, seed=3), strict=True)
+    assert instances == ("i1", "i2", "i0", "i0", "i1", "i2", "i1", "i0")
+    assert classes == ("c2", "c1", "c0", "c3", "c3", "c0", "c2", "c1")
 
 
-def test_a_longer_run_begins_like_a_shorter_one():
-    assert pair(7, 20, epochs=2) == pair(7, 20, epochs=5)[:40]
-
-
-def test_positions_count_the_pairs():
-    assert [row["position"] for row in pair(7, 20)] == list(range(100))
-
-
-def test_paths_are_absolute():
-    """The tasks of Ray Data run in another directory."""
-    (row,) = dataset.pair_images(["a/i.png"], ["b/c.png"], 1, seed=0)
-    assert row["instance"] == str(Path.cwd() / "a" / "i.png")
-    assert row["class"] == str(Path.cwd() / "b" / "c.png")
-
-
-def test_each_epoch_is_shuffled_anew():
-    order = [row["class"] for row in pair(7, 20)]
-    epochs = {tuple(order[start : start + 20]) for start in range(0, 100, 20)}
-    assert len(epochs) == 5
-
-
-def test_other_images_meet_in_each_epoch():
-    """Fixed pairs would meet again in every epoch: 20 different ones among these 100."""
-    assert len({(row["instance"], row["class"]) for row in pair(7, 20)}) > 40
+def test_without_class_images_the_instance_images_come_in_the_same_order():
+    """Paths are absolute: the tasks of Ray Data run in another directory."""
+    instances = names("photos/i", 5)
+    with_class = dataset.pair_images(instances, names("c", 9), 13, seed=3)
+    without = dataset.pair_images(instances, [], 13, seed=3)
+    assert without == [{k: v for k, v in row.items() if k != "class"} for row in with_class]
+    assert {row["instance"] for row in without} == {str(Path.cwd() / name) for name in instances}
 
 
 def test_collate_puts_the_instance_half_first():
+    """The 8 bit values 0, 51 and 255 become -1, -0.6 and 1, in float32."""
+    colours = np.array([0, 51, 255], np.uint8).reshape(1, 3, 1, 1)
     batch = {
-        "instance_image": np.full((2, 3, 4, 4), 0, np.uint8),
-        "class_image": np.full((2, 3, 4, 4), 255, np.uint8),
-        "instance_key": np.array(["i0", "i1"]),
-        "class_key": np.array(["c0", "c1"]),
         "position": np.array([6, 7]),
+        "instance_image": np.tile(colours, (2, 1, 4, 4)),
+        "instance_key": np.array(["i0", "i1"]),
+        "class_image": np.full((2, 3, 4, 4), 255, np.uint8),
+        "class_key": np.array(["c0", "c1"]),
     }
     collated = dataset.collate(batch)
-    assert collated["images"].mean(dim=(1, 2, 3)).tolist() == [-1, -1, 1, 1]
     assert collated["keys"] == ["i0", "i1", "c0", "c1"]
     assert collated["positions"] == [6, 7]
+    expected = torch.ones(4, 3, 4, 4)
+    expected[:2] = torch.tensor([-1, -0.6, 1]).view(3, 1, 1)
+    torch.testing.assert_close(collated["images"], expected, rtol=0, atol=1e-6)
 
-
-def test_pixels_become_numbers_from_minus_one_to_one():
-    """The 8 bit values 0, 51 and 255 become -1, -0.6 and 1."""
-    image = np.broadcast_to(np.array([0, 51, 255], np.uint8)[:, None, None], (3, 4, 4))
-    batch = {
-        "instance_image": image[None],
-        "class_image": image[None],
-        "instance_key": np.array(["a"]),
-        "class_key": np.array(["b"]),
-        "position": np.array([0]),
-    }
-    images = dataset.collate(batch)["images"]
-    assert images.shape == (2, 3, 4, 4)
-    assert images.dtype == torch.float32
-    expected = torch.tensor([-1, -0.6, 1]).view(3, 1, 1).expand(2, 3, 4, 4)
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+    alone = dataset.collate({k: v for k, v in batch.items() if not k.startswith("class")})
+    assert torch.equal(alone["images"], collated["images"][:2])
+    assert alone["keys"] == ["i0", "i1"]
+    assert alone["positions"] == [6, 7]
 
 
 def test_reading_begins_before_the_first_batch_is_asked_for():
-    """The models load meanwhile."""
+    """The models load meanwhile. The first pair's position then says where the run goes on."""
     begun = Event()
 
     def batches():
         begun.set()
-        yield from range(3)
+        for start in (14, 20, 26):
+            yield {"positions": [start, start + 1]}
 
-    reading = dataset.prefetch_first(batches())
+    reading = dataset.Prefetched(batches())
     assert begun.wait(timeout=30)
-    assert list(reading) == [0, 1, 2]
+    assert reading.first_position() == 14
+    assert [batch["positions"][0] for batch in reading] == [14, 20, 26]
 
 
 @pytest.mark.parametrize("num_good", [0, 2])
@@ -144,7 +116,7 @@ def test_what_fails_while_reading_fails_for_the_one_who_asks(num_good):
         yield from range(num_good)
         raise UserError("a.png: truncated")
 
-    reading = dataset.prefetch_first(batches())
+    reading = iter(dataset.Prefetched(batches()))
     assert [next(reading) for _ in range(num_good)] == list(range(num_good))
     with pytest.raises(UserError, match="truncated"):
         next(reading)
@@ -168,116 +140,49 @@ def pairs(tmp_path_factory):
     return dataset.pair_images(paths["instance"], paths["class"], NUM_PAIRS, seed=5)
 
 
-@pytest.fixture(scope="module")
-def deal(pairs, ray_address):
-    """The batches of each worker, as Ray Train hands out their shards: deal(world_size,
-    batch_size). Dealt once for each number of workers."""
-    dealt = {}
-
-    def read(world_size, batch_size):
-        if (world_size, batch_size) not in dealt:
-            config = dataset.DealPairs(PAIRS_PER_STEP, resolution=64, seed=5)
-            rows = dataset.build_dataset(pairs)
-            shards = config.configure({"train": rows}, world_size, None, None)
-            assert [list(shard) for shard in shards] == [["train"]] * world_size
-            dealt[world_size, batch_size] = [
-                list(
-                    shard["train"].iter_torch_batches(
-                        batch_size=batch_size, collate_fn=dataset.collate, prefetch_batches=1
-                    )
-                )
-                for shard in shards
-            ]
-        return dealt[world_size, batch_size]
-
-    return read
-
-
-def positions_of(batches):
-    return [position for batch in batches for position in batch["positions"]]
+def batches_of_workers(pairs, world_size, batch_size):
+    """The batches of each worker, as Ray Train hands out their shards."""
+    config = dataset.PairDataConfig(PAIRS_PER_STEP, resolution=32, seed=5)
+    rows = {"train": dataset.build_dataset(pairs)}
+    shards = config.configure(rows, world_size, worker_handles=None, worker_node_ids=None)
+    settings = {"batch_size": batch_size, "collate_fn": dataset.collate, "prefetch_batches": 1}
+    return [list(shard["train"].iter_torch_batches(**settings)) for shard in shards]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_shards_are_disjoint_and_complete_and_in_order(deal, world_size):
-    shards = [positions_of(batches) for batches in deal(world_size, 2)]
-    for positions in shards:
-        assert positions == sorted(positions)
-    assert sorted(sum(shards, [])) == list(range(NUM_PAIRS))
+def test_all_workers_together_take_the_next_pairs_in_each_step(pairs, world_size, ray_address):
+    """An equal share each, in order, none twice and none left out: so the updates do not depend on
+    the number of workers."""
+    workers = batches_of_workers(pairs, world_size, PAIRS_PER_STEP // world_size)
+    for step, batches in enumerate(zip(*workers, strict=True)):
+        positions = [position for batch in batches for position in batch["positions"]]
+        assert positions == list(range(step * PAIRS_PER_STEP, (step + 1) * PAIRS_PER_STEP))
+    assert step == NUM_PAIRS // PAIRS_PER_STEP - 1
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_all_workers_together_take_the_next_pairs_in_each_step(deal, world_size):
-    """So the updates do not depend on the number of workers."""
-    shards = [positions_of(batches) for batches in deal(world_size, 2)]
-    share = PAIRS_PER_STEP // world_size
-    for step in range(NUM_PAIRS // PAIRS_PER_STEP):
-        taken = [positions[step * share : (step + 1) * share] for positions in shards]
-        expected = range(step * PAIRS_PER_STEP, (step + 1) * PAIRS_PER_STEP)
-        assert sum(taken, []) == list(expected)
-
-
-def test_configure_has_the_signature_that_ray_train_calls():
-    """A `DataConfig` of ray.train: all of its arguments may come by name."""
-    ours = inspect.signature(dataset.DealPairs.configure).parameters
-    rays = inspect.signature(ray.train.DataConfig.configure).parameters
-    assert list(ours) == list(rays)
-
-
-def test_batches_have_the_promised_shapes(deal):
-    (batches,) = deal(1, 3)
-    sizes = [3] * 13 + [1]
-    assert [len(batch["positions"]) for batch in batches] == sizes
-    for batch, size in zip(batches, sizes, strict=True):
-        assert batch["images"].shape == (2 * size, 3, 64, 64)
-        assert batch["images"].dtype == torch.float32
-
-
-def test_rows_come_in_the_order_of_the_pairs(deal, pairs):
-    """Over three blocks, decoded in parallel: each image stands beside its position and key."""
-    (batches,) = deal(1, 3)
-    assert positions_of(batches) == list(range(NUM_PAIRS))
+def test_each_image_stands_beside_its_position_and_key(pairs, ray_address):
+    """Over three blocks, read in parallel."""
+    (batches,) = batches_of_workers(pairs, world_size=1, batch_size=3)
+    assert [len(batch["positions"]) for batch in batches] == [3] * 13 + [1]
     for batch in batches:
         own = [pairs[position] for position in batch["positions"]]
         expected = [row["instance"] for row in own] + [row["class"] for row in own]
+        assert batch["images"].shape == (len(expected), 3, 32, 32)
         assert [key.rsplit(":", 2)[0] for key in batch["keys"]] == expected
         reds = ((batch["images"][:, 0, 0, 0] + 1) * 127.5).round().int() - 10
         assert [f"{red:02d}.png" for red in reds] == [path[-6:] for path in expected]
-        greens = batch["images"][:, 1, 0, 0].tolist()
-        assert greens == [-1] * len(own) + [1] * len(own)
+        assert batch["images"][:, 1, 0, 0].tolist() == [-1] * len(own) + [1] * len(own)
 
 
-@pytest.fixture
-def crop_edges(tmp_path, ray_address):
-    """The left edges of the crops of one image, 192 x 64, for pairs at some positions of a run:
-    crop_edges(seed, positions) returns those of the instance half and of the class half."""
-    path = str(tmp_path / "ramp.png")
-    Image.fromarray(np.tile(np.arange(192, dtype=np.uint8), (64, 1))).save(path)
-
-    def read(seed, positions):
-        pairs = [{"position": i, "instance": path, "class": path} for i in positions]
-        config = dataset.DealPairs(pairs_per_step=1, resolution=64, seed=seed)
-        rows = config.shard(dataset.build_dataset(pairs), 0, 1).take_all()
-        assert [row["position"] for row in rows] == positions
-        instance = [int(row["instance_image"][0, 0, 0]) for row in rows]
-        prior = [int(row["class_image"][0, 0, 0]) for row in rows]
-        return instance, prior
-
-    return read
-
-
-def test_each_use_of_an_image_is_cropped_anew(crop_edges):
-    """The crop follows from the run's seed, the pair's position, and which half it is in."""
-    instance, prior = crop_edges(0, list(range(8)))
-    assert len(set(instance + prior)) >= 12  # of 129 possible ones
-    assert crop_edges(0, [6, 2]) == ([instance[6], instance[2]], [prior[6], prior[2]])
-    other_instance, other_prior = crop_edges(1, list(range(8)))
-    assert sum(a == b for a, b in zip(instance, other_instance, strict=True)) <= 2
-    assert sum(a == b for a, b in zip(prior, other_prior, strict=True)) <= 2
-
-
-@pytest.mark.parametrize(("num_cpus", "limit"), [(1, 1), (None, float("inf"))])
-def test_images_are_read_on_no_more_cores_than_asked_for(pairs, ray_address, num_cpus, limit):
-    """Training in this process on a CPU needs the others."""
-    options = dataset.build_dataset(pairs, num_cpus=num_cpus).context.execution_options
-    assert options.resource_limits.cpu == limit
-    assert options.preserve_order
+def test_images_are_read_in_order_and_on_no_more_cores_than_asked_for(
+    pairs, ray_address, monkeypatch
+):
+    """Training in this process on a CPU needs the others. A task reads at most 16 pairs, so that
+    the first batch is there early."""
+    monkeypatch.setattr(ray.data.DataContext.get_current().execution_options, "preserve_order", 0)
+    for num_cpus, limit in ((1, 1), (None, float("inf"))):
+        rows = dataset.build_dataset(pairs, verbose=bool(num_cpus), num_cpus=num_cpus)
+        assert rows.context.execution_options.resource_limits.cpu == limit
+        assert rows.context.execution_options.preserve_order is True
+        assert rows.context.enable_progress_bars == bool(num_cpus)
+    assert [dataset.build_dataset(pairs[:count]).num_blocks() for count in (32, 33)] == [2, 3]

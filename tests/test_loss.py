@@ -18,51 +18,53 @@ PREDICTION = rows([1, 2], [3, 5])
 ZERO = torch.zeros(2, 1, 1, 2)
 
 
-def loss_of(*args):
-    """The loss without its halves."""
-    loss, _ = prior_preserving_loss(*args)
-    return loss
-
-
-@pytest.mark.parametrize(("weight", "expected"), [(0, 2.5), (1, 19.5), (0.5, 11.0), (3, 53.5)])
-def test_weight_scales_the_class_half_alone(weight, expected):
-    assert loss_of(PREDICTION, ZERO, weight).item() == expected
-
-
-def test_first_half_of_a_larger_batch_is_the_instance():
-    """Errors 1, 3 | 5, 7: (1 + 9) / 2 + (25 + 49) / 2. Alternating rows would give another sum."""
-    prediction = rows([1], [3], [5], [7])
-    target = torch.zeros_like(prediction)
-    assert loss_of(prediction, target, 0).item() == 5
-    assert loss_of(prediction, target, 1).item() == 42
-
-
-def test_halves_are_not_mixed():
-    """Each prediction is compared with its own target: (4 + 9) / 2 twice if they are swapped."""
-    assert loss_of(PREDICTION, PREDICTION.clone(), 1).item() == 0
-    assert loss_of(PREDICTION, PREDICTION.flip(0), 1).item() == 13
-
-
-def test_gradient_reaches_both_halves():
-    """The derivative is 2 p / n, times the weight in the class half."""
+@pytest.mark.parametrize("weight", [0, 0.5, 3])
+def test_weight_scales_the_class_half_alone(weight):
+    """The gradient of p is 2 p / n, times the weight in the class half. The halves are returned
+    before weighting, and carry no gradient."""
     prediction = PREDICTION.clone().requires_grad_()
-    loss_of(prediction, ZERO, 0.5).backward()
-    assert prediction.grad.flatten().tolist() == [1, 2, 1.5, 2.5]
+    loss, halves = prior_preserving_loss(prediction, ZERO, weight)
+    assert loss.item() == 2.5 + weight * 17
+    assert halves.tolist() == [2.5, 17]
+    assert not halves.requires_grad
+    loss.backward()
+    assert prediction.grad.flatten().tolist() == [1, 2, weight * 3, weight * 5]
+
+
+def test_halves_and_targets_are_not_mixed():
+    """Errors 1, 3 | 5, 7: (1 + 9) / 2 and (25 + 49) / 2. Alternating rows would give other means,
+    and so would swapped targets."""
+    prediction = rows([1], [3], [5], [7])
+    _, halves = prior_preserving_loss(prediction, torch.zeros_like(prediction), 1)
+    assert halves.tolist() == [5, 37]
+    _, halves = prior_preserving_loss(prediction, prediction.clone(), 1)
+    assert halves.tolist() == [0, 0]
+
+
+def test_weights_scale_each_image_alone():
+    """Mean squared errors 2.5 and 17, times 2 and 3."""
+    _, halves = prior_preserving_loss(PREDICTION, ZERO, 1, torch.tensor([2.0, 3.0]))
+    assert halves.tolist() == [5, 51]
+
+
+def test_without_a_class_half_the_loss_is_the_mean_of_all_images():
+    """Of errors 2.5 and 17; with weights, of 5 and 51."""
+    for weights, expected in ((None, 9.75), (torch.tensor([2.0, 3.0]), 28)):
+        prediction = PREDICTION.clone().requires_grad_()
+        loss, alone = prior_preserving_loss(prediction, ZERO, None, weights)
+        assert loss.item() == expected
+        assert alone.tolist() == [expected]
+        assert loss.requires_grad
+        assert not alone.requires_grad
 
 
 def test_bfloat16_predictions_are_compared_in_float32():
     """1.0078125 is a bfloat16 number, its square is not."""
     prediction = torch.full((2, 1, 8, 8), 1.0078125, dtype=torch.bfloat16)
-    loss = loss_of(prediction, torch.zeros_like(prediction), 1)
-    assert loss.dtype == torch.float32
-    assert loss.item() == 2 * 1.0078125**2
-
-
-def test_weights_scale_each_image_alone():
-    """Mean squared errors 2.5 and 17, times 2 and 3."""
-    weights = torch.tensor([2.0, 3.0])
-    assert loss_of(PREDICTION, ZERO, 1, weights).item() == 5 + 51
-    assert loss_of(PREDICTION, ZERO, 1, torch.ones(2)).item() == 19.5
+    for pair in ((prediction, 0 * prediction), (0 * prediction, prediction)):
+        loss, _ = prior_preserving_loss(*pair, 1)
+        assert loss.dtype == torch.float32
+        assert loss.item() == 2 * 1.0078125**2
 
 
 @pytest.fixture
@@ -71,20 +73,9 @@ def scheduler():
     return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
-def random_latents(count):
+def test_targets_agree_with_diffusers_and_lead_back_to_the_latents(scheduler):
     torch.manual_seed(0)
-    return torch.randn(2, count, 4, 8, 8)
-
-
-def test_epsilon_target_is_the_noise(scheduler):
-    clean, noise = random_latents(2)
-    timesteps = torch.tensor([0, 999])
-    target = get_target("epsilon", clean, noise, timesteps, scheduler.alphas_cumprod)
-    assert torch.equal(target, noise)
-
-
-def test_v_target_agrees_with_diffusers_and_leads_back_to_the_latents(scheduler):
-    clean, noise = random_latents(4)
+    clean, noise = torch.randn(2, 4, 4, 8, 8)
     timesteps = torch.tensor([0, 1, 500, 999])
     target = get_target("v_prediction", clean, noise, timesteps, scheduler.alphas_cumprod)
     velocity = scheduler.get_velocity(clean, noise, timesteps)
@@ -94,16 +85,17 @@ def test_v_target_agrees_with_diffusers_and_leads_back_to_the_latents(scheduler)
     found = a.sqrt() * noisy - (1 - a).sqrt() * target
     torch.testing.assert_close(found, clean, rtol=0, atol=1e-5)
 
+    target = get_target("epsilon", clean, noise, timesteps, scheduler.alphas_cumprod)
+    assert torch.equal(target, noise)
 
-@pytest.mark.parametrize("name", ["sample", "flow_prediction", "v-prediction", ""])
-def test_other_prediction_types_are_refused_by_name(scheduler, name):
+
+def test_other_prediction_types_are_refused_by_name(scheduler):
     clean = torch.zeros(2, 1, 1, 1)
     timesteps = torch.tensor([0, 0])
-    with pytest.raises(ValueError, match="epsilon or v_prediction") as error:
-        get_target(name, clean, clean, timesteps, scheduler.alphas_cumprod)
-    assert repr(name) in str(error.value)
-    with pytest.raises(ValueError, match="epsilon or v_prediction"):
-        min_snr_weights(name, timesteps, scheduler.alphas_cumprod, 5.0)
+    with pytest.raises(ValueError, match="'sample': must be epsilon or v_prediction"):
+        get_target("sample", clean, clean, timesteps, scheduler.alphas_cumprod)
+    with pytest.raises(ValueError, match="'sample': must be epsilon or v_prediction"):
+        min_snr_weights("sample", timesteps, scheduler.alphas_cumprod, 5.0)
 
 
 def test_min_snr_weights_by_hand():
@@ -115,50 +107,6 @@ def test_min_snr_weights_by_hand():
     torch.testing.assert_close(epsilon, torch.tensor([5 / 9, 1, 1, 5 / 9]))
     v = min_snr_weights("v_prediction", timesteps, alphas_cumprod, 5.0)
     torch.testing.assert_close(v, torch.tensor([5 / 10, 1 / 2, (1 / 9) / (10 / 9), 5 / 10]))
-
-
-class Spy:
-    """A stand-in for the denoiser: it keeps its inputs and predicts zero."""
-
-    def __call__(self, noisy_latents, timesteps, prompt_ids):
-        self.noisy_latents = noisy_latents
-        self.timesteps = timesteps
-        self.prompt_ids = prompt_ids
-        return torch.zeros_like(noisy_latents)
-
-
-class Step:
-    """One call of `training_loss` for 32 pairs, with a Spy: its inputs, and what became of them."""
-
-    def __init__(self, scheduler, prior_loss_weight=1.0, snr_gamma=None, timesteps=None):
-        posteriors = torch.randn(64, 2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        posteriors[:, 1] = posteriors[:, 1].abs() * 0.1
-        posterior_noise, self.noise = latents.sample_noise(0, range(32), (4, 8, 8), "cpu")
-        self.prompt_ids = torch.arange(6).view(2, 3)
-        self.timesteps = timesteps
-        if timesteps is None:
-            self.timesteps = latents.sample_timesteps(0, range(32), 1000)
-        self.clean = posteriors[:, 0] + posteriors[:, 1] * posterior_noise
-        self.spy = Spy()
-        self.loss, _ = training_loss(
-            self.spy,
-            scheduler,
-            posteriors,
-            self.prompt_ids,
-            posterior_noise,
-            self.noise,
-            self.timesteps,
-            prior_loss_weight,
-            snr_gamma,
-        )
-
-
-def test_noise_is_added_in_float32(scheduler):
-    step = Step(scheduler)
-    assert step.spy.noisy_latents.dtype == torch.float32
-    a = scheduler.alphas_cumprod.double()[step.timesteps].view(-1, 1, 1, 1)
-    exact = a.sqrt() * step.clean.double() + (1 - a).sqrt() * step.noise.double()
-    torch.testing.assert_close(step.spy.noisy_latents.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_noise_schedule_is_exact_where_bfloat16_is_not(load_models):
@@ -175,68 +123,47 @@ def test_noise_schedule_is_exact_where_bfloat16_is_not(load_models):
     assert (((coarse - sigma) / sigma).abs() > 0.01).sum() > 40
 
 
-def test_timestep_0_adds_noise(scheduler):
-    """Of standard deviation sqrt(0.00085), 0.029."""
-    step = Step(scheduler, timesteps=torch.zeros(64, dtype=torch.long))
-    assert (step.spy.noisy_latents - step.clean).std() > 0.02
+class Spy:
+    """A stand-in for the denoiser: it keeps its inputs and predicts zero."""
+
+    def __call__(self, *inputs):
+        self.noisy_latents, self.timesteps, self.prompt_ids = inputs
+        return torch.zeros_like(self.noisy_latents)
 
 
-def test_the_denoiser_gets_each_images_timestep_and_both_prompts(scheduler):
-    step = Step(scheduler)
-    assert torch.equal(step.spy.timesteps, step.timesteps)
-    assert torch.equal(step.spy.prompt_ids, step.prompt_ids)
-
-
-def test_a_step_weighs_its_halves(scheduler):
-    step = Step(scheduler, prior_loss_weight=0.25)
-    assert step.loss.dtype == torch.float32
-    instance, prior = step.noise.square().chunk(2)
-    expected = instance.mean() + 0.25 * prior.mean()
-    assert step.loss.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_a_step_aims_at_what_the_model_predicts(scheduler, prediction_type, snr_gamma):
+@pytest.mark.parametrize(
+    ("prediction_type", "snr_gamma"), [("epsilon", None), ("epsilon", 5.0), ("v_prediction", 5.0)]
+)
+def test_a_step_by_hand(scheduler, prediction_type, snr_gamma):
+    """Each image's latents are sampled from its posterior and get noise according to its timestep,
+    in float32; the denoiser gets each image's timestep and both prompts; and the loss is of what
+    the model predicts. Of 32 pairs, one is at timestep 0."""
     scheduler.register_to_config(prediction_type=prediction_type)
-    step = Step(scheduler, snr_gamma=snr_gamma)
-    alphas_cumprod = scheduler.alphas_cumprod
-    target = get_target(prediction_type, step.clean, step.noise, step.timesteps, alphas_cumprod)
-    weights = None
+    posteriors = torch.randn(64, 2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    posterior_noise, noise = latents.sample_noise(0, range(32), (4, 8, 8), "cpu")
+    timesteps = latents.sample_timesteps(0, range(32), 1000)
+    timesteps[0] = 0
+    prompt_ids = torch.arange(6).view(2, 3)
+    spy = Spy()
+    loss, halves = training_loss(
+        spy, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps, 0.25, snr_gamma
+    )
+    assert torch.equal(spy.timesteps, timesteps)
+    assert torch.equal(spy.prompt_ids, prompt_ids)
+
+    clean = (posteriors[:, 0] + posteriors[:, 1] * posterior_noise).double()
+    a = scheduler.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+    assert spy.noisy_latents.dtype == torch.float32
+    torch.testing.assert_close(spy.noisy_latents.double(), noisy, rtol=1e-6, atol=1e-6)
+    target = noise.double()
+    if prediction_type == "v_prediction":
+        target = a.sqrt() * noise - (1 - a).sqrt() * clean
+    errors = target.square().mean(dim=(1, 2, 3))
     if snr_gamma is not None:
-        weights = min_snr_weights(prediction_type, step.timesteps, alphas_cumprod, snr_gamma)
-    expected = loss_of(torch.zeros_like(target), target, 1, weights)
-    assert step.loss.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def reference(prediction, target, weight, weights=None):
-    """Ruiz et al. 2022, eq. 2, without the halves."""
-    error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
-    if weights is not None:
-        error = error * weights
-    instance, class_ = error.chunk(2)
-    return instance.mean() + weight * class_.mean()
-
-
-def test_loss_and_gradients_are_the_same_to_the_last_bit():
-    generator = torch.Generator().manual_seed(0)
-    for weight in (0, 0.3, 1.0, 2.5):
-        for weights in (None, torch.rand(6, generator=generator)):
-            prediction = torch.randn(6, 4, 8, 8, generator=generator).requires_grad_()
-            target = torch.randn(6, 4, 8, 8, generator=generator)
-            expected = reference(prediction, target, weight, weights)
-            (expected_gradient,) = torch.autograd.grad(expected, prediction)
-            loss, _ = prior_preserving_loss(prediction, target, weight, weights)
-            (gradient,) = torch.autograd.grad(loss, prediction)
-            assert torch.equal(loss, expected)
-            assert torch.equal(gradient, expected_gradient)
-
-
-def test_halves_are_those_before_weighting_and_carry_no_gradients():
-    """Squared errors 1, 4 | 9, 25 of one pair: means 2.5 and 17, whatever the weight."""
-    prediction = torch.tensor([[1.0, 2.0], [3.0, 5.0]]).view(2, 1, 1, 2).requires_grad_()
-    for weight in (0, 1, 3):
-        loss, halves = prior_preserving_loss(prediction, torch.zeros(2, 1, 1, 2), weight)
-        assert halves.tolist() == [2.5, 17.0]
-        assert loss.item() == 2.5 + weight * 17
-        assert not halves.requires_grad
+        snr = (a / (1 - a)).flatten()
+        errors *= snr.clamp(max=snr_gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    expected = errors.view(2, 32).mean(1)
+    torch.testing.assert_close(halves.double(), expected, rtol=1e-5, atol=0)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx((expected[0] + 0.25 * expected[1]).item(), rel=1e-5)

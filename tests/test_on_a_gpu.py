@@ -43,7 +43,7 @@ class Operations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_lora": True}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("changes", [{}, {"use_lora": True, "gradient_checkpointing": True}])
 def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, changes):
     """From pixels to loss."""
     vae, denoiser, scheduler = load_models(autocast=True, **changes)
@@ -67,16 +67,9 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
         prompt_ids = torch.zeros(2, 48, dtype=torch.long, device=device)
         operations.results.clear()
         loss, _ = training_loss(
-            denoiser,
-            scheduler,
-            batch["posteriors"],
-            prompt_ids,
-            noise,
-            noise,
-            timesteps,
-            prior_loss_weight=1.0,
-            snr_gamma=5.0,
-        )
+            denoiser, scheduler, batch["posteriors"], prompt_ids, noise, noise, timesteps,
+            prior_loss_weight=1.0, snr_gamma=5.0,
+        )  # fmt: skip
     assert loss.device.type == "cuda"
     assert loss.dtype == torch.float32
     assert loss.requires_grad

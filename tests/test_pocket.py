@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dreambooth.model_dir import load_tokenizer
+from dreambooth.files.pipeline_dir import load_tokenizer
 from dreambooth.pocket import pretrain, render
 from dreambooth.pocket.caption_tokenizer import CAPTION_TERMS, MAX_TOKENS, build_tokenizer
 from dreambooth.pocket.training_run import Run

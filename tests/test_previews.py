@@ -1,113 +1,130 @@
-"""Previews: the models that train, the same noise each time, and nothing when they are off."""
+"""Previews: of the models that train, from the same noise each time, and nothing where they are off
+or an earlier run's."""
 
+import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train
-from dreambooth import metrics, outputs, previews
-from dreambooth.cli import UserError
-from dreambooth.training_checks import check_numbers
-from tests.test_metrics import make_report
+from dreambooth.files import generated_images
+from dreambooth.run import previews, training_log
 
-PROMPTS = ["photo of unqtkn car", "photo of a car"]
+NUM_STEPS = 3
 
 
-@pytest.fixture
-def make(train_args, load_models, model_dir, tmp_path, monkeypatch):
-    """A run's Previews, quick ones, with its models: make(preview_every=2)."""
-    monkeypatch.setattr(previews, "NUM_INFERENCE_STEPS", 2)
+def make(train_args, folder, vae=None, denoiser=None, enabled=True, **flags):
+    """A run's Previews and its log."""
+    plan = SimpleNamespace(num_steps=NUM_STEPS, report_dir=folder)
+    log = training_log.TrainingLog(plan, torch.device("cpu"), 1, time.time(), enabled, "nothing")
+    log.on_train_begin(0)
+    args = train_args("out", **flags)
+    return previews.Previews(args, plan, vae, denoiser, log), log
 
-    def build(**changes):
-        changes = {"preview_prompts": PROMPTS, "preview_every": 2, **changes}
-        args = train_args(tmp_path / "out", **changes)
-        vae, denoiser, _ = load_models()
-        report = make_report(tmp_path / "out", num_steps=5)
-        plan = SimpleNamespace(num_steps=5)
-        preview = previews.Previews(args, plan, vae, denoiser, report)
-        return SimpleNamespace(preview=preview, denoiser=denoiser, vae=vae, report=report)
 
-    return build
+@pytest.fixture(scope="module")
+def run(train_args, load_models, generated, tmp_path_factory):
+    """A run with previews of two prompts, in the few steps and with the guidance of `generated`:
+    its weights change between steps 2 and 3. A namespace of its folder and what it left."""
+    folder = tmp_path_factory.mktemp("run") / "out.report"
+    vae, denoiser, _ = load_models()
+    before = [p.clone() for p in denoiser.parameters()]
+    random_state = torch.get_rng_state()
+    flags = {"preview_prompts": generated.prompts, "preview_every": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(previews, "NUM_INFERENCE_STEPS", 2)
+        patch.setattr(previews, "GUIDANCE_SCALE", 7.5)
+        preview, log = make(train_args, folder, vae, denoiser, **flags)
+        preview.on_train_begin(0)
+        for step in (1, 2):
+            preview.on_step_end(step, lr=1.0)
+        unchanged = (
+            all(map(torch.equal, denoiser.parameters(), before))
+            and all(p.grad is None for p in denoiser.parameters())
+            and denoiser.training
+            and torch.equal(torch.get_rng_state(), random_state)
+        )
+        with torch.no_grad():
+            for p in denoiser.unet.parameters():
+                p.mul_(1.2)
+        preview.on_step_end(3, lr=1.0)
+        preview.on_train_end()
+        log.on_train_end()
+    return SimpleNamespace(
+        folder=folder, metrics=log.metrics, unchanged=unchanged,
+        pipeline=preview.pipeline, parts=(vae, denoiser.text_encoder, denoiser.unet),
+    )  # fmt: skip
 
 
 def pixels(path):
-    return outputs.pixel_digest(Image.open(path))
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
-def test_before_the_first_step_every_so_many_and_after_the_last(make):
-    run = make()
-    for step in range(6):
-        run.preview.step_is_done(step)
-    found = previews.find(run.report.folder)
+def test_before_the_first_step_every_so_many_and_after_the_last(run, generated):
+    found = previews.find(run.folder)
     assert {number: list(by_step) for number, by_step in found.items()} == {
-        0: [0, 2, 4, 5],
-        1: [0, 2, 4, 5],
+        0: [0, 2, 3],
+        1: [0, 2, 3],
     }
-    assert outputs.read_record(found[1][4]) == {"prompt": PROMPTS[1], "seed": 0, "step": 4}
-    strip = Image.open(run.report.folder / previews.FILM_STRIP)
-    assert strip.width >= 4 * 128
-    assert strip.height >= 2 * 128
-    assert run.report.metrics["previews_s"] > 0
+    record = generated_images.read_record(found[1][2])
+    assert record == {"prompt": generated.prompts[1], "seed": 0, "step": 2}
+    with Image.open(run.folder / "film-strip.png") as strip:  # a row per prompt
+        assert strip.width > 3 * 128
+        assert strip.height > 2 * 128
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    for prompt in generated.prompts:
+        assert [image.step for image in events.Images(f"previews/{prompt}")] == [0, 2, 3]
+    assert run.metrics["previews_s"] > 0
 
 
-def test_same_weights_give_the_same_image_and_others_another(make):
-    """The noise is the same at each step, so what differs is what was learned."""
-    run = make()
-    run.preview.step_is_done(0)
-    run.preview.step_is_done(2)
-    with torch.no_grad():
-        for p in run.denoiser.unet.parameters():
-            p.mul_(1.2)
-    run.preview.step_is_done(4)
-    by_step = previews.find(run.report.folder)[0]
-    assert pixels(by_step[0]) == pixels(by_step[2]) != pixels(by_step[4])
+def test_what_differs_is_what_was_learned(run, generated):
+    """The noise is the same at each step, and that of generate.py's first image: of the original
+    model they show the same, to the rounding of another batch."""
+    for number in (0, 1):
+        by_step = previews.find(run.folder)[number]
+        first, second, last = (pixels(by_step[step]) for step in (0, 2, 3))
+        assert (first == second).all()
+        assert np.abs(last - first).max() > 20
+        image = pixels(generated.folder / generated_images.file_name(number, 0, 0))
+        assert np.abs(image - first).max() <= 2
 
 
-def test_no_weight_is_copied_and_training_goes_on_as_before(make):
-    run = make()
-    before = {name: p.clone() for name, p in run.denoiser.named_parameters()}
-    state = torch.get_rng_state()
-    run.preview.step_is_done(0)
-    pipeline = run.preview.pipeline
-    assert pipeline.unet is run.denoiser.unet
-    assert pipeline.text_encoder is run.denoiser.text_encoder
-    assert pipeline.vae is run.vae
-    assert run.denoiser.training
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(p, before[name]) for name, p in run.denoiser.named_parameters())
-    assert all(p.grad is None for p in run.denoiser.parameters())
+def test_training_goes_on_as_without_previews(run):
+    """The same weights, without gradients, in training mode, of which none is copied; and the same
+    random numbers."""
+    assert run.unchanged
+    pipeline = run.pipeline
+    assert (pipeline.vae, pipeline.text_encoder, pipeline.unet) == run.parts
 
 
-def test_off_by_default(make):
-    run = make(preview_prompts=False, preview_every=0)
-    for step in range(6):
-        run.preview.step_is_done(step)
-    assert run.preview.pipeline is None
-    assert not (run.report.folder / previews.FOLDER).exists()
-    assert "previews_s" not in run.report.metrics
+def test_off_by_default_and_on_rank_0_alone(train_args, tmp_path):
+    """Neither has models here."""
+    on = {"preview_prompts": ["photo of a car"], "preview_every": 1}
+    for flags in ({}, {**on, "enabled": False}):
+        preview, log = make(train_args, tmp_path, **flags)
+        preview.on_train_begin(0)
+        for step in range(1, NUM_STEPS + 1):
+            preview.on_step_end(step)
+        preview.on_train_end()
+        assert previews.find(tmp_path) == {}
+        assert "previews_s" not in log.metrics
 
 
-def test_only_rank_0_generates(make):
-    run = make()
-    report = make_report(metrics.report_dir("elsewhere"), enabled=False)
-    args = SimpleNamespace(preview_prompts=PROMPTS, preview_every=2, seed=0, model_dir="")
-    preview = previews.Previews(args, SimpleNamespace(num_steps=5), run.vae, run.denoiser, report)
-    preview.step_is_done(0)
-    assert preview.pipeline is None
-
-
-def test_a_resumed_run_drops_later_previews(make):
-    run = make()
-    for step in (0, 2, 4):
-        run.preview.step_is_done(step)
-    previews.remove_later(run.report.folder, 2)
-    assert list(previews.find(run.report.folder)[0]) == [0, 2]
-
-
-@pytest.mark.parametrize("flags", [{"preview_prompts": ["a car"]}, {"preview_every": 5}])
-def test_prompts_and_interval_go_together(train_argv, tmp_path, flags):
-    args = train.parse_args(train_argv(tmp_path / "out", **flags))
-    with pytest.raises(UserError, match="--preview_prompts and --preview_every go together"):
-        check_numbers(args)
+def test_previews_of_steps_that_are_done_again_go(train_args, tmp_path, flat_image):
+    """With a new run all, whether or not it has some of its own."""
+    for number in (0, 1):
+        for step in (0, 2, 4):
+            name = previews.file_name(number, step)
+            flat_image(name, 0, folder=tmp_path / previews.FOLDER)
+    flat_image(previews.FILM_STRIP, 0)
+    preview, _ = make(train_args, tmp_path)
+    preview.on_train_begin(2)
+    assert [list(by_step) for by_step in previews.find(tmp_path).values()] == [[0, 2], [0, 2]]
+    preview.on_train_begin(0)
+    assert previews.find(tmp_path) == {}
+    assert not (tmp_path / previews.FILM_STRIP).exists()

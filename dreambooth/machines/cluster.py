@@ -348,10 +348,10 @@ def user_error_in(error):
         if isinstance(cause, UserError) and not isinstance(cause, ray.exceptions.RayError):
             return cause
     classes = {cls.__name__: cls for cls in (UserError, *UserError.__subclasses__())}
-    in_text = re.findall(rf"\b({'|'.join(classes)}): (.*)", str(error))
+    in_text = re.findall(rf"\b{UserError.__module__}\.(\w+): (.*)", str(error))  # a traceback's end
     if in_text:
         name, message = in_text[-1]
-        return classes[name](message)
+        return classes.get(name, UserError)(message)
     return None
 
 

@@ -206,6 +206,7 @@ def push(output_dir, repo, private):
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalTokenNotFoundError,
     )
 
@@ -223,7 +224,7 @@ def push(output_dir, repo, private):
         response = error.response
         status = response.status_code if response is not None else "no answer"
         raise UserError(f"--push {repo}: the Hub answered {status}; is it yours?") from None
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise UserError(f"the Hub cannot be reached ({type(error).__name__})") from None
     return str(url)
 

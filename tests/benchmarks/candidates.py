@@ -28,8 +28,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from dreambooth import atomic, dataset, latents, model_dir, models
-from dreambooth.images import find_images
+from dreambooth import dataset, latents, models
+from dreambooth.files import atomic, pipeline_dir
+from dreambooth.files.photos import find_images
 from dreambooth.pocket import render
 from dreambooth.seeds import seed_for
 from tests.benchmarks import fidelity, subjects
@@ -55,9 +56,9 @@ def ema(args):
         @torch.no_grad()
         def on_step(step, denoiser):
             parameters = [p for p in denoiser.parameters() if p.requires_grad]
-            if step == 0:
+            if step == 1:
                 average.extend(p.clone() for p in parameters)
-            decay = min(EMA_DECAY, (step + 1) / (step + 10))  # forgets the first steps soon
+            decay = min(EMA_DECAY, step / (step + 9))  # forgets the first steps soon
             for mean, p in zip(average, parameters, strict=True):
                 mean.lerp_(p, 1 - decay)
 
@@ -134,7 +135,7 @@ class OtherImages:
 
     def __init__(self, args, prompts):
         self.paths = [other_images(args, prompt, NUM_OTHER_IMAGES) for prompt in prompts]
-        tokenizer = model_dir.load_tokenizer(args.model_dir)
+        tokenizer = pipeline_dir.load_tokenizer(args.model_dir)
         length = tokenizer.model_max_length
         tokens = tokenizer(prompts, padding="max_length", max_length=length)
         self.prompt_ids = torch.tensor(tokens.input_ids)

@@ -15,7 +15,6 @@
 Each ends with the weights (images) of an undisturbed run, byte for byte, or it is counted as lost.
 """
 
-import argparse
 import hashlib
 import os
 import random
@@ -35,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 import psutil
 from ray.cluster_utils import Cluster
 
-import cache_model
-from dreambooth import checkpoints
-from dreambooth.cli import HelpFormatter
+from dreambooth.cli import ArgumentParser
+from dreambooth.pocket.classes import POCKET_DIR
+from dreambooth.run.plan import run_dir
 
 STEPS = 24
 TRIALS = {
@@ -52,11 +51,11 @@ class Run:
     def __init__(self, folder, num_workers=1, storage_path=None, env=None):
         self.output_dir = folder / "tuned"
         paths = SimpleNamespace(output_dir=self.output_dir, storage_path=storage_path)
-        self.storage = checkpoints.run_dir(paths)
+        self.storage = run_dir(paths)
         self.log = folder / "log"
         self.env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         self.command = [
-            sys.executable, "train.py", "--model_dir", cache_model.POCKET_DIR,
+            sys.executable, "train.py", "--model_dir", POCKET_DIR,
             "--output_dir", self.output_dir, "--instance_images_dir", "images/lego-car",
             "--instance_prompt", "photo of unqtkn car", "--class_prompt", "photo of a car",
             "--class_images_dir", folder.parent / "class", "--log_every", 1,
@@ -189,7 +188,7 @@ class Generation(Run):
     def __init__(self, folder):
         super().__init__(folder)
         self.command = [
-            sys.executable, "generate.py", "--model_dir", cache_model.POCKET_DIR,
+            sys.executable, "generate.py", "--model_dir", POCKET_DIR,
             "--output_dir", self.output_dir, "--prompts", "photo of a car",
             "--num_samples_per_prompt", 96, "--num_inference_steps", 8, "--use_ray_data",
             "--num_workers", 2,
@@ -248,7 +247,7 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         command = [
-            sys.executable, "generate.py", "--model_dir", cache_model.POCKET_DIR,
+            sys.executable, "generate.py", "--model_dir", POCKET_DIR,
             "--output_dir", folder / "class", "--prompts", "photo of a car",
             "--num_samples_per_prompt", 16, "--num_inference_steps", 4,
         ]  # fmt: skip
@@ -268,7 +267,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--faults", nargs="+", choices=TRIALS, default=list(TRIALS), help="which")
     parser.add_argument("--trials", type=int, help="of each (default: as many as in RESULTS.md)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

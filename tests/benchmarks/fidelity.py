@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import generate
 from dreambooth.cli import ArgumentParser
+from dreambooth.files.photos import find_images, open_image
 from dreambooth.image_generator import ImageGenerator, to_pil_image
-from dreambooth.images import find_images, open_image
 from dreambooth.pocket import render
 from tests.benchmarks.encoders import LIVE, OBJECT, Encoders, paper_report
 

@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import generate
-from dreambooth import cluster, logs
-from dreambooth.cli import ArgumentParser
+from dreambooth.cli import ArgumentParser, hide_progress_bars
 from dreambooth.image_generator import ImageGenerator
+from dreambooth.machines.device import num_cores
 
 PROMPT = "photo of a car"
 
@@ -119,8 +119,8 @@ def compare_commands(args):
 
 
 def main(args):
-    logs.hide_progress_bars(verbose=False)
-    torch.set_num_threads(cluster.num_cores())
+    hide_progress_bars(verbose=False)
+    torch.set_num_threads(num_cores())
     compare_in_process(args)
     compare_commands(args)
 

@@ -26,8 +26,8 @@ from diffusers import StableDiffusionPipeline
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dreambooth import model_dir
 from dreambooth.cli import ArgumentParser
+from dreambooth.files import pipeline_dir as directory
 from dreambooth.pocket import render
 from tests.benchmarks import published
 from tests.benchmarks.published import PROMPTS, settings_for
@@ -78,7 +78,7 @@ def our_command(script, folders, batch_size, num_steps):
 def diffusers_command(script, folders, batch_size, num_steps):
     """diffusers' examples/dreambooth/train_dreambooth.py with the same work: its batch size counts
     pairs too."""
-    resolution, _ = model_dir.resolution(folders.pipeline_dir)
+    resolution, _ = directory.resolution(folders.pipeline_dir)
     settings = settings_for(folders.pipeline_dir, "-")
     return [
         script,
@@ -158,7 +158,7 @@ def clean(line):
 
 def compare_jobs(args, pipeline_dir, folder):
     """Print the seconds of each job in each turn, and its ratios to the base job in that turn."""
-    resolution, _ = model_dir.resolution(pipeline_dir)
+    resolution, _ = directory.resolution(pipeline_dir)
     folders = JobFolders(
         pipeline_dir=pipeline_dir,
         float32_dir=folder / "float32",

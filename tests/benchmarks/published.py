@@ -48,7 +48,11 @@ import ray.train
 from ray.train.torch import TorchTrainer, get_device
 
 import train
-from dreambooth import images, model_dir, models, saving
+from dreambooth import models
+from dreambooth.files import pipeline_dir as directory
+from dreambooth.files.photos import find_images
+from dreambooth.images import crop_image
+from dreambooth.run import export
 
 PROMPTS = ("photo of unqtkn car", "photo of a car")
 
@@ -63,7 +67,7 @@ def settings_for(pipeline_dir, output_dir, *flags):
 
 def tokenize_prompts(pipeline_dir):
     """The ids of PROMPTS, (2, L)."""
-    tokenizer = model_dir.load_tokenizer(pipeline_dir)
+    tokenizer = directory.load_tokenizer(pipeline_dir)
     length = tokenizer.model_max_length
     return torch.tensor(tokenizer(list(PROMPTS), padding="max_length", max_length=length).input_ids)
 
@@ -126,7 +130,7 @@ def train_fn(config):
         f"first step after {first - start:.1f} s, then {rate:.2f} images/s, ready to save",
         flush=True,
     )
-    saving.save_pipeline(side.denoiser, settings.model_dir, settings.output_dir)
+    export.save_pipeline(side.denoiser, settings.model_dir, settings.output_dir)
 
 
 def build_pairs(instance_dir, class_dir, resolution):
@@ -134,11 +138,11 @@ def build_pairs(instance_dir, class_dir, resolution):
     shuffled."""
 
     def decode(batch):
-        crops = [images.crop_image(str(path), resolution, 0)[0] for path in batch["item"]]
+        crops = [crop_image(str(path), resolution, 0)[0] for path in batch["item"]]
         return {"image": np.stack(crops) / np.float32(127.5) - 1}
 
     def read_folder(folder):
-        paths = [str(path.absolute()) for path in images.find_images(folder)]
+        paths = [str(path.absolute()) for path in find_images(folder)]
         return ray.data.from_items(paths).map_batches(decode)
 
     class_images = read_folder(class_dir).materialize()
@@ -153,7 +157,7 @@ def build_pairs(instance_dir, class_dir, resolution):
 def main(args, report):
     ray.init(address="local", include_dashboard=False)
     on_gpu = bool(ray.cluster_resources().get("GPU"))
-    resolution, _ = model_dir.resolution(args.model_dir)
+    resolution, _ = directory.resolution(args.model_dir)
     TorchTrainer(
         train_fn,
         train_loop_config={**vars(args), "report": report},

@@ -28,14 +28,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import generate
 import train
-from dreambooth import atomic, dataset, latents, models, outputs, saving
+from dreambooth import dataset, latents, models
 from dreambooth.cli import ArgumentParser, absolute_path
-from dreambooth.images import find_images, load_crops
+from dreambooth.files import atomic, generated_images
+from dreambooth.files.photos import find_images
+from dreambooth.images import load_crops
 from dreambooth.pocket import render
-from dreambooth.training_plan import make_plan
+from dreambooth.pocket.classes import POCKET_DIR
+from dreambooth.run import export
+from dreambooth.run.plan import make_plan
 from tests.benchmarks import fidelity
 
-POCKET = Path(render.__file__).parent / "model"
 STEPS = "--train_batch_size 8 --num_epochs 12 --max_train_steps 300"
 FULL = "--lr 2e-4 --lr_scheduler cosine"
 LORA = "--lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine"
@@ -46,7 +49,8 @@ SHEET_COLUMNS = 8
 def train_here(args, on_step=None):
     """train.py's run with these flags, in this process, on the CPU, without Ray.
 
-    `on_step(step, denoiser)` is called after each step. Returns the denoiser.
+    `on_step(step, denoiser)` is called after each, with the number of steps done. Returns the
+    denoiser.
     """
     plan = make_plan(args)
     pairs_per_pass, num_passes = plan.divide(1)
@@ -64,7 +68,7 @@ def train_here(args, on_step=None):
         optimizer.zero_grad()
         lr_schedule.step()
         if on_step:
-            on_step(step, denoiser)
+            on_step(step + 1, denoiser)
     return denoiser
 
 
@@ -137,15 +141,11 @@ class Bench:
         flags += ["--seed", seed, "--num_workers", 1, *train_flags]
         return train.parse_args([str(flag) for flag in flags])
 
-    def metrics(self, name, sample):
-        """The metrics of the model that `sample` generates with."""
-        original_class = self.original(fidelity.class_prompt(render.SUBJECTS[name]))
-        return fidelity.subject_report(sample, self.judge(name), original_class)
-
     def report(self, name, model_dir, lora_weights_dir=None, sheet=None):
         """The metrics of a tuned model, which is at `model_dir` or is a LoRA on it."""
         sample = self.sampler(model_dir, lora_weights_dir)
-        metrics = self.metrics(name, sample)
+        original_class = self.original(fidelity.class_prompt(render.SUBJECTS[name]))
+        metrics = fidelity.subject_report(sample, self.judge(name), original_class)
         if sheet:
             write_sheet(sheet, {"photos": find_images(self.photos(name))}, sample.cache)
         return metrics
@@ -155,7 +155,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             args = self.train_args(name, seed, Path(folder) / "tuned", train_flags)
             start = time.time()
-            saving.save(train_here(args), args)
+            export.save(train_here(args), args)
             seconds = time.time() - start
             if args.use_lora:
                 metrics = self.report(name, args.model_dir, args.output_dir, sheet)
@@ -173,7 +173,7 @@ def write_sheet(file, rows, images_by_prompt):
             for image, path in zip(images, files, strict=False):
                 Image.fromarray(image).save(path)
             rows[prompt] = files
-        outputs.contact_sheet(rows, file, SHEET_COLUMNS)
+        generated_images.contact_sheet(rows, file, SHEET_COLUMNS)
 
 
 def print_table(results):
@@ -212,7 +212,7 @@ def build_parser(description):
     parser = ArgumentParser(description)
     add = parser.add_argument
     add("--work_dir", type=absolute_path, required=True, help="for images, sheets and results")
-    add("--model_dir", type=absolute_path, default=str(POCKET), help="the original model")
+    add("--model_dir", type=absolute_path, default=str(POCKET_DIR), help="the original model")
     add("--subjects", nargs="+", choices=list(render.SUBJECTS), default=list(render.SUBJECTS))
     add("--seeds", nargs="+", type=int, default=[0, 1], help="seeds of train.py")
     add("--recipe", choices=list(RECIPES), default="full", help="one of run.sh's recipes")

@@ -35,11 +35,13 @@ from tests.benchmarks.counting import GIB, META, count_gib, count_tflop, without
 from tests.benchmarks.published import Plain, settings_for, tokenize_prompts
 
 # isort: split
-import cache_model
-from dreambooth import cluster, latents, logs, model_dir, models
-from dreambooth.cli import ArgumentParser
+from dreambooth import latents, models
+from dreambooth.cli import ArgumentParser, hide_progress_bars
+from dreambooth.files import pipeline_dir as directory
 from dreambooth.loss import training_loss
+from dreambooth.machines.device import num_cores
 from dreambooth.pocket import pretrain
+from dreambooth.pocket.classes import POCKET_DIR
 
 FEATURES = ["cached latents", "prompts encoded once"]
 GPU_FEATURES = ["channels_last", "fused AdamW"]
@@ -72,14 +74,14 @@ def new_sd14_models():
 
 def pipeline_of(model, folder):
     """The pipeline directory of a --model: sd14 is made in `folder`."""
-    return build_sd14(Path(folder) / "sd14") if model == "sd14" else cache_model.POCKET_DIR
+    return build_sd14(Path(folder) / "sd14") if model == "sd14" else POCKET_DIR
 
 
 def build_sd14(folder):
     """Write a pipeline directory with `new_sd14_models`. The tokenizer is pocket's, padded to 77
     tokens."""
     torch.manual_seed(0)
-    tokenizer = model_dir.load_tokenizer(cache_model.POCKET_DIR)
+    tokenizer = directory.load_tokenizer(POCKET_DIR)
     tokenizer.model_max_length = 77
     pretrain.export(tokenizer, *new_sd14_models(), folder)
     return folder
@@ -136,7 +138,7 @@ class Ours:
 
 def build_inputs(args, pipeline_dir, device):
     """What both sides take: the pixels of a batch, the two prompts, and the device."""
-    resolution, _ = model_dir.resolution(pipeline_dir)
+    resolution, _ = directory.resolution(pipeline_dir)
     pixels = torch.rand(2 * args.batch_size, 3, resolution, resolution) * 2 - 1
     return pixels, tokenize_prompts(pipeline_dir), device
 
@@ -265,7 +267,7 @@ def print_arithmetic(side, seconds, device):
 
 def sd14_side(flags, num_pairs=2, off=()):
     """Our side with `flags` and Stable Diffusion 1.4, on the meta device: for counting."""
-    settings = settings_for(cache_model.POCKET_DIR, "-", *flags)  # its noise schedule is the same
+    settings = settings_for(POCKET_DIR, "-", *flags)  # its noise schedule is the same
     pixels = torch.empty(2 * num_pairs, 3, 512, 512, device=META)
     prompt_ids = torch.empty(2, 77, dtype=torch.long, device=META)
     with without_weights(new_sd14_models):
@@ -274,7 +276,7 @@ def sd14_side(flags, num_pairs=2, off=()):
 
 def count_steps(num_pairs):
     """Print the arithmetic of our step, and the memory that it takes on a single GPU and on each of
-    several: the numbers of dreambooth/memory.py and RESULTS.md."""
+    several: the numbers of dreambooth/machines/memory.py and RESULTS.md."""
     cases = [(flags, ()) for flags in [[], *OPTIONS, ["--gradient_accumulation_steps=2"]]]
     cases.append(([], FEATURES))
     for flags, off in cases:
@@ -297,9 +299,9 @@ def main(args):
         count_steps(args.batch_size)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(cluster.num_cores())
+    torch.set_num_threads(num_cores())
     torch.set_float32_matmul_precision("high")  # as in train.py
-    logs.hide_progress_bars(verbose=False)
+    hide_progress_bars(verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         compare_steps(args, pipeline_of(args.model, folder), device)
 

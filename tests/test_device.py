@@ -1,0 +1,117 @@
+"""GPUs that cannot be used are errors, and a slow CPU is said before one waits for it."""
+
+import os
+
+import pytest
+import torch
+
+from dreambooth.cli import UserError
+from dreambooth.machines import cluster, device, gpus
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Let torch find so many GPUs: pretend(2, usable=False) as with an old driver, which counts
+    them and cannot start CUDA."""
+
+    def gpus(count, usable=True, capability=(8, 0), free_gib=(22,)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: usable and count > 0)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)  # by emulation
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Tesla T4")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free_gib[gpu] * 2**30, 0))
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return gpus
+
+
+def test_an_old_driver_is_an_error_that_names_the_one_needed(pretend, monkeypatch):
+    """All would run on the CPU, and nobody would say so. The driver for the installed PyTorch is
+    known, too."""
+    pretend(2, usable=False)
+    with pytest.raises(UserError, match=f"CUDA {torch.version.cuda} needs NVIDIA's driver"):
+        device.check_driver()
+    for cuda, driver in (("13.2", 580), ("12.6", 525)):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        with pytest.raises(UserError, match=f'CUDA {cuda} needs .* {driver} or .*DEVICES=""'):
+            device.check_driver()
+
+
+def test_nothing_starts_with_gpus_that_cannot_be_used(pretend, monkeypatch):
+    """Not Ray either, which would count them: training would end in a stack trace of NCCL's."""
+    pretend(1, usable=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: pytest.fail("Ray was asked"))
+    for start in (device.pick_device, gpus.free_memory_of_all, cluster.start_ray):
+        with pytest.raises(UserError, match="driver"):
+            start()
+
+
+def test_usable_gpus_and_none_are_no_error(pretend, monkeypatch):
+    for count, picked in ((2, "cuda"), (0, "cpu")):
+        pretend(count)
+        for hidden in ("", "-1"):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+            assert device.pick_device() == picked
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        assert device.pick_device() == picked
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(pretend, monkeypatch):
+    pretend(0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES=7 names no GPU"):
+        device.pick_device()
+
+
+def test_bfloat16_is_a_question_of_the_card_and_not_of_emulation(pretend):
+    pretend(1, capability=(7, 5))
+    for check in (lambda: device.check_bfloat16(0), device.gpu_memory):
+        with pytest.raises(UserError, match=r"^Tesla T4 \(compute capability 7.5\) has no bfloat"):
+            check()
+    for capability in ((8, 0), (8, 9), (12, 0)):
+        pretend(1, capability=capability)
+        device.check_bfloat16(0)
+
+
+def test_free_memory_of_each_gpu_of_this_machine(pretend):
+    """A list: its length is the number of GPUs."""
+    pretend(3, free_gib=(22, 79, 11))
+    assert gpus.free_memory_of_all() == [22, 79, 11]
+    pretend(0)
+    assert gpus.free_memory_of_all() == []
+
+
+def test_minutes_on_a_cpu_are_said_of_a_large_model_alone(capsys, monkeypatch):
+    """Stable Diffusion 1.4 has 1000 M parameters, pocket 6 M."""
+    monkeypatch.setattr(device, "num_cores", lambda: 3)
+    device.warn_if_slow({"unet": 5e6, "vae": 1e6}, "a step")
+    assert capsys.readouterr().err == ""
+    device.warn_if_slow({"unet": 860e6, "vae": 84e6}, "a step")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "warning: no GPU: a step takes minutes with this model on 3 CPU cores"
+
+
+def test_cores_are_those_that_this_process_may_use_and_workers_share_them(monkeypatch):
+    """Ray gives a worker one thread, whatever there is."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5, 6}, raising=False)
+    assert device.num_cores() == 4
+    assert device.describe(0).startswith("4 cores (")
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    for workers_here in (1, 2, 8):
+        device.configure_torch(torch.device("cpu"), workers_here)
+    device.configure_torch(torch.device("cuda"), 2)
+    assert threads == [4, 2, 1]
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on a Mac
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert device.num_cores() == 7
+
+
+def test_a_runs_hardware_in_words(pretend):
+    pretend(2)
+    assert device.describe(2) == "2 x Tesla T4"
+    pretend(0)
+    assert device.describe(8) == "8 GPUs of a cluster"
+    assert device.describe(0).endswith(", no GPU")

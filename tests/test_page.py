@@ -1,0 +1,198 @@
+"""The page: whole, in one file, and nothing on it asks for a network; and its advice, where a
+figure is off and only there."""
+
+import argparse
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth.cli import Diverged, UserError
+from dreambooth.files import generated_images
+from dreambooth.report import page
+from dreambooth.run import previews, training_log
+from dreambooth.run.plan import make_plan
+
+PROMPTS = ["photo of unqtkn car in the snow", "photo of unqtkn car <at night>"]
+
+
+def rows_of(first, last, noise=0.1, seed=0):
+    """Metrics whose loss on class images goes from `first` to `last`, as noisy as a real run's."""
+    losses = np.linspace(first, last, 30)
+    losses *= 1 + noise * np.random.default_rng(seed).standard_normal(30)
+    return [
+        {"step": 10 * i, "loss": 0.2 + loss, "instance_loss": 0.2, "class_loss": loss, "lr": 1e-3}
+        for i, loss in enumerate(losses, start=1)
+    ]
+
+
+@pytest.fixture
+def report(train_args, tmp_path):
+    """The directory of a finished run with metrics and previews of three steps."""
+    (tmp_path / "tuned").mkdir()
+    args = train_args(tmp_path / "tuned", lr=2e-4, lr_scheduler="cosine")
+    plan = make_plan(args)
+    folder = plan.report_dir
+    training_log.prepare(folder, 0)
+    training_log.RunRecord(args, plan, "2 cores").finish({"start_s": 2.0, "previews_s": 12.34})
+    lines = [json.dumps(row) + "\n" for row in rows_of(0.1, 0.1)]
+    (folder / training_log.METRICS).write_text("".join(lines))
+    (folder / previews.FOLDER).mkdir()
+    for number, prompt in enumerate(PROMPTS):
+        for step in (0, 20, 40):
+            file = folder / previews.FOLDER / previews.file_name(number, step)
+            record = {"prompt": prompt, "seed": 0, "step": step}
+            generated_images.save_image(Image.new("RGB", (64, 64), (step, 0, 0)), record, file)
+    return folder
+
+
+@pytest.fixture
+def save_after(tmp_path):
+    """Save an image of each prompt, as generate.py would: save_after(image) returns their folder,
+    in which those before are of black and white halves."""
+    folder = tmp_path / "new"
+    (folder / "compared").mkdir(parents=True)
+    before = Image.new("RGB", (64, 64), "white")
+    before.paste("black", (0, 0, 32, 64))
+
+    def save(image=before):
+        for number, prompt in enumerate(PROMPTS):
+            record = {"prompt": prompt, "seed": 0, "index": 0}
+            name = generated_images.file_name(number, 0, 0)
+            generated_images.save_image(image, record, folder / name)
+            generated_images.save_image(before, record, folder / "compared" / name)
+        return folder
+
+    return save
+
+
+class Parsed(html.parser.HTMLParser):
+    """The tags of a page, and what a browser would fetch for it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.fetched = []
+        self.tags = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                self.fetched.append(value)
+
+
+def write_page(report, images_dir=None):
+    page.main(argparse.Namespace(report_dir=report, images_dir=images_dir))
+    return (report / "report.html").read_text(encoding="utf-8")
+
+
+def test_one_file_that_fetches_nothing(report, save_after):
+    text = write_page(report, save_after())
+    parsed = Parsed(text)
+    assert len(parsed.fetched) >= 5 + 4 + 6
+    assert [uri for uri in parsed.fetched if not uri.startswith(("data:", "#"))] == []
+    assert "script" not in parsed.tags
+    assert re.findall(r"url\((?!#)|@import", text) == []
+    assert "default-src 'none'" in text  # and the browser is told so
+    assert len(text) < 500_000
+
+
+def test_photos_before_and_after_previews_curves_and_facts(report, save_after, capsys):
+    text = write_page(report, save_after())
+    tags = Parsed(text).tags
+    sampler = f"in {previews.NUM_INFERENCE_STEPS} steps with guidance {previews.GUIDANCE_SCALE}"
+    assert tags.count("svg") == 2  # losses and learning rate: other metrics are not there
+    assert tags.count("img") == 5 + 2 * 2 + 2 * 3
+    for expected in (
+        "Before and after", "While it trained", sampler,
+        "2 cores", "0.0002, cosine", "5 instance and 4 class images", "previews 12.3 s",
+        "instance images", "python ", "&lt;at night&gt;", "show no fault",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "<at night>" not in text
+    assert capsys.readouterr().out == f"open {report / 'report.html'}\n"  # no advice
+
+
+def test_a_run_that_failed_at_its_first_step_has_a_page_too(report, train_args):
+    args = train_args(report.with_name("tuned"))
+    with (
+        pytest.raises(Diverged),
+        training_log.RunRecord(args, make_plan(args), "2 cores"),
+    ):
+        raise Diverged("the loss is nan at step 1")
+    (report / training_log.METRICS).write_text('{"step": 1, "loss": NaN, "class_loss": NaN}\n')
+    assert "diverged: the loss is nan at step 1" in write_page(report)
+    (report / training_log.METRICS).unlink()
+    shutil.rmtree(report / previews.FOLDER)
+    text = write_page(report)
+    assert "diverged: the loss is nan at step 1" in text
+    for heading in ("Before and after", "While it trained", "Curves", "show no fault"):
+        assert heading not in text
+    assert "The run" in text
+
+
+def test_images_of_another_prompt_are_not_before_and_after(save_after):
+    """What is left in compared/ of an earlier command."""
+    folder = save_after()
+    first, second = page.find_pairs(folder)
+    record = {"prompt": "photo of a boat", "seed": 0, "index": 0}
+    generated_images.save_image(Image.new("RGB", (64, 64)), record, first[-1])
+    assert page.find_pairs(folder) == [second]
+    assert page.find_pairs(None) == []
+
+
+def test_the_model_card_shows_before_and_after_of_a_finished_run(report, save_after):
+    card = report.with_name("tuned") / "README.md"
+    write_page(report)
+    assert not card.exists()
+    write_page(report, save_after())
+    assert "](before-after.png)" in card.read_text()
+    assert (card.parent / "before-after.png").exists()
+
+
+def test_a_directory_of_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no run\.json: name the \.report directory of a run"):
+        write_page(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "contrast", "expected"),
+    [
+        (rows_of(0.1, 0.2), None, [page.FORGETTING]),
+        (rows_of(0.1, 0.1), 0.0, [page.BLACK]),
+        (rows_of(0.1, 0.1), 0.4, [page.WASHED_OUT]),
+        (rows_of(0.1, 0.1), 1.0, []),
+        (rows_of(0.1, 0.2)[:3], None, []),  # too few
+        ([{"step": row["step"], "loss": row["class_loss"]} for row in rows_of(0.1, 0.5)], None, []),
+        ([], None, []),
+    ],
+)
+def test_advice_where_a_figure_is_off_and_only_there(rows, contrast, expected):
+    assert page.advice(rows, contrast) == expected
+
+
+def test_noise_is_not_taken_for_a_rise():
+    """Of a loss on class images that stays where it is, in 200 runs."""
+    runs = [page.advice(rows_of(0.1, 0.1, noise=0.3, seed=seed), None) for seed in range(200)]
+    assert sum(map(bool, runs)) <= 10
+
+
+def test_black_images_are_advised_on_on_the_page_and_in_the_terminal(report, save_after, capsys):
+    text = write_page(report, save_after(Image.new("RGB", (64, 64), "black")))
+    for shown in (text, capsys.readouterr().out):
+        assert page.BLACK.finding in shown
+        assert page.BLACK.remedy in shown
+    assert "show no fault" not in text
+
+
+def test_the_page_takes_neither_ray_nor_torch(root):
+    """Which take seconds to import."""
+    code = "import sys, dreambooth.report.page; sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -1,0 +1,335 @@
+"""What a run will do, worked out from its flags; those that are refused before anything is loaded
+or written; and the fingerprint by which a run is known again."""
+
+import argparse
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from dreambooth.cli import UserError
+from dreambooth.files import pipeline_dir
+from dreambooth.run.plan import MAY_CHANGE, check_flags, make_plan, worker_range
+
+
+@pytest.fixture
+def check_and_plan(train_args, tmp_path):
+    """What train.py does before it trains: check_and_plan(train_batch_size=2) returns the plan."""
+
+    def call(output_dir=tmp_path / "out", **changes):
+        args = train_args(output_dir, **changes)
+        check_flags(args)
+        return make_plan(args)
+
+    return call
+
+
+@pytest.fixture
+def refusal(check_and_plan, tmp_path):
+    """The line with which some flags are refused: refusal(lr=0). Nothing is written."""
+
+    def refuse(**changes):
+        changes = {"output_dir": tmp_path / "deep" / "out", **changes}
+        with pytest.raises(UserError) as error:
+            check_and_plan(**changes)
+        message = str(error.value)
+        assert "\n" not in message
+        assert not (tmp_path / "deep").exists()
+        return message
+
+    return refuse
+
+
+def test_images_prompts_and_directories(
+    check_and_plan, model_dir, instance_dir, class_dir, tmp_path
+):
+    found = check_and_plan()
+    assert found.instance_paths == sorted(instance_dir.iterdir())
+    assert found.class_paths == sorted(class_dir.iterdir())
+    assert found.image_dirs == sorted([str(instance_dir), str(class_dir)])
+    assert (found.has_class_half, found.images_per_pair) == (True, 2)
+    assert [len(ids) for ids in found.prompt_ids] == [48, 48]  # padded to the model's length
+    tokenizer = pipeline_dir.load_tokenizer(model_dir)
+    prompts = tokenizer.batch_decode(found.prompt_ids, skip_special_tokens=True)
+    assert prompts == ["photo of unqtkn car", "photo of a car"]
+    images = "5 instance and 4 class images at 64 px"
+    assert str(found) == f"{images}, 3 steps of 1 pairs, 1 worker(s)"
+    assert found.report_dir == tmp_path / "out.report"
+    assert found.run_dir == tmp_path / "out.checkpoints"
+    shared = tmp_path / "shared"  # by several results, of which two may have one name
+    outputs = [tmp_path / parent / "out" for parent in ("car", "dog")]
+    run_dirs = {check_and_plan(output, storage_path=shared).run_dir for output in outputs}
+    assert len(run_dirs) == 2
+    assert {folder.parent for folder in run_dirs} == {shared}
+
+
+def test_without_prior_preservation_there_is_no_class_half(check_and_plan):
+    """Nor a need for class images and prompt: what is given of them is not looked at. Four epochs
+    of five photos, two in each step."""
+    flags = {"prior_loss_weight": 0, "class_images_dir": "/nowhere", "class_prompt": False}
+    found = check_and_plan(**flags, max_train_steps=100, train_batch_size=2)
+    assert (found.has_class_half, found.images_per_pair) == (False, 1)
+    assert found.class_paths == []
+    assert len(found.prompt_ids) == 1
+    assert found.num_steps == 10
+
+
+def test_every_class_image_is_used_num_epochs_times_within_the_maximum(check_and_plan, refusal):
+    """Four class images: two epochs are eight pairs, in steps of three; a warm-up is shorter."""
+    flags = {"num_epochs": 2, "max_train_steps": 100, "lr_scheduler": "cosine"}
+    assert check_and_plan(**flags, lr_warmup_steps=7).num_steps == 8
+    assert check_and_plan(**flags, train_batch_size=3).num_steps == 3
+    assert check_and_plan(num_epochs=2, max_train_steps=5).num_steps == 5
+    message = refusal(**flags, lr_warmup_steps=8)
+    assert "--lr_warmup_steps 8: the run has 8 steps" in message
+
+
+def test_a_number_of_workers_is_a_range(train_args, capsys):
+    assert [worker_range(text) for text in ("2", "2:4", "3:3")] == [(2, 2), (2, 4), (3, 3)]
+    for text in ("0", "-1", "0:2", "4:2", "1:2:3", "two", "2:"):
+        with pytest.raises(SystemExit) as stopped:
+            train_args("out", num_workers=f" {text}")
+        assert stopped.value.code == 2
+        assert "--num_workers" in capsys.readouterr().err
+
+
+def test_any_number_of_workers_divides_a_step_equally(check_and_plan, refusal):
+    """Of 12 pairs, at most 3 per forward pass, in as few passes as possible. Three workers cannot
+    share four pairs."""
+    found = check_and_plan(train_batch_size=3, num_workers="1:4", max_train_steps=1)
+    assert found.pairs_per_step == 12
+    assert str(found).endswith(", 1 steps of 12 pairs, 1 to 4 worker(s)")
+    expected = {1: (3, 4), 2: (3, 2), 3: (2, 2), 4: (3, 1), 6: (2, 1)}
+    for num_workers, (pairs_per_pass, num_passes) in expected.items():
+        assert found.divide(num_workers) == (pairs_per_pass, num_passes)
+        assert pairs_per_pass * num_passes * num_workers == 12
+    # Of ten pairs for each of two workers, five passes of two: at most four, and no remainder.
+    assert check_and_plan(train_batch_size=4, num_workers=5).divide(2) == (2, 5)
+    message = refusal(num_workers="2:4")
+    assert "--num_workers 2:4: 3 workers cannot share 4 pairs per step" in message
+
+
+@pytest.fixture
+def fingerprint(train_args, tmp_path):
+    """The fingerprint of the run with some flags: fingerprint(lr=1e-3)."""
+
+    def build(output_dir=tmp_path / "out", **changes):
+        args = train_args(output_dir, **changes)
+        return make_plan(args).fingerprint(args)
+
+    return build
+
+
+def test_every_flag_is_part_of_the_fingerprint_unless_it_may_change(
+    fingerprint, check_and_plan, train_args, tmp_path
+):
+    """Also one that a later version of train.py adds, which nobody has thought of."""
+    flags = vars(train_args(tmp_path / "out"))
+    assert flags.keys() >= MAY_CHANGE
+    found = fingerprint()
+    assert found.keys() >= flags.keys() - MAY_CHANGE
+    assert not found.keys() & MAY_CHANGE
+    assert json.loads(json.dumps(found)) == found  # as it is compared
+
+    plan = check_and_plan()
+    assert plan.fingerprint(argparse.Namespace(**flags, new_flag=1)) == {**found, "new_flag": 1}
+    for name in flags.keys() - MAY_CHANGE - {"resolution"}:
+        changed = plan.fingerprint(argparse.Namespace(**{**flags, name: "other"}))
+        assert changed == {**found, name: "other"}
+    for name, value in {"resolution": 32, "train_batch_size": 2, "max_train_steps": 2}.items():
+        assert fingerprint(**{name: value}) != found, name  # by what follows from them
+
+
+def test_what_may_change_does_not_change_the_fingerprint(
+    fingerprint, model_dir, instance_dir, class_dir, tmp_path
+):
+    """Copies in other places, and how the run is carried out; the factors of a step's pairs and of
+    the steps only together: with half the workers each accumulates twice the passes."""
+    paths = {
+        "output_dir": tmp_path / "elsewhere",
+        "storage_path": tmp_path / "storage",
+        "model_dir": shutil.copytree(model_dir, tmp_path / "model"),
+        "instance_images_dir": shutil.copytree(instance_dir, tmp_path / "instance"),
+        "class_images_dir": shutil.copytree(class_dir, tmp_path / "class"),
+    }
+    how_it_runs = {
+        "gradient_checkpointing": True, "compile": True, "checkpointing_steps": 5,
+        "checkpoints_total_limit": 2, "restart": True, "max_failures": 0, "wait_for_gpus": 1,
+        "log_every": 1, "preview_prompts": "photo of a car", "preview_every": 1, "verbose": True,
+    }  # fmt: skip
+    wide = {"num_workers": 4, "num_epochs": 2}  # two steps of four pairs
+    narrow = {"num_workers": 2, "gradient_accumulation_steps": 2, "max_train_steps": 2}
+    batched = {"num_workers": 2, "train_batch_size": 2, "max_train_steps": 2}
+    original = fingerprint(**wide)
+    for flags in (narrow, batched, {**wide, **paths}, {**wide, **how_it_runs}):
+        assert fingerprint(**flags) == original
+    tried = wide.keys() | narrow.keys() | batched.keys() | paths.keys() | how_it_runs.keys()
+    assert tried == MAY_CHANGE
+
+
+def test_the_fingerprint_is_of_the_images_content(fingerprint, class_dir, tmp_path):
+    folder = shutil.copytree(class_dir, tmp_path / "photos")
+    for name in ("instance_images_dir", "class_images_dir"):
+        before = fingerprint(**{name: folder})
+        shutil.copy(folder / "0.png", folder / ("1.png" if name.startswith("i") else "2.png"))
+        assert fingerprint(**{name: folder}) != before
+
+
+AT_LEAST_ONE = [
+    "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps", "lora_rank",
+    "log_every", "checkpoints_total_limit",
+]  # fmt: skip
+NOT_NEGATIVE = [
+    "lr_warmup_steps", "prior_loss_weight", "seed", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "adam_weight_decay", "checkpointing_steps", "max_failures", "wait_for_gpus", "preview_every",
+]  # fmt: skip
+TOO_LONG = "photo of a car " + "on the beach " * 14 + "at night"
+REFUSED = [
+    *(({name: 0}, f"--{name} is 0: must be at least 1") for name in AT_LEAST_ONE),
+    *(({name: -1}, f"--{name} is -1") for name in NOT_NEGATIVE),
+    # Gradients clipped to the norm 0 are 0.
+    *(({name: 0}, f"--{name} is 0.0: must be above 0") for name in ("lr", "max_grad_norm")),
+    *(({name: "nan"}, f"--{name} is nan") for name in ("lr", "prior_loss_weight", "snr_gamma")),
+    *(({name: "inf"}, f"--{name} is inf") for name in ("lr", "adam_epsilon")),
+    *(({"resolution": r}, f"--resolution {r}: this model takes") for r in (66, 0, -4, 2)),
+    ({"lr_warmup_steps": 1}, "give --lr_scheduler constant_with_warmup"),
+    ({"adam_beta1": 1.0}, "below 1"),
+    ({"adam_beta2": 1.0}, "below 1"),
+    ({"adam_beta2": 0.999, "param_dtype": "bf16"}, "give 0.99"),
+    ({"use_lora": True, "param_dtype": "bf16"}, "full fine-tuning"),
+    ({"preview_prompts": "a car"}, "--preview_prompts and --preview_every go together"),
+    ({"preview_every": 5}, "--preview_prompts and --preview_every go together"),
+    ({"class_prompt": "photo of unqtkn car"}, "are equal"),
+    ({"class_prompt": False}, "--class_images_dir and --class_prompt are missing"),
+    ({"class_images_dir": False}, "--class_images_dir and --class_prompt are missing"),
+    ({"instance_prompt": TOO_LONG}, "'at night' would be cut off"),
+    ({"class_prompt": TOO_LONG}, "'at night' would be cut off"),
+    ({"preview_prompts": TOO_LONG, "preview_every": 1}, "'at night' would be cut off"),
+    ({"model_dir": "/nowhere"}, "--model_dir /nowhere: no such directory"),
+]
+
+
+def test_each_mistake_in_the_flags_is_named(refusal):
+    for flags, text in REFUSED:
+        assert text in refusal(**flags), flags
+
+
+@pytest.mark.parametrize("name", ["instance_images_dir", "class_images_dir"])
+def test_folders_of_images_that_cannot_be_used(check_and_plan, refusal, flat_image, tmp_path, name):
+    other = {"instance_images_dir": "class_images_dir"}.get(name, "instance_images_dir")
+    folder = tmp_path / "photos"
+    flags = {name: folder}
+    assert f"{folder}: no such folder" in refusal(**flags)
+    photo = flat_image("good.png", 0, folder=folder)
+    (folder / ".DS_Store").write_text("no image")
+    plan = check_and_plan(**flags)
+    assert [photo] in (plan.instance_paths, plan.class_paths)
+    assert "are the same folder" in refusal(**flags, **{other: folder / ".." / "photos"})
+    flat_image("icon.png", 0, size=(15, 300), folder=folder)  # of the flag's resolution, a quarter
+    assert "icon.png: 15 x 300 pixels are too small" in refusal(**flags)
+    check_and_plan(**flags, resolution=60)
+    photo.write_bytes(photo.read_bytes()[:-50])
+    assert "good.png: unreadable or truncated image" in refusal(**flags)
+    for file in folder.iterdir():
+        file.unlink()
+    assert f"{folder}: no images there" in refusal(**flags)
+
+
+def test_a_result_replaces_nothing_but_an_earlier_result(
+    check_and_plan, refusal, model_dir, tmp_path
+):
+    """Neither other files nor the model itself, by whatever path it is given."""
+    (tmp_path / "file").touch()
+    assert f"--output_dir {tmp_path / 'file'} is a file" in refusal(output_dir=tmp_path / "file")
+    (tmp_path / "link").symlink_to(model_dir)
+    for folder in (model_dir, model_dir / ".." / model_dir.name, tmp_path / "link"):
+        assert "--output_dir is --model_dir" in refusal(output_dir=folder)
+    earlier = shutil.copytree(model_dir, tmp_path / "tuned")
+    assert check_and_plan(earlier).num_steps == 3
+    assert pipeline_dir.missing_file(earlier) is None  # it is still there
+    (earlier / "thesis.tex").write_text("years")
+    assert "holds other files (thesis.tex)" in refusal(output_dir=earlier)
+    assert (earlier / "thesis.tex").read_text() == "years"
+
+
+def test_checkpoints_and_report_go_into_directories(refusal, tmp_path):
+    """A file in their place is found before the run, not after its first hour."""
+    (tmp_path / "file").touch()
+    message = refusal(storage_path=tmp_path / "file")
+    assert message.startswith(f"the checkpoints' directory, {tmp_path / 'file'}")
+    (tmp_path / "out.report").touch()
+    message = refusal(output_dir=tmp_path / "out")
+    assert message.startswith(f"the report's directory, {tmp_path / 'out.report'}")
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk with disk.free bytes free."""
+    usage = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    return usage
+
+
+def test_a_disk_without_space_for_the_result(check_and_plan, refusal, model_dir, tmp_path, disk):
+    """In float32, whatever the precision of the original model (here float16). What a killed save
+    has left counts as free, as the next one deletes it."""
+    disk.free = 4 * sum(pipeline_dir.num_parameters(model_dir).values())
+    check_and_plan(checkpointing_steps=0)
+    disk.free -= 1000
+    message = refusal(checkpointing_steps=0, output_dir=tmp_path / "out")
+    assert "0.0 GB are free, and the result will take" in message
+    (tmp_path / ".out.new" / "unet").mkdir(parents=True)
+    (tmp_path / ".out.new" / "unet" / "half.safetensors").write_bytes(bytes(1000))
+    check_and_plan(checkpointing_steps=0)
+    disk.free = 1e6
+    check_and_plan(use_lora=True)
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("fp32", 12), ("bf16", 8)])
+def test_a_disk_without_space_for_one_more_checkpoint(
+    train_args, tmp_path, sd14_dir, disk, dtype, num_bytes
+):
+    """While that is written. What is there already counts, so that a run can resume: also what a
+    killed process has not finished, which the next one deletes."""
+    sizes = pipeline_dir.num_parameters(sd14_dir)
+    flags = {"model_dir": sd14_dir, "param_dtype": dtype, "checkpoints_total_limit": 2}
+    args = train_args(tmp_path / "out", **flags)
+    needed = 3 * num_bytes * (sizes["unet"] + sizes["text_encoder"])
+    disk.free = needed
+    check_flags(args)
+    disk.free -= 1000
+    for name, size in (("step_000003", 600), (".step_000006.tmp", 400)):
+        with pytest.raises(UserError, match=r"2 \+ 1 checkpoints"):
+            check_flags(args)
+        state = tmp_path / "out.checkpoints" / name / "state.pt"
+        state.parent.mkdir(parents=True)
+        state.write_bytes(bytes(size))
+    check_flags(args)
+    disk.free = needed / 2
+    check_flags(train_args(tmp_path / "out", **flags, checkpointing_steps=0))
+
+
+def test_unusual_prompts_are_asked_about(check_and_plan, capsys):
+    for instance_prompt, class_prompt in (
+        ("photo of unqtkn dog", "photo of a dog"),
+        ("Photo of sks owl on grass", "a photo of an owl"),
+    ):
+        check_and_plan(instance_prompt=instance_prompt, class_prompt=class_prompt)
+        assert capsys.readouterr().err == ""
+    for instance_prompt, class_prompt in (
+        ("photo of a dog", "photo of unqtkn dog"),  # the wrong way round
+        ("photo of unqtkn dog", "a photo of unqtkn dog"),
+        ("photo of a dog", "photo of the dog"),
+        ("photo of sks dog", "photo of a dog in the snow"),
+    ):
+        check_and_plan(instance_prompt=instance_prompt, class_prompt=class_prompt)
+        warning = capsys.readouterr().err
+        assert warning.startswith("warning: --class_prompt is usually --instance_prompt without")
+        assert len(warning.splitlines()) == 1
+
+
+def test_a_folder_of_one_photo_is_asked_about(check_and_plan, flat_image, tmp_path, capsys):
+    flat_image("banner.png", 0, folder=tmp_path / "images")
+    check_and_plan(instance_images_dir=tmp_path / "images")
+    assert "images holds 1 photo (banner.png): is it the right folder?" in capsys.readouterr().err
