@@ -114,7 +114,8 @@ def load_models(args, device, autocast=None):
     with pipeline_dir.loading(f"{args.model_dir}/scheduler"):
         scheduler = DDPMScheduler.from_pretrained(args.model_dir, subfolder="scheduler")
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-        scheduler.alphas_cumprod[-1].item()  # of an empty schedule, fails here
+        if not len(scheduler.alphas_cumprod):
+            raise UserError(f"{args.model_dir}/scheduler has no timesteps")
     return vae, denoiser, scheduler
 
 

@@ -1,6 +1,6 @@
-"""Model directories as other programs and half-finished downloads leave them, drawn at random: files
-missing or of no use, fields missing, null or of another type, harmless extras. Each works, or is one
-line.
+"""Model directories as other programs and half-finished downloads leave them, drawn at random:
+files missing or of no use, fields missing, null or of another type, harmless extras. Each works, or
+is one line.
 
     DRAWN=200 python -m pytest tests/test_drawn_model_dirs.py
 """

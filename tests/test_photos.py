@@ -214,10 +214,15 @@ def test_every_format_that_is_looked_for_is_read(tmp_path):
     colour = (200, 100, 50)
     Image.new("RGB", (64, 48), colour).save(tmp_path / "phone.HEIC", format="HEIF")
     (tmp_path / "phone.HEIC").rename(tmp_path / "phone.JPG")
-    for suffix in photos.READABLE:
-        Image.new("RGB", (64, 48), colour).save(tmp_path / f"a{suffix}")
+    suffixes = (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+        ".avif", ".ppm", ".pgm", ".heic", ".heif", ".heics", ".tga", ".jp2", ".mpo",
+    )  # fmt: skip
+    for suffix in suffixes:
+        image = Image.new("RGB", (64, 48), colour)
+        image.save(tmp_path / f"a{suffix}", format="JPEG" if suffix == ".mpo" else None)
     found = photos.find_images(tmp_path)
-    assert len(found) == len(photos.READABLE) + 1
+    assert len(found) == len(suffixes) + 1
     for file in found:
         image = photos.open_image(file)
         assert image.size == (64, 48)
@@ -293,11 +298,33 @@ def test_what_is_no_image_of_the_folder_is_skipped(flat_image, tmp_path):
 def test_unreadable_formats_are_refused_by_name(flat_image, tmp_path):
     """Fault 6 of the published example: what it could not read was skipped silently."""
     flat_image("a.png", 0)
-    for name in ("IMG_1.DNG", "d.svg"):
+    for name in ("IMG_1.DNG", "DSCF1.raf", "P1.orf", "1.rw2", "d.svg", "plot.eps"):
         (tmp_path / name).write_bytes(b"some camera's own")
-        with pytest.raises(UserError, match=f"{name}: .* cannot be read; convert it.* .jpg"):
+        with pytest.raises(UserError, match=f"{name}: .* cannot be read; convert it to JPEG"):
             photos.find_images(tmp_path)
         (tmp_path / name).unlink()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match=r"gone.jpg is a link to a file that does not exist"):
+        photos.find_images(tmp_path)
+
+
+def test_what_is_skipped_is_counted_in_one_line(flat_image, tmp_path, capsys):
+    """Not captions of images, what generate.py writes, and hidden files."""
+    flat_image("a.png", 0)
+    for name in ("a.txt", "metadata.jsonl", "contact_sheet.png", ".DS_Store"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "compared").mkdir()
+    flat_image("x.png", 0, folder=tmp_path / "compared")
+    assert len(photos.find_images(tmp_path, report=True)) == 1
+    assert capsys.readouterr().out == ""
+    for name in ("x.txt", "Thumbs.db", "film.mp4"):
+        (tmp_path / name).write_text("")
+    flat_image("b.png", 0, folder=tmp_path / "more")
+    photos.find_images(tmp_path, report=True)
+    line = capsys.readouterr().out
+    assert line == (
+        f"skipped in {tmp_path}: 4 files that are no images (Thumbs.db, film.mp4, more/, ...)\n"
+    )
 
 
 def test_own_photos_are_those_of_this_subject_alone(flat_image, tmp_path, capsys):
@@ -347,7 +374,7 @@ def test_fewer_than_three_photos_are_asked_about(flat_image, tmp_path, capsys):
         source = flat_image(f"{count}.png", 0, folder=tmp_path / "source").parent
         photos.main(SimpleNamespace(source=source, folder=own))
         assert len(photos.find_images(own)) == count
-        warning = f"warning: {own} holds {photos_in_words} (1.png)" if count < 3 else ""
+        warning = f"warning: {source} holds {photos_in_words} (1.png)" if count < 3 else ""
         err = capsys.readouterr().err
         assert err.startswith(warning)
         assert len(err.splitlines()) == (count < 3)

@@ -226,18 +226,19 @@ def _to_8_bits(image):
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image).astype(np.float64)
-    white = 65535
     if image.mode == "F":
         values = np.nan_to_num(values)
         white = next((white for white in (1, 255) if values.max() <= 2 * white), 65535)
+        scaled = (values * (255 / white)).round()
     elif image.mode == "I":
         if values.min() < 0 or values.max() > 65535:
             raise UserError(
                 f"its values, {values.min():.0f} to {values.max():.0f}, are neither 8 nor 16 bits"
                 " wide; convert it to PNG"
             )
-        white = 255 if values.max() <= 255 else 65535
-    scaled = values // 257 if white == 65535 else (values * (255 / white)).round()
+        scaled = values if values.max() <= 255 else values // 257
+    else:
+        scaled = values // 257
     grey = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
     if isinstance(image.info.get("transparency"), int):
         grey.putalpha(Image.fromarray((values != image.info["transparency"]) * np.uint8(255)))

@@ -1,4 +1,4 @@
-"""How real do a pocket model's images look? A Fréchet distance, as the field measures it, and edges.
+"""How real do a pocket model's images look? A Fréchet distance, as the field has it, and edges.
 
     python tests/benchmarks/realism.py --model_dir dreambooth/pocket/model --work_dir /tmp/judge
 
