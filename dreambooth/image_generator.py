@@ -3,12 +3,10 @@
 A record is a dict that says all an image depends on: prompt, seed, index, file name, and settings.
 """
 
-import re
 import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -182,38 +180,19 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     weights = load_file(file)
     if (file.parent / PEFT_CONFIG).exists() and any(name.startswith(PEFT) for name in weights):
         weights = from_peft(weights, file.parent / PEFT_CONFIG, flag)
-    try:
-        state, _ = pipeline.lora_state_dict(dict(weights))[:2]
-    except Exception as error:  # of another model, conversion can end in any
-        raise UserError(f"{flag} is no LoRA for --model_dir ({type(error).__name__})") from None
-    fitting = [name for name in state if _layer_of(pipeline, name)]
-    if not fitting:
-        raise UserError(f"{flag} is no LoRA for --model_dir: no layer has such a name")
-    if len(fitting) < len(state):
-        strange = next(name for name in state if name not in set(fitting))
-        warn(f"{flag}: {len(state) - len(fitting)} of its {len(state)} tensors fit no layer"
-             f" ({strange}) and are left out")  # fmt: skip
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pipeline.load_lora_weights(weights, adapter_name="subject")
-    if any("additional target modules" in str(warning.message) for warning in caught):
-        warn(f"{flag}: some of its matrices were not loaded")
+        given = [n for n in pipeline.lora_state_dict(dict(weights))[0] if not n.endswith("alpha")]
+        pipeline.load_lora_weights(dict(weights), adapter_name="subject")
+    models = (pipeline.unet, pipeline.text_encoder)
+    loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
+    if not loaded:
+        raise UserError(f"{flag} is no LoRA for --model_dir: no layer has such a name")
+    partly = any("additional target modules" in str(warning.message) for warning in caught)
+    if partly or len(loaded) < len(given):
+        count = f"{len(loaded)} of {len(given)}"
+        warn(f"{flag}: some of its matrices were not loaded, as they fit no layer ({count} were)")
     pipeline.set_adapters("subject", lora_scale)
-
-
-def _layer_of(pipeline, name):
-    """The layer of `pipeline` for which a LoRA's tensor is, by diffusers' name; None if none."""
-    layer = re.split(
-        r"\.lora_[AB]\.|\.lora\.|\.lora_linear_layer\.|\.lora_magnitude|\.alpha", name
-    )[0]
-    part, _, path = layer.partition(".")
-    model = getattr(pipeline, part, None)
-    if model is None or not path:
-        return None
-    for candidate in (path, path.removeprefix("text_model."), f"text_model.{path}"):
-        with suppress(AttributeError):
-            return model.get_submodule(candidate)
-    return None
 
 
 PEFT = "base_model.model."  # how the names of PEFT's own files begin

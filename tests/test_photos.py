@@ -4,6 +4,7 @@ subject."""
 import errno
 import struct
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -402,3 +403,60 @@ def test_a_phones_photos_are_trained_on(tmp_path, train_here, capsys):
     assert "3 instance and 0 class images at 64 px, 1 steps of 1 pairs, 1 worker(s)" in run.stdout
     assert "warning" not in capsys.readouterr().err
     assert missing_file(run.output_dir) is None
+
+
+def test_names_that_differ_in_case_alone_are_both_copied(flat_image, tmp_path, monkeypatch):
+    """To a disk that sees no case, where one would replace the other."""
+    for name, colour in (("A.png", (255, 0, 0)), ("a.png", (0, 0, 255))):
+        flat_image(name, colour, folder=tmp_path / "source")
+    exists = Path.exists
+
+    def without_case(path):
+        siblings = path.parent.iterdir() if exists(path.parent) else []
+        return path.name.lower() in {sibling.name.lower() for sibling in siblings}
+
+    monkeypatch.setattr(Path, "exists", without_case)
+    photos.copy_images(tmp_path / "source", tmp_path / "own")
+    found = photos.find_images(tmp_path / "own")
+    assert {photos.open_image(file).getpixel((0, 0)) for file in found} == {
+        (255, 0, 0),
+        (0, 0, 255),
+    }
+
+
+def test_a_photo_of_200_megapixels_is_read_in_bounded_memory(tmp_path):
+    """What a phone takes; more than half of it at once, in 8 bits, would be 300 MB."""
+    Image.new("L", (16320, 12240), 120).save(tmp_path / "phone.jpg", quality=30)
+    image = photos.open_image(tmp_path / "phone.jpg")
+    assert image.size == (8160, 6120)
+    assert image.getpixel((0, 0))[0] in (119, 120, 121)
+    with pytest.raises(UserError, match="bomb.jpg: unreadable"):
+        Image.new("1", (30000, 12000)).save(tmp_path / "bomb.jpg", format="PNG")
+        photos.open_image(tmp_path / "bomb.jpg")
+
+
+def test_integers_of_32_bits_are_8_or_16_bits_wide_or_an_error(tmp_path):
+    """A TIFF with values up to 255 became black."""
+    for brightest, expected in ((200, 200), (255, 255), (51400, 200), (65535, 255)):
+        Image.fromarray(np.full((4, 4), brightest, np.int32)).save(tmp_path / "a.tif")
+        assert photos.open_image(tmp_path / "a.tif").getpixel((0, 0)) == (expected,) * 3
+    for odd in (70_000, -1):
+        Image.fromarray(np.full((4, 4), odd, np.int32)).save(tmp_path / "a.tif")
+        with pytest.raises(UserError, match="a.tif: its values, .* are neither 8 nor 16 bits"):
+            photos.open_image(tmp_path / "a.tif")
+
+
+def test_a_folder_or_a_photo_that_may_not_be_read_is_one_line(flat_image, tmp_path, monkeypatch):
+    """(These tests may run as root, who may read everything.)"""
+    photo = flat_image("a.png", 0)
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(args[0]))
+
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(UserError, match="a.png cannot be read: Permission denied"):
+        photos.open_image(photo)
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Permission denied"):
+        photos.find_images(tmp_path)
