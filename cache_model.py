@@ -10,10 +10,11 @@ The model "pocket" comes with this checkout: it needs no network.
 """
 
 import errno
-import shutil
+import re
 from contextlib import contextmanager
+from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -26,13 +27,6 @@ from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.pocket.classes import POCKET_DIR
 
-PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-WEIGHTS = {
-    "text_encoder": "model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "unet": "diffusion_pytorch_model.safetensors",
-}
-
 
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
@@ -43,31 +37,28 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def files_to_fetch(names):
-    """Of a revision's file `names`, those that the scripts use: configurations, tokenizer, and for
-    each model its float32 safetensors, or the pickle if there are none. Not the safety checker,
-    half precision copies, flax, onnx or single-file checkpoints."""
+def files_to_fetch(names, family):
+    """Of a revision's file `names`, those that the scripts use: configurations, tokenizer, and of
+    each model the weights that `choose_weights` prefers. Not the safety checker, other copies of
+    the weights, flax, onnx or single-file checkpoints. UserError: a model has no weights there."""
     wanted = []
     for name in names:
         part, _, file = name.partition("/")
-        is_text = file.endswith((".json", ".txt")) and not file.endswith(".index.json")
-        if name == "model_index.json" or (part in PARTS and is_text):
+        is_text = file.endswith((".json", ".txt", ".jinja")) and not re.search(r"index.*json", file)
+        if name == pipeline_dir.INDEX or (part in family.parts and is_text):
             wanted.append(name)
-    for part, safetensors in WEIGHTS.items():
-        pickle = safetensors.replace(".safetensors", ".bin")
-        if part == "text_encoder":
-            pickle = "pytorch_model.bin"
-        candidates = [f"{part}/{safetensors}", f"{part}/{pickle}"]
-        present = [name for name in candidates if name in names]
-        if not present:
-            raise UserError(f"this revision has no {part} weights: it is not a diffusers model")
-        wanted.append(present[0])
+    for part in family.models:
+        found = pipeline_dir.choose_weights(part, names)
+        if found is None:
+            raise UserError(f"this revision has no {part} weights that can be read")
+        wanted += found.files
     return wanted
 
 
 def fetch_from_hub(cache_dir, model_name, revision):
-    """Download what is missing; returns the pipeline directory. UserError: no network, no such
-    model or revision, or a licence to accept first."""
+    """Download what is missing; returns the pipeline directory. What model it is, is looked at
+    first. UserError: no network, no such model or revision, a licence to accept first, or a model
+    that these scripts do not take."""
     snapshot = pipeline_dir.snapshot_dir(cache_dir, model_name, revision)
     offline_remedy = (
         f"run this where there is one and copy the directory to {snapshot},"
@@ -75,7 +66,17 @@ def fetch_from_hub(cache_dir, model_name, revision):
     )
     with hub_errors_as_one_line(model_name, revision, cache_dir, offline_remedy):
         info = HfApi().model_info(model_name, revision=revision)
-        files = files_to_fetch([file.rfilename for file in info.siblings])
+        names = [file.rfilename for file in info.siblings]
+        if pipeline_dir.INDEX not in names:
+            raise UserError(
+                f"{model_name} is no diffusers model: it has no {pipeline_dir.INDEX}; look on its"
+                ' page for one that has, often named "...-diffusers"'
+            )
+        index = hf_hub_download(
+            model_name, pipeline_dir.INDEX, revision=info.sha, cache_dir=cache_dir
+        )
+        index = pipeline_dir.read_config(Path(index), model_name)
+        files = files_to_fetch(names, pipeline_dir.family_of(index, model_name))
         return snapshot_download(
             model_name, revision=revision, cache_dir=cache_dir, allow_patterns=files
         )
@@ -88,6 +89,8 @@ def hub_errors_as_one_line(name, revision, folder, offline_remedy):
     be accepted first, no space, no permission."""
     try:
         yield
+    except UserError:
+        raise
     except GatedRepoError:
         raise UserError(
             f"{name} requires accepting its licence: do so on its page, then run `hf auth login`"
@@ -114,9 +117,7 @@ def copy_pocket(snapshot):
     is_complete = pipeline_dir.missing_file(snapshot) is None
     if is_complete and pipeline_dir.fingerprint(snapshot) == pipeline_dir.fingerprint(POCKET_DIR):
         return
-    atomic.replace_dir(
-        snapshot, lambda folder: shutil.copytree(POCKET_DIR, folder, dirs_exist_ok=True)
-    )
+    atomic.replace_dir(snapshot, lambda folder: atomic.copy_files(POCKET_DIR, folder))
 
 
 def main(args):

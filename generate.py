@@ -37,11 +37,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--model_dir", **path, required=True, help="diffusers pipeline directory")
-    add(
-        "--lora_weights_dir",
-        **path,
-        help=f"directory with {pipeline_dir.LORA_FILE}, to apply on top",
-    )
+    lora_help = f"a LoRA to apply on top: a file, or a directory with {pipeline_dir.LORA_FILE}"
+    add("--lora_weights_dir", **path, help=lora_help)
     add("--lora_scale", type=float, default=1.0, help="strength of the LoRA")
     compare_help = "a second model: its images, from the same noise, go below on the sheet"
     add("--compare_to", **path, help=compare_help)
@@ -82,7 +79,7 @@ def check_args(args):
     if args.compare_to:
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")
     if args.lora_weights_dir:
-        pipeline_dir.check_lora_dir(args.lora_weights_dir)
+        pipeline_dir.lora_file(args.lora_weights_dir)
     if args.prompts_file:
         args.prompts = args.prompts + read_lines(args.prompts_file, "--prompts_file")
     if not args.prompts:
@@ -98,7 +95,7 @@ def plan(args):
     lora = args.lora_weights_dir
     settings = {
         "model": pipeline_dir.fingerprint(args.model_dir),
-        "lora": pipeline_dir.fingerprint(lora) if lora else "",
+        "lora": pipeline_dir.lora_fingerprint(lora) if lora else "",
         "lora_scale": args.lora_scale,
         "scheduler": args.scheduler,
         "num_inference_steps": args.num_inference_steps,

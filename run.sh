@@ -54,7 +54,8 @@ set_paths() {
 # fewer, the subject is learned worse at any learning rate.
 choose_train_flags() {
   local added= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
-  local epochs=$(((STEPS * pairs * NUM_WORKERS + NUM_CLASS_IMAGES - 1) / NUM_CLASS_IMAGES))
+  local epochs=$((STEPS * pairs * NUM_WORKERS))  # without class images: of the photos, however few
+  if ((NUM_CLASS_IMAGES > 0)); then epochs=$(((epochs + NUM_CLASS_IMAGES - 1) / NUM_CLASS_IMAGES)); fi
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
   if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
     added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" $added)
@@ -75,14 +76,14 @@ main() {
   fi
   ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
   if [[ "$ORIG_MODEL_NAME" == pocket ]]; then use_pocket; else use_stable_diffusion; fi
-  [[ "$PAIRS $STEPS" =~ ^[1-9][0-9]*\ [1-9][0-9]*$ ]] ||
-    { echo "error: PAIRS=$PAIRS, STEPS=$STEPS: both must be whole numbers of at least 1" >&2; exit 2; }
+  PREVIEW_EVERY=${PREVIEW_EVERY:-100}
+  check_number 1 PAIRS STEPS NUM_WORKERS
+  check_number 0 NUM_GPUS NUM_CLASS_IMAGES PREVIEW_EVERY
   set_paths
   UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
-  PREVIEW_EVERY=${PREVIEW_EVERY:-100}
   CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
-  if [[ "$ORIG_MODEL_NAME" == pocket ]]; then "$PYTHON" -m dreambooth.pocket.classes "$CLASS_PROMPT" "$INSTANCE_PROMPT"; fi
+  check_cheaply
   echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
   echo "results go to $SUBJECT_DIR and replace earlier ones there; class images to $IMAGES_REG_DIR"
 
@@ -90,6 +91,7 @@ main() {
   "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
   [[ -n "$OWN_TRAIN_FLAGS" ]] || choose_train_flags
   if [[ "${LORA:-0}" == 1 && "$TRAIN_FLAGS" != *--use_lora* ]]; then TRAIN_FLAGS+=" --use_lora"; fi
+  if ((NUM_CLASS_IMAGES == 0)); then TRAIN_FLAGS+=" --prior_loss_weight 0"; fi
   TRAIN_FLAGS+=" ${MORE_FLAGS:-}"
   RESULT_DIR=$TUNED_MODEL_DIR
   RESULT=(--model_dir "$TUNED_MODEL_DIR")
@@ -99,16 +101,18 @@ main() {
   fi
 
   step 2 "get the photos of the subject (seconds)"
-  if [[ "$(realpath -m "$INSTANCE_DIR")" == "$(realpath -m images/dog)" ]]; then
-    "$PYTHON" download_example_dataset.py images/dog
-  fi
+  if is_example; then "$PYTHON" download_example_dataset.py images/dog; fi
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"
   local ray_data=--use_ray_data  # on all GPUs; without any, and without a cluster, Ray would only take time to start
   if ((NUM_GPUS == 0)) && [[ -z "${RAY_ADDRESS:-}" ]]; then ray_data=; fi
-  "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
-    --num_samples_per_prompt "$NUM_CLASS_IMAGES" --overwrite $ray_data $CLASS_FLAGS
+  local class_images=()
+  if ((NUM_CLASS_IMAGES > 0)); then
+    "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
+      --num_samples_per_prompt "$NUM_CLASS_IMAGES" --overwrite $ray_data $CLASS_FLAGS
+    class_images=("$CLASS_PROMPT, by the original model=$IMAGES_REG_DIR")
+  fi
 
   step 4 "fine-tune (minutes)"
   local previews=(--preview_prompts "$INSTANCE_PROMPT ${SCENES%%|*}" "$CLASS_PROMPT" --preview_every "$PREVIEW_EVERY")
@@ -126,10 +130,35 @@ main() {
     --compare_to "$ORIG_MODEL_PATH" --overwrite ${RAY_ADDRESS:+--use_ray_data} $SAMPLE_FLAGS
 
   step 6 "put photos, class images and new images on one sheet, and the run on a page"
-  "$PYTHON" -m dreambooth.files.generated_images --output "$SUBJECT_DIR/dreambooth.png" "photos of the subject=$IMAGES_OWN_DIR" \
-    "$CLASS_PROMPT, by the original model=$IMAGES_REG_DIR" "$INSTANCE_PROMPT ${SCENES//|/, }=$IMAGES_NEW_DIR"
+  "$PYTHON" -m dreambooth.files.generated_images --output "$SUBJECT_DIR/dreambooth.png" \
+    "photos of the subject=$IMAGES_OWN_DIR" ${class_images[@]+"${class_images[@]}"} \
+    "$INSTANCE_PROMPT ${SCENES//|/, }=$IMAGES_NEW_DIR"
   echo "done: $SUBJECT_DIR/dreambooth.png, and the page ($SECONDS s in all)"
   "$PYTHON" -m dreambooth.report.page "$RESULT_DIR.report" --images_dir "$IMAGES_NEW_DIR"
+}
+
+# What costs seconds comes before what costs gigabytes or minutes: the prompts, the photos, the flags.
+check_cheaply() {
+  if [[ "$ORIG_MODEL_NAME" == pocket ]]; then
+    "$PYTHON" -m dreambooth.pocket.classes "$CLASS_PROMPT" "$INSTANCE_PROMPT"
+  else
+    "$PYTHON" -c 'import sys, train; train.parse_args(sys.argv[1:])' --model_dir "$ORIG_MODEL_DIR" \
+      --output_dir "$TUNED_MODEL_DIR" --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" \
+      --class_prompt "$CLASS_PROMPT" $OWN_TRAIN_FLAGS ${MORE_FLAGS:-}
+  fi
+  is_example || "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR"
+}
+
+is_example() { [[ "$(realpath -m "$INSTANCE_DIR")" == "$(realpath -m images/dog)" ]]; }
+
+# Each of the named variables must be a whole number of at least $1.
+check_number() {
+  local least=$1 name
+  shift
+  for name in "$@"; do
+    [[ "${!name}" =~ ^(0|[1-9][0-9]*)$ ]] && ((${!name} >= least)) ||
+      { echo "error: $name=${!name}: must be a whole number of at least $least" >&2; exit 2; }
+  done
 }
 
 step() { echo "--- $SECONDS s, step $1: $2"; }
@@ -152,7 +181,8 @@ find_python() {
 for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH {TUNED_MODEL,LORA,IMAGES_REG,IMAGES_OWN,IMAGES_NEW}_DIR; do
   [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
 done
-cd "$(dirname "$0")"
+if [[ "${PYTHON:-}" == */* ]]; then PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON"); fi
+cd "$(dirname "$(realpath "$0")")"
 case "${1:-}" in
   "") find_python; main ;;
   test) find_python; exec "$PYTHON" -m pytest -q ;;

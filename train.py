@@ -151,12 +151,9 @@ def train_fn(config):
     log.models_are_loaded(parameters, num_workers)
 
     # Set up what happens once in a while; the data say after which step the run goes on.
-    callbacks = [
-        log,
-        checkpoints.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank),
-        previews.Previews(args, plan, vae, denoiser, log),
-    ]
-    first_step = batches.first_position() // plan.pairs_per_step
+    saver = checkpoints.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank)
+    callbacks = [log, saver, previews.Previews(args, plan, vae, denoiser, log)]
+    first_step = plan.step_of(batches.first_position())
     for callback in callbacks:
         callback.on_train_begin(first_step)
 
@@ -175,7 +172,7 @@ def train_fn(config):
         callback.on_train_end()
 
     if rank == 0:
-        export.save(denoiser, args)
+        saver.save_result(export.save, denoiser, args)
     return log.summary()  # [5] rank 0's is the Result's return value
 
 
@@ -212,7 +209,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
 
 def main(args):
     """Check the flags, start Ray, train, and say where the result is."""
-    started = time.time()
+    started, began = time.time(), time.monotonic()  # for other processes, and for this one
     check_flags(args)
     ray_start = cluster.start_ray_in_background(args.verbose)
     plan = make_plan(args)
@@ -243,7 +240,7 @@ def main(args):
         checkpoints.remove_unless_needed(plan.run_dir)
     checkpoints.remove(plan.run_dir)
     print(training_log.where_the_seconds_went(result.return_value))
-    print(f"wrote {args.output_dir} ({time.time() - started:.0f} s in all)")
+    print(f"wrote {args.output_dir} ({time.monotonic() - began:.0f} s in all)")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,12 @@
 import gc
 import os
 
+# Where a standard stream is closed (`train.py >&-`), the next file that is opened, a checkpoint or
+# other, would get its number, and what is printed.
+while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+    pass
+os.close(descriptor)
+
 # How long a thread of torch that waits for another one keeps its core: by default, beside other
 # programs, until its share of the time is up.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -7,6 +7,7 @@ off, unless a script runs with --verbose.
 
 import argparse
 import atexit
+import errno
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ QUIET_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "RAY_DATA_LOG_LEVEL": "CRITICAL",
 }
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # One of Ray Train's loggers has no name of its own: it is the root logger.
 LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "diffusers", "transformers", "peft")
 
@@ -98,7 +100,9 @@ def _one_line(message):
 
 
 def run_main(main, args):
-    """Call `main(args)` and exit. A `UserError` becomes one line and exit code 2; Ctrl-C, 130."""
+    """Call `main(args)` and exit. A `UserError` becomes one line and exit code 2, and so does a
+    disk that is full or that may not be read or written; Ctrl-C, 130."""
+    sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)
     try:
         with _iterators_closed():
             main(args)
@@ -106,9 +110,44 @@ def run_main(main, args):
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK or not error.filename:
+            raise
+        print(f"error: {_one_line(error.filename)}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class _Stream:
+    """A standard stream that outlives its reader: after `train.py | head -1`, what is printed goes
+    nowhere, and the run goes on."""
+
+    def __init__(self, stream):
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (None: closed from the start)
+        with suppress(AttributeError):
+            self._stream.reconfigure(errors="backslashreplace")  # a prompt need not be in Latin-1
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._give_up()
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # what the stream still holds goes there as well
+        os.close(nowhere)
 
 
 def _exit_at_once():

@@ -52,7 +52,7 @@ def pair_images(instance_paths, class_paths, num_pairs, seed):
 def build_dataset(pairs, verbose=False, num_cpus=None):
     """A Ray Dataset with one row for each of `pairs`, in their order. No image is read yet; the
     tasks that will read them take at most `num_cpus` cores (default: all)."""
-    blocks = math.ceil(len(pairs) / PAIRS_PER_BLOCK)
+    blocks = max(1, math.ceil(len(pairs) / PAIRS_PER_BLOCK))
     rows = ray.data.from_items(pairs, override_num_blocks=blocks)
     rows.context.execution_options.preserve_order = True
     rows.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=num_cpus)
@@ -120,12 +120,14 @@ class Prefetched:
 
     def __init__(self, batches):
         self.batches = iter(batches)
-        self.first = ThreadPoolExecutor(1).submit(next, self.batches)
+        self.first = ThreadPoolExecutor(1).submit(next, self.batches, None)
 
     def first_position(self):
-        """The position in the run of the first pair; waits for it."""
-        return self.first.result()["positions"][0]
+        """The position in the run of the first pair; None if there is none. Waits for it."""
+        first = self.first.result()
+        return first and first["positions"][0]
 
     def __iter__(self):
-        yield self.first.result()
+        if self.first.result() is not None:
+            yield self.first.result()
         yield from self.batches

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dreambooth.cli import UserError, configure_logs, hide_progress_bars, warn
 from dreambooth.files import generated_images, pipeline_dir
@@ -22,6 +23,7 @@ from dreambooth.seeds import seed_for
 CPU_PIXELS = 16 * 64 * 64  # per batch on a CPU
 MAX_BATCH = 16  # on a GPU: larger batches are hardly faster
 BYTES_PER_PIXEL = 4096  # GPU memory per image being generated; an estimate, corrected by halving
+MIN_LAST_ALPHA = 1e-4  # Stable Diffusion's cumulative alpha ends at 0.0047
 MAX_ATTEMPTS = 10  # an image without content is sampled again, with other noise
 
 
@@ -145,33 +147,71 @@ def warn_if_slow(args):
 
 def load_pipeline(model_dir, dtype=None, scheduler="dpm", **parts):
     """The pipeline of `model_dir` to sample from; `parts` are models to take in place of its own.
-    `scheduler`: "dpm", DPM-Solver++ with Karras sigmas, or "model", the model's own."""
-    from diffusers import DPMSolverMultistepScheduler  # here: not needed if nothing is missing
-
+    `scheduler`: "dpm", that of `build_dpm`, or "model", the model's own."""
     pipeline = pipeline_dir.load_pipeline(model_dir, dtype, **parts)
-    if scheduler == "dpm":
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-            pipeline.scheduler.config, use_karras_sigmas=True
-        )
+    with pipeline_dir.loading(f"{model_dir}/scheduler"):
+        if scheduler == "dpm":
+            pipeline.scheduler = build_dpm(pipeline.scheduler.config)
+        pipeline.scheduler.set_timesteps(10)  # fails here, and not after minutes
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def build_dpm(config):
+    """DPM-Solver++ with Karras sigmas (Lu et al. 2022, arXiv 2211.01095) for a noise schedule.
+
+    Where the last timestep is all but pure noise (cosine, zero SNR), without Karras: its first
+    steps are all so noisy that they fall on that one timestep.
+    """
+    from diffusers import DPMSolverMultistepScheduler  # here: not needed if nothing is missing
+
+    dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    if dpm.alphas_cumprod[-1] < MIN_LAST_ALPHA:
+        dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=False)
+    return dpm
+
+
 def apply_lora(pipeline, lora_weights_dir, lora_scale):
-    """Put the LoRA of `lora_weights_dir` on the models of `pipeline`. UserError: it is another
-    model's."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            pipeline.load_lora_weights(lora_weights_dir, adapter_name="subject")
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--lora_weights_dir {lora_weights_dir} does not fit --model_dir: {reason}"
-        ) from error
-    if any("additional target modules" in str(warning.message) for warning in caught):
-        warn(f"--lora_weights_dir {lora_weights_dir}: some of its matrices were not loaded")
+    """Put the LoRA of `lora_weights_dir` on the models of `pipeline`, and say which file that is.
+    UserError: it is another model's."""
+    file = pipeline_dir.lora_file(lora_weights_dir)
+    flag = f"--lora_weights_dir {file}"
+    print(f"with the LoRA of {file}", flush=True)
+    weights = load_file(file)
+    if (file.parent / PEFT_CONFIG).exists() and any(name.startswith(PEFT) for name in weights):
+        weights = from_peft(weights, file.parent / PEFT_CONFIG, flag)
+    with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given = [n for n in pipeline.lora_state_dict(dict(weights))[0] if not n.endswith("alpha")]
+        pipeline.load_lora_weights(dict(weights), adapter_name="subject")
+    models = (pipeline.unet, pipeline.text_encoder)
+    loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
+    if not loaded:
+        raise UserError(f"{flag} is no LoRA for --model_dir: no layer has such a name")
+    partly = any("additional target modules" in str(warning.message) for warning in caught)
+    if partly or len(loaded) < len(given):
+        count = f"{len(loaded)} of {len(given)}"
+        warn(f"{flag}: some of its matrices were not loaded, as they fit no layer ({count} were)")
     pipeline.set_adapters("subject", lora_scale)
+
+
+PEFT = "base_model.model."  # how the names of PEFT's own files begin
+PEFT_CONFIG = "adapter_config.json"
+
+
+def from_peft(weights, config_file, flag):
+    """The tensors of a PEFT adapter under diffusers' names; its scale goes into the matrices."""
+    config = pipeline_dir.read_config(config_file, flag)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+        raise UserError(f"{flag}: {config_file.name} has no r and lora_alpha")
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    in_unet = any("down_blocks" in name or "mid_block" in name for name in weights)
+    part = "unet" if in_unet else "text_encoder"
+    return {
+        f"{part}.{name.removeprefix(PEFT)}": tensor * scale if ".lora_B." in name else tensor
+        for name, tensor in weights.items()
+    }
 
 
 def noise_generator(record, attempt):

@@ -13,7 +13,9 @@ REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 
 def missing_packages(requirements=REQUIREMENTS):
     """The pins, "name==version", that are not installed in this version, of whatever build."""
-    pins = re.findall(r"^([\w-]+)(?:\[.*\])?==(\S+)", requirements.read_text(), re.MULTILINE)
+    pins = re.findall(
+        r"^([\w-]+)(?:\[.*\])?==(\S+)", requirements.read_text(encoding="utf-8"), re.MULTILINE
+    )
     missing = []
     for name, version in pins:
         try:

@@ -14,6 +14,8 @@ learning rate of 5e-6 most updates are smaller than half their last digit and ro
 adds it later.
 """
 
+from pathlib import Path
+
 import optimi
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -21,7 +23,8 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from transformers import CLIPTextModel
 
-from dreambooth.cli import hide_progress_bars
+from dreambooth.cli import UserError, hide_progress_bars
+from dreambooth.files import pipeline_dir
 from dreambooth.seeds import seed_for
 
 LORA_TARGETS = {  # the projections of attention
@@ -73,7 +76,18 @@ def load_models(args, device, autocast=None):
         autocast = device.type == "cuda" or args.param_dtype == "bf16"
 
     def load(cls, part, dtype=torch.float32):
-        return cls.from_pretrained(args.model_dir, subfolder=part, dtype=dtype, device_map=device)
+        variant = pipeline_dir.weights(args.model_dir, part).variant
+        settings = {"dtype": dtype, "device_map": device, "variant": variant}
+        if hasattr(cls, "load_config"):  # one of diffusers' classes; transformers' check themselves
+            pipeline_dir.check_fields(cls, Path(args.model_dir) / part / "config.json")
+        with pipeline_dir.loading(f"{args.model_dir}/{part}"):
+            model, found = cls.from_pretrained(
+                args.model_dir, subfolder=part, output_loading_info=True, **settings
+            )
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])[0]
+            raise UserError(f"{args.model_dir}/{part} has no weights for {missing}")
+        return model
 
     vae = load(AutoencoderKL, "vae").eval().requires_grad_(False)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.param_dtype]
@@ -97,8 +111,11 @@ def load_models(args, device, autocast=None):
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # would split the blocks where DDP's buckets end
         unet.compile_repeated_blocks()
-    scheduler = DDPMScheduler.from_pretrained(args.model_dir, subfolder="scheduler")
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    with pipeline_dir.loading(f"{args.model_dir}/scheduler"):
+        scheduler = DDPMScheduler.from_pretrained(args.model_dir, subfolder="scheduler")
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+        if not len(scheduler.alphas_cumprod):
+            raise UserError(f"{args.model_dir}/scheduler has no timesteps")
     return vae, denoiser, scheduler
 
 

@@ -200,3 +200,76 @@ def test_a_file_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, capsys
     line = capsys.readouterr().err
     assert line.startswith(f"warning: {tmp_path / 'lock'} cannot be locked (No locks available)")
     assert len(line.splitlines()) == 1
+
+
+# What file systems that people use cannot do: CIFS, vboxsf, drvfs, FUSE, containers' images.
+
+
+def refuse(monkeypatch, name, code, when=lambda *args: True):
+    """Let `os.NAME` fail with an error number."""
+    real = getattr(os, name)
+
+    def call(*args, **kwargs):
+        if when(*args):
+            raise OSError(code, os.strerror(code), str(args[0]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_directory_that_cannot_be_synced_is_no_reason_to_lose_a_result(result, monkeypatch, code):
+    refuse(monkeypatch, "fsync", code)
+    atomic.replace_dir(result, write_new)
+    assert (result / "model.txt").read_text() == "new"
+    assert names_in(result.parent) == ["tuned"]
+
+
+def test_a_disk_that_fails_while_it_syncs_is_an_error(result, monkeypatch):
+    refuse(monkeypatch, "fsync", errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        atomic.replace_dir(result, write_new)
+    assert (result / "model.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EACCES, errno.EBUSY])
+@pytest.mark.parametrize("refused", ["the old one", "both"])
+def test_a_directory_that_cannot_be_renamed_is_filled(result, monkeypatch, code, refused):
+    """It lies in a container's image, or a file in it is open."""
+    (result / "stale").mkdir()
+    (result / "stale" / "part.txt").write_text("old")
+    refuse(monkeypatch, "rename", code, lambda a, b: refused == "both" or Path(a) == result)
+    atomic.replace_dir(result, write_new)
+    assert (result / "model.txt").read_text() == "new"
+    assert [file for file in result.rglob("*") if file.is_file()] == [result / "model.txt"]
+    assert names_in(result.parent) == ["tuned"]
+
+
+def test_a_file_that_cannot_be_renamed_over_is_written(tmp_path, monkeypatch):
+    """Somebody has it open."""
+    file = tmp_path / "run.json"
+    file.write_text("old")
+    refuse(monkeypatch, "replace", errno.EACCES)
+    atomic.replace_file(file, lambda path: path.write_text("new"))
+    assert file.read_text() == "new"
+    assert names_in(tmp_path) == ["run.json"]
+
+
+def test_modes_that_cannot_be_changed_are_left(result, monkeypatch):
+    refuse(monkeypatch, "chmod", errno.EPERM)
+    atomic.replace_dir(result, lambda folder: (write_new(folder), atomic.apply_umask(folder)))
+    atomic.replace_file(result / "a.txt", lambda path: path.write_text("new"))
+    assert names_in(result) == ["a.txt", "model.txt"]
+
+
+def test_copies_are_of_content_alone(tmp_path, monkeypatch):
+    """Through links, as the Hub's cache has them; no mode or time is copied."""
+    (tmp_path / "blob").write_text("weights")
+    (tmp_path / "source" / "unet").mkdir(parents=True)
+    (tmp_path / "source" / "unet" / "a.bin").symlink_to(tmp_path / "blob")
+    refuse(monkeypatch, "chmod", errno.EPERM)
+    refuse(monkeypatch, "utime", errno.EPERM)
+    atomic.copy_files(tmp_path / "source", tmp_path / "copy")
+    copy = tmp_path / "copy" / "unet" / "a.bin"
+    assert copy.read_text() == "weights"
+    assert not copy.is_symlink()

@@ -2,7 +2,12 @@
 photos; and what can fail while something is downloaded from the Hugging Face Hub."""
 
 import errno
+import hashlib
+import http.server
+import json
 import shutil
+import threading
+import urllib.parse
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -22,29 +27,6 @@ import download_example_dataset
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
 
-# As in CompVis/stable-diffusion-v1-4, but with a U-Net without safetensors.
-NEEDED = [
-    "model_index.json",
-    "tokenizer/vocab.json",
-    "tokenizer/merges.txt",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.bin",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-    "scheduler/scheduler_config.json",
-]
-REVISION = NEEDED + [
-    "README.md",
-    "sd-v1-4.ckpt",
-    "text_encoder/model.fp16.safetensors",
-    "text_encoder/pytorch_model.bin",
-    "safety_checker/model.safetensors",
-    "safety_checker/config.json",
-    "vae/diffusion_flax_model.msgpack",
-]
-
 
 @pytest.fixture
 def run(tmp_path):
@@ -59,53 +41,153 @@ def run(tmp_path):
     return main
 
 
+class LocalHub(http.server.BaseHTTPRequestHandler):
+    """What the Hub answers about the folders of a directory, each a repository of "acme"; it notes
+    the files that it sends."""
+
+    root, sent, commit = None, [], "a" * 40
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path).strip("/").split("/")
+        folder = self.root / path[path.index("acme") + 1]
+        if not folder.is_dir():
+            self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+        elif path[0] == "api":
+            names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+            files = [{"rfilename": name} for name in names]
+            about = {"id": f"acme/{folder.name}", "sha": self.commit, "siblings": files}
+            if "tree" in path:
+                about = [
+                    {
+                        "type": "file",
+                        "path": n,
+                        "oid": "b" * 40,
+                        "size": (folder / n).stat().st_size,
+                    }
+                    for n in names
+                ]
+            self.answer(json.dumps(about).encode(), Content_Type="application/json")
+        else:
+            name = "/".join(path[path.index("resolve") + 2 :])
+            content = (folder / name).read_bytes()
+            if self.command == "GET":
+                self.sent.append(f"{folder.name}/{name}")
+            tag = f'"{hashlib.sha1(content).hexdigest()}"'
+            self.answer(content, ETag=tag, X_Repo_Commit=self.commit)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub on this machine: a namespace of its `root` and the files that it has `sent`."""
+    LocalHub.root = tmp_path_factory.mktemp("repositories")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), LocalHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    yield SimpleNamespace(root=LocalHub.root, sent=LocalHub.sent, address=address)
+    server.shutdown()
+
+
 @pytest.fixture
-def hub(model_dir, flat_image, monkeypatch):
-    """A Hub that gives the test's model and two photos: a namespace of the names of its `files` and
-    the `calls`, each with what was asked for. Beside photos it leaves cache files of its own."""
-    hub = SimpleNamespace(files=REVISION, calls=[])
+def download(hub, run_script, tmp_path):
+    """Run cache_model.py as a command that asks this Hub: download("acme/sd")."""
 
-    def model_info(name, revision):
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in hub.files])
+    def run(name):
+        hub.sent.clear()
+        argv = ["--model_dir", tmp_path / "hub", "--model_name", name]
+        online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1"}
+        return run_script("cache_model.py", *argv, **online)
 
-    def download_model(name, revision, cache_dir, allow_patterns):
-        hub.calls.append((name, revision, sorted(allow_patterns)))
-        return str(model_dir)
+    return run
+
+
+def test_what_the_scripts_use_is_downloaded_and_nothing_else(hub, download, model_dir):
+    """Safetensors where there are any; no half precision copies, pickles, flax, or safety checker.
+    The last line printed is a directory that works. A second time nothing is fetched."""
+    folder = shutil.copytree(model_dir, hub.root / "sd")
+    needed = {f"sd/{file.relative_to(folder)}" for file in folder.rglob("*") if file.is_file()}
+    for name in (
+        "README.md", "sd-v1-4.ckpt", "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin", "safety_checker/model.safetensors",
+        "vae/diffusion_flax_model.msgpack",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not needed")
+    result = download("acme/sd")
+    assert result.returncode == 0, result.stderr
+    assert set(hub.sent) == needed
+    snapshot = result.stdout.splitlines()[-1]
+    assert pipeline_dir.fingerprint(snapshot) == pipeline_dir.fingerprint(model_dir)
+    assert download("acme/sd").returncode == 0
+    assert hub.sent == []
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        ("StableDiffusionXLPipeline", "acme/xl is Stable Diffusion XL (StableDiffusionXLPipeline)"),
+        ("FluxPipeline", "acme/flux is FLUX.1 (FluxPipeline); these scripts take Stable Diffusion"),
+        (None, "acme/lora is no diffusers model: it has no model_index.json"),
+    ],
+)
+def test_another_model_is_named_before_gigabytes_are_downloaded(
+    hub, download, assert_one_line, pipeline, message
+):
+    folder = hub.root / message.split()[0].removeprefix("acme/")
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(1000))
+    if pipeline:
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    assert_one_line(download(f"acme/{folder.name}"), message)
+    assert hub.sent in ([], [f"{folder.name}/model_index.json"])
+
+
+def test_half_precision_and_sharded_weights_are_chosen_where_there_are_no_others():
+    names = [
+        "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
+        "text_encoder/config.json", "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.bin",
+    ]  # fmt: skip
+    family = pipeline_dir.FAMILIES["StableDiffusionPipeline"]
+    left_out = {"unet/diffusion_pytorch_model.fp16.safetensors"}
+    left_out.add("vae/diffusion_pytorch_model.fp16.bin")
+    assert set(cache_model.files_to_fetch(names, family)) == set(names) - left_out
+    with pytest.raises(UserError, match="no unet weights"):
+        cache_model.files_to_fetch([n for n in names if "unet" not in n], family)
+
+
+@pytest.fixture
+def photo_hub(flat_image, monkeypatch):
+    """A Hub of the example's photos: the list of what was asked for. Beside photos it leaves cache
+    files of its own."""
+    calls = []
 
     def download_photos(name, local_dir, **settings):
-        hub.calls.append(name)
+        calls.append(name)
         for photo in ("a.jpeg", "b.jpeg"):
             flat_image(photo, 0, folder=local_dir)
         (local_dir / ".cache").mkdir()
         (local_dir / ".cache" / "a.jpeg.metadata").touch()
 
-    monkeypatch.setattr(cache_model, "HfApi", lambda: SimpleNamespace(model_info=model_info))
-    monkeypatch.setattr(cache_model, "snapshot_download", download_model)
     monkeypatch.setattr(download_example_dataset, "snapshot_download", download_photos)
-    return hub
-
-
-def test_a_complete_model_is_not_fetched_again(run, hub, model_dir, tmp_path, capsys):
-    """An incomplete one is. The model's directory is the last line printed."""
-    snapshot = pipeline_dir.snapshot_dir(tmp_path / "hub", "a/b", "v1")
-    shutil.copytree(model_dir, snapshot)
-    run("a/b")
-    assert hub.calls == []
-    assert capsys.readouterr().out.splitlines()[-1] == str(snapshot)
-    (snapshot / "vae" / "config.json").unlink()
-    run("a/b")
-    assert hub.calls == [("a/b", "v1", sorted(NEEDED))]
-    assert capsys.readouterr().out.splitlines()[-1] == str(model_dir)
-
-
-def test_only_what_a_pipeline_needs_is_fetched(run, hub):
-    """Safetensors where there are any; no half precision, flax, or safety checker. A branch is
-    asked for its newest commit: no directory has its name."""
-    run("a/b", revision="main")
-    assert hub.calls == [("a/b", "main", sorted(NEEDED))]
-    hub.files = [name for name in REVISION if not name.startswith("unet")]
-    with pytest.raises(UserError, match="no unet weights"):
-        run("a/b")
+    return calls
 
 
 def test_pocket_is_copied_without_a_network_and_only_where_it_is_not_there(run, capsys):
@@ -129,7 +211,7 @@ def test_another_pocket_model_replaces_the_cached_one(run, model_dir, monkeypatc
     assert pipeline_dir.fingerprint(snapshot) == pipeline_dir.fingerprint(model_dir)
 
 
-def test_the_folder_holds_the_photos_alone(hub, tmp_path, capsys):
+def test_the_folder_holds_the_photos_alone(photo_hub, tmp_path, capsys):
     """And photos that are there are not downloaded again."""
     args = download_example_dataset.parse_args([str(tmp_path / "dog")])
     download_example_dataset.main(args)
@@ -137,18 +219,18 @@ def test_the_folder_holds_the_photos_alone(hub, tmp_path, capsys):
     assert capsys.readouterr().out == f"photos in {tmp_path / 'dog'}: 2\n"
     (tmp_path / "dog" / "b.jpeg").unlink()
     download_example_dataset.main(args)
-    assert hub.calls == ["diffusers/dog-example"]
+    assert photo_hub == ["diffusers/dog-example"]
     assert "already: 1\n" in capsys.readouterr().out
 
 
-def test_a_place_that_cannot_be_written_is_refused(hub, tmp_path):
+def test_a_place_that_cannot_be_written_is_refused(photo_hub, tmp_path):
     (tmp_path / "file").write_text("mine")
     below = str(tmp_path / "file" / "below")
     with pytest.raises(UserError, match="--model_dir"):
         cache_model.main(cache_model.parse_args(["--model_dir", below]))
     with pytest.raises(UserError, match="DIR"):
         download_example_dataset.main(download_example_dataset.parse_args([below]))
-    assert hub.calls == []
+    assert photo_hub == []
 
 
 @pytest.mark.parametrize("script", [cache_model, download_example_dataset])

@@ -1,5 +1,7 @@
 """What all command lines share: --help, user errors in one line, exit codes, quiet libraries."""
 
+import ast
+import errno
 import logging
 import math
 import os
@@ -281,3 +283,53 @@ import {script}
 def test_settings_are_made_before_torch_reads_them(run_script, script):
     """OpenMP's, when it or Ray imports it; the garbage collector's threshold, for all objects."""
     assert run_script("-c", IMPORT.format(script=script)).stdout == "3000 10000\n"
+
+
+CHATTY = """
+import sys
+from dreambooth.cli import run_main
+def main(args):
+    for i in range(3000):
+        print("line", i, "\\u732b", flush=i % 7 == 0)
+    print("done", file=sys.stderr)
+run_main(main, None)
+"""
+
+
+@pytest.mark.parametrize("shell", ["| head -1", ">&-", "2>&- >&-", "> /dev/full"])
+def test_a_script_outlives_the_reader_of_what_it_prints(root, shell):
+    """Also where the stream was closed from the start, or the locale knows no Japanese."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = f"set -o pipefail; {sys.executable} -c '{CHATTY}' {shell}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=root, env={**environment, "LC_ALL": "C"}, capture_output=True
+    )
+    assert done.returncode == 0
+    assert done.stderr == (b"" if "2>&-" in shell else b"done\n")
+
+
+def test_a_closed_stream_does_not_write_into_the_next_file(root, tmp_path):
+    """Which would get its number: what Ray's or torch's C++ prints would go into a checkpoint."""
+    code = "import dreambooth, os; f = open('x', 'wb'); os.write(1, b'printed'); f.close()"
+    command = f'PYTHONPATH={root} {sys.executable} -c "{code}" >&-'
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path).returncode == 0
+    assert (tmp_path / "x").read_bytes() == b""
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_disk_that_cannot_be_written_is_one_line(capsys, code):
+    error = OSError(code, os.strerror(code), "/out/run.json")
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_main(MagicMock(side_effect=error), None)
+    line = f"error: /out/run.json: {os.strerror(code)}\n"
+    assert (stopped.value.code, capsys.readouterr().err) == (2, line)
+
+
+def test_text_is_read_and_written_as_utf_8_whatever_the_locale(root):
+    """Each call that reads or writes text names its encoding."""
+    for file in [*root.glob("*.py"), *root.glob("dreambooth/**/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = getattr(getattr(node, "func", None), "attr", None)
+            if name in ("read_text", "write_text"):
+                named = {keyword.arg for keyword in node.keywords}
+                assert "encoding" in named, f"{file}:{node.lineno}"

@@ -464,3 +464,38 @@ def test_what_is_missing(monkeypatch):
     silent = MagicMock(side_effect=ray.exceptions.RaySystemError("no answer"))
     monkeypatch.setattr(ray, "cluster_resources", silent)
     assert cluster.missing_resource(TWO_GPUS) is None
+
+
+# Machines with odd homes and folders.
+
+
+def test_without_a_home_the_token_is_in_the_environment(ray_init, monkeypatch):
+    """As in a container that runs as a user without one."""
+    for home in ("/proc/nobody", "/dev/null"):
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        os.environ["HOME"] = home
+        cluster.start_ray()
+        assert re.fullmatch("[0-9a-f]{64}", os.environ["RAY_AUTH_TOKEN"])
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_folder_that_does_not_hold_rays_sockets_is_named(ray_init, tmp_path, name):
+    os.environ.pop("RAY_TMPDIR", None)
+    deep = tmp_path / ("d" * 60)
+    os.environ[name] = str(deep)
+    with pytest.raises(UserError, match=f"{name} .*cannot write there; set RAY_TMPDIR"):
+        cluster.start_ray()
+    deep.mkdir()
+    with pytest.raises(UserError, match=f"{name} .*too long for Ray's sockets; set RAY_TMPDIR"):
+        cluster.start_ray()
+    os.environ[name] = "/tmp"
+    assert cluster.start_ray() == (2, 8)
+
+
+def test_a_ray_that_does_not_start_is_one_line(ray_init):
+    ray_init.side_effect = RuntimeError("Failed to connect to GCS within 60 seconds.\nmore")
+    with pytest.raises(
+        UserError, match="Ray did not start .Failed to connect .*try again"
+    ) as found:
+        cluster.start_ray()
+    assert "\n" not in str(found.value)

@@ -1,6 +1,7 @@
 """What a run leaves: a pipeline or a LoRA that loads as what was trained, its model card as the Hub
 reads it, and a LoRA in kohya's layout."""
 
+import json
 import os
 import shutil
 from unittest.mock import MagicMock, call
@@ -150,12 +151,9 @@ def test_kohyas_names_and_the_mode_of_new_files(lora_dir, tmp_path):
 
 
 def test_what_kohyas_layout_cannot_be_made_of(lora_dir, tmp_path):
-    (tmp_path / "renamed").mkdir()
-    shutil.copy(lora_dir / pipeline_dir.LORA_FILE, tmp_path / "renamed" / "a.safetensors")
     for folder, name, message in (
         (lora_dir, "subject.bin", r"must end with \.safetensors"),
         (tmp_path, "subject.safetensors", "no pytorch_lora_weights.safetensors there"),
-        (tmp_path / "renamed", "subject.safetensors", "no pytorch_lora_weights.safetensors there"),
     ):
         with pytest.raises(UserError, match=message):
             run_export("kohya", folder, "--output", tmp_path / name)
@@ -295,3 +293,27 @@ def test_an_upload_that_fails_says_why(result, hub):
         with pytest.raises(UserError, match=message):
             run_export("card", folder, "--push", "me/model")
     assert not hub.upload_folder.called
+
+
+def test_tokenizer_and_scheduler_are_copied_byte_for_byte(load_models, model_dir, tmp_path):
+    """Older versions of the libraries load the result if they load the original: through the links
+    of the Hub's cache, with vocab.json and merges.txt in place of tokenizer.json."""
+    original = shutil.copytree(model_dir, tmp_path / "original")
+    (original / "tokenizer" / "vocab.json").write_text("{}")
+    blob = (original / "scheduler" / "scheduler_config.json").rename(tmp_path / "blob")
+    (original / "scheduler" / "scheduler_config.json").symlink_to(blob)
+    index = json.loads((original / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (original / "model_index.json").write_text(json.dumps(index))
+    _, denoiser, _ = load_models()
+    export.save_pipeline(denoiser, original, tmp_path / "tuned")
+    for part in ("tokenizer", "scheduler"):
+        names = {file.name for file in (original / part).iterdir()}
+        assert {file.name for file in (tmp_path / "tuned" / part).iterdir()} == names
+        for name in names:
+            copied = tmp_path / "tuned" / part / name
+            assert copied.read_bytes() == (original / part / name).read_bytes()
+            assert not copied.is_symlink()
+    saved = json.loads((tmp_path / "tuned" / "model_index.json").read_text())
+    assert saved["safety_checker"] == [None, None]
+    assert saved["unet"] == index["unet"]

@@ -342,7 +342,9 @@ def test_a_lora_that_does_not_fit_is_a_user_error(pipeline_with, tmp_path, conte
         layer = "unet.mid_block.attentions.0.proj_in.lora"
         weights = {f"{layer}.{way}.weight": torch.zeros(7, 7) for way in ("up", "down")}
     save_file(weights, tmp_path / pipeline_dir.LORA_FILE)
-    with pytest.raises(UserError, match="--lora_weights_dir .* does not fit") as error:
+    with pytest.raises(
+        UserError, match="--lora_weights_dir .*(no LoRA for|cannot be loaded)"
+    ) as error:
         pipeline_with(str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -363,3 +365,35 @@ def test_a_lora_that_is_not_loaded_whole_is_warned_of(pipeline_with, load_models
     save_file(mixed, tmp_path / pipeline_dir.LORA_FILE, metadata={"format": "pt"})
     pipeline_with(tmp_path)
     assert "some of its matrices were not loaded" in capsys.readouterr().err
+
+
+def test_an_adapter_of_peft_takes_the_same_effect(predict, lora_dir, tmp_path):
+    """The folder that PEFT's own save_pretrained writes, with its scale in adapter_config.json."""
+    weights = load_file(lora_dir / pipeline_dir.LORA_FILE)
+    unet = {name: tensor for name, tensor in weights.items() if name.startswith("unet.")}
+    save_file(unet, tmp_path / "unet.safetensors")
+    expected = predict(tmp_path / "unet.safetensors", 0.5)
+    renamed = {}
+    for name, tensor in unet.items():
+        name = name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
+        name = name.replace(".processor", "").replace("to_out_lora", "to_out.0")
+        renamed[name.replace("unet.", "base_model.model.", 1)] = tensor
+    (tmp_path / "peft").mkdir()
+    save_file(renamed, tmp_path / "peft" / "adapter_model.safetensors")
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
+    found = predict(tmp_path / "peft", 1.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_cosine_schedule_is_sampled_from_its_noise_to_its_end():
+    """With Karras' sigmas its first steps would be one timestep, and the last was not there."""
+    config = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
+    for settings, karras in ((config, False), ({"beta_schedule": "scaled_linear"}, True)):
+        dpm = image_generator.build_dpm(settings)
+        assert dpm.config.use_karras_sigmas == karras
+        dpm.set_timesteps(25)
+        assert len(set(dpm.timesteps.tolist())) == 25
+        sample = torch.ones(1, 4, 8, 8)
+        for timestep in dpm.timesteps:
+            sample = dpm.step(torch.zeros_like(sample), timestep, sample).prev_sample
+        assert sample.isfinite().all()

@@ -98,7 +98,9 @@ def test_on_a_gpu_the_forward_pass_is_bfloat16(train_args, monkeypatch, use_lora
 
     for cls in (models.AutoencoderKL, models.CLIPTextModel, models.UNet2DConditionModel):
         monkeypatch.setattr(cls, "from_pretrained", on_cpu(cls.from_pretrained))
-    monkeypatch.setattr(models.DDPMScheduler, "from_pretrained", MagicMock())
+    scheduler = MagicMock()
+    scheduler.alphas_cumprod.to.return_value = torch.ones(1000)
+    monkeypatch.setattr(models.DDPMScheduler, "from_pretrained", lambda *args, **kwargs: scheduler)
     args = train_args("out", use_lora=use_lora)
     vae, denoiser, _ = models.load_models(args, torch.device("cuda"))
     assert denoiser.autocast

@@ -4,6 +4,7 @@ subject."""
 import errno
 import struct
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,10 +215,15 @@ def test_every_format_that_is_looked_for_is_read(tmp_path):
     colour = (200, 100, 50)
     Image.new("RGB", (64, 48), colour).save(tmp_path / "phone.HEIC", format="HEIF")
     (tmp_path / "phone.HEIC").rename(tmp_path / "phone.JPG")
-    for suffix in photos.READABLE:
-        Image.new("RGB", (64, 48), colour).save(tmp_path / f"a{suffix}")
+    suffixes = (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+        ".avif", ".ppm", ".pgm", ".heic", ".heif", ".heics", ".tga", ".jp2", ".mpo",
+    )  # fmt: skip
+    for suffix in suffixes:
+        image = Image.new("RGB", (64, 48), colour)
+        image.save(tmp_path / f"a{suffix}", format="JPEG" if suffix == ".mpo" else None)
     found = photos.find_images(tmp_path)
-    assert len(found) == len(photos.READABLE) + 1
+    assert len(found) == len(suffixes) + 1
     for file in found:
         image = photos.open_image(file)
         assert image.size == (64, 48)
@@ -293,11 +299,33 @@ def test_what_is_no_image_of_the_folder_is_skipped(flat_image, tmp_path):
 def test_unreadable_formats_are_refused_by_name(flat_image, tmp_path):
     """Fault 6 of the published example: what it could not read was skipped silently."""
     flat_image("a.png", 0)
-    for name in ("IMG_1.DNG", "d.svg"):
+    for name in ("IMG_1.DNG", "DSCF1.raf", "P1.orf", "1.rw2", "d.svg", "plot.eps"):
         (tmp_path / name).write_bytes(b"some camera's own")
-        with pytest.raises(UserError, match=f"{name}: .* cannot be read; convert it.* .jpg"):
+        with pytest.raises(UserError, match=f"{name}: .* cannot be read; convert it to JPEG"):
             photos.find_images(tmp_path)
         (tmp_path / name).unlink()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match=r"gone.jpg is a link to a file that does not exist"):
+        photos.find_images(tmp_path)
+
+
+def test_what_is_skipped_is_counted_in_one_line(flat_image, tmp_path, capsys):
+    """Not captions of images, what generate.py writes, and hidden files."""
+    flat_image("a.png", 0)
+    for name in ("a.txt", "metadata.jsonl", "contact_sheet.png", ".DS_Store"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "compared").mkdir()
+    flat_image("x.png", 0, folder=tmp_path / "compared")
+    assert len(photos.find_images(tmp_path, report=True)) == 1
+    assert capsys.readouterr().out == ""
+    for name in ("x.txt", "Thumbs.db", "film.mp4"):
+        (tmp_path / name).write_text("")
+    flat_image("b.png", 0, folder=tmp_path / "more")
+    photos.find_images(tmp_path, report=True)
+    line = capsys.readouterr().out
+    assert line == (
+        f"skipped in {tmp_path}: 4 files that are no images (Thumbs.db, film.mp4, more/, ...)\n"
+    )
 
 
 def test_own_photos_are_those_of_this_subject_alone(flat_image, tmp_path, capsys):
@@ -347,7 +375,7 @@ def test_fewer_than_three_photos_are_asked_about(flat_image, tmp_path, capsys):
         source = flat_image(f"{count}.png", 0, folder=tmp_path / "source").parent
         photos.main(SimpleNamespace(source=source, folder=own))
         assert len(photos.find_images(own)) == count
-        warning = f"warning: {own} holds {photos_in_words} (1.png)" if count < 3 else ""
+        warning = f"warning: {source} holds {photos_in_words} (1.png)" if count < 3 else ""
         err = capsys.readouterr().err
         assert err.startswith(warning)
         assert len(err.splitlines()) == (count < 3)
@@ -375,3 +403,60 @@ def test_a_phones_photos_are_trained_on(tmp_path, train_here, capsys):
     assert "3 instance and 0 class images at 64 px, 1 steps of 1 pairs, 1 worker(s)" in run.stdout
     assert "warning" not in capsys.readouterr().err
     assert missing_file(run.output_dir) is None
+
+
+def test_names_that_differ_in_case_alone_are_both_copied(flat_image, tmp_path, monkeypatch):
+    """To a disk that sees no case, where one would replace the other."""
+    for name, colour in (("A.png", (255, 0, 0)), ("a.png", (0, 0, 255))):
+        flat_image(name, colour, folder=tmp_path / "source")
+    exists = Path.exists
+
+    def without_case(path):
+        siblings = path.parent.iterdir() if exists(path.parent) else []
+        return path.name.lower() in {sibling.name.lower() for sibling in siblings}
+
+    monkeypatch.setattr(Path, "exists", without_case)
+    photos.copy_images(tmp_path / "source", tmp_path / "own")
+    found = photos.find_images(tmp_path / "own")
+    assert {photos.open_image(file).getpixel((0, 0)) for file in found} == {
+        (255, 0, 0),
+        (0, 0, 255),
+    }
+
+
+def test_a_photo_of_200_megapixels_is_read_in_bounded_memory(tmp_path):
+    """What a phone takes; more than half of it at once, in 8 bits, would be 300 MB."""
+    Image.new("L", (16320, 12240), 120).save(tmp_path / "phone.jpg", quality=30)
+    image = photos.open_image(tmp_path / "phone.jpg")
+    assert image.size == (8160, 6120)
+    assert image.getpixel((0, 0))[0] in (119, 120, 121)
+    with pytest.raises(UserError, match="bomb.jpg: unreadable"):
+        Image.new("1", (30000, 12000)).save(tmp_path / "bomb.jpg", format="PNG")
+        photos.open_image(tmp_path / "bomb.jpg")
+
+
+def test_integers_of_32_bits_are_8_or_16_bits_wide_or_an_error(tmp_path):
+    """A TIFF with values up to 255 became black."""
+    for brightest, expected in ((200, 200), (255, 255), (51400, 200), (65535, 255)):
+        Image.fromarray(np.full((4, 4), brightest, np.int32)).save(tmp_path / "a.tif")
+        assert photos.open_image(tmp_path / "a.tif").getpixel((0, 0)) == (expected,) * 3
+    for odd in (70_000, -1):
+        Image.fromarray(np.full((4, 4), odd, np.int32)).save(tmp_path / "a.tif")
+        with pytest.raises(UserError, match="a.tif: its values, .* are neither 8 nor 16 bits"):
+            photos.open_image(tmp_path / "a.tif")
+
+
+def test_a_folder_or_a_photo_that_may_not_be_read_is_one_line(flat_image, tmp_path, monkeypatch):
+    """(These tests may run as root, who may read everything.)"""
+    photo = flat_image("a.png", 0)
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(args[0]))
+
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(UserError, match="a.png cannot be read: Permission denied"):
+        photos.open_image(photo)
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Permission denied"):
+        photos.find_images(tmp_path)

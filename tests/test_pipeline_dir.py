@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,16 +40,42 @@ def test_what_is_missing_is_named(copied, tmp_path):
     assert pipeline_dir.missing_file(copied) is None
 
 
-def test_pickles_stand_for_safetensors_and_half_precision_copies_do_not(copied):
-    """The loaders do not read files of the latter's name."""
+def test_full_precision_goes_before_half_and_safetensors_before_pickles(copied):
+    """Whatever is there is read: a pickle, half precision alone."""
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
-    half = weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    half = weights.with_name("diffusion_pytorch_model.fp16.safetensors")
+    pickle = weights.with_suffix(".bin")
+    shutil.copy(weights, half)
+    torch.save(load_file(half), pickle)
+    for file, variant in ((weights, None), (pickle, None), (half, "fp16")):
+        assert pipeline_dir.weights(copied, "unet") == (variant, [file])
+        pipeline_dir.check_model_dir(copied)
+        file.unlink()
     with pytest.raises(UserError, match="unet/diffusion_pytorch_model.safetensors is missing"):
         pipeline_dir.check_model_dir(copied)
-    pickle = weights.with_suffix(".bin")
-    torch.save(load_file(half), pickle)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_sharded_and_half_precision_models_are_trained_and_sampled(
+    copied, load_models, model_dir, variant
+):
+    """As diffusers and transformers write them."""
+    pipeline = pipeline_dir.load_pipeline(model_dir, torch.float16)
+    for part, size in (("unet", "3MB"), ("text_encoder", "300KB")):
+        shutil.rmtree(copied / part)
+        getattr(pipeline, part).save_pretrained(
+            copied / part, max_shard_size=size, **({"variant": variant} if variant else {})
+        )
+    assert len(pipeline_dir.weights(copied, "unet").files) > 2
+    assert pipeline_dir.weights(copied, "text_encoder").variant == variant
     pipeline_dir.check_model_dir(copied)
-    assert pickle in pipeline_dir.weight_files(copied)
+    _, expected, _ = load_models()
+    _, found, _ = load_models(copied)
+    for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert pipeline_dir.num_parameters(copied) == pipeline_dir.num_parameters(model_dir)
+    loaded = pipeline_dir.load_pipeline(copied, torch.float32)
+    assert torch.equal(loaded.unet.conv_in.weight, expected.unet.conv_in.weight)
 
 
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "model_index.json"])
@@ -70,8 +97,47 @@ def test_models_that_the_scripts_cannot_train_are_refused(copied):
     with pytest.raises(UserError, match="predicts sample"):
         pipeline_dir.check_model_dir(copied)
     set_json(copied / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline"):
+    for name, model in (
+        ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
+        ("FluxPipeline", "FLUX"),
+    ):
+        set_json(copied / "model_index.json", _class_name=name)
+        with pytest.raises(UserError, match=f"is {model}.*{name}.; these scripts take Stable"):
+            pipeline_dir.check_model_dir(copied)
+
+
+def test_parts_that_were_not_made_for_each_other_are_refused(copied):
+    set_json(copied / "text_encoder" / "config.json", hidden_size=768)
+    with pytest.raises(UserError, match=r"text_encoder and unet do not belong together \(768 and"):
         pipeline_dir.check_model_dir(copied)
+
+
+def test_the_models_resolution(copied):
+    """Of a U-Net that names two sides, none, or leaves the field out."""
+    config = copied / "unet" / "config.json"
+    for size, expected in ((16, 64), ([16, 24], 64), (None, 64), ("x", 64)):
+        set_json(config, sample_size=size)
+        assert pipeline_dir.resolution(copied) == (expected, 4)
+
+
+def test_a_tokenizer_that_does_not_know_its_limit(copied):
+    """The text encoder does."""
+    config = json.loads((copied / "tokenizer" / "tokenizer_config.json").read_text())
+    del config["model_max_length"]
+    (copied / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert pipeline_dir.load_tokenizer(copied).model_max_length == 48
+    with pytest.raises(UserError, match="has .* tokens, the model takes 48"):
+        pipeline_dir.check_prompts(copied, ["a car " * 40])
+
+
+def test_a_file_that_is_no_directory_or_no_object_is_refused(copied, tmp_path):
+    (tmp_path / "sd.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is a single file.*from_single_file"):
+        pipeline_dir.check_model_dir(tmp_path / "sd.safetensors")
+    for content, reason in ((b"[]", "no JSON object"), (b"\xef\xbb\xbf{}", "byte order mark")):
+        (copied / "model_index.json").write_bytes(content)
+        with pytest.raises(UserError, match=f"model_index.json is damaged .{reason}"):
+            pipeline_dir.check_model_dir(copied)
 
 
 def test_number_of_parameters(copied, load_models):
@@ -118,7 +184,8 @@ def test_pocket_alone_is_asked_for_its_classes(model_dir, tmp_path):
 
 def test_fingerprint_tells_models_apart(model_dir, broken_model_dir, lora_dir, copied):
     """By weights, also of a pickle beside safetensors, and by configurations; wherever they lie."""
-    fingerprints = {pipeline_dir.fingerprint(path) for path in (broken_model_dir, lora_dir)}
+    fingerprints = {pipeline_dir.fingerprint(broken_model_dir)}
+    fingerprints.add(pipeline_dir.lora_fingerprint(lora_dir))
     fingerprints.add(pipeline_dir.fingerprint(copied))
     assert pipeline_dir.fingerprint(model_dir) == pipeline_dir.fingerprint(copied)
     set_json(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
@@ -137,21 +204,24 @@ def test_directory_of_a_revision_is_that_of_the_hubs_cache(tmp_path):
     assert pipeline_dir.name_and_revision("/data/my-model") == ("my-model", "")
 
 
-def test_a_lora_directory_has_weights_that_are_whole(lora_dir, tmp_path):
-    """Whatever the file's name."""
-    file = tmp_path / "my_car.safetensors"
+def test_which_lora_of_a_directory_is_applied(lora_dir, tmp_path):
+    """Ours by its name, else the only one, never the first of a listing; a file is itself."""
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(
-            UserError, match=f"--lora_weights_dir {folder}: no {pipeline_dir.LORA_FILE}"
-        ):
-            pipeline_dir.check_lora_dir(folder)
-    shutil.copy(lora_dir / pipeline_dir.LORA_FILE, file)
-    pipeline_dir.check_lora_dir(tmp_path)
-    with pytest.raises(UserError, match=f"is a file: give its folder, {tmp_path}$"):
-        pipeline_dir.check_lora_dir(file)
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="my_car.safetensors is damaged"):
-        pipeline_dir.check_lora_dir(tmp_path)
+        with pytest.raises(UserError, match=f"--lora_weights_dir {folder}: no pytorch_lora"):
+            pipeline_dir.lora_file(folder)
+    first = Path(
+        shutil.copy(lora_dir / pipeline_dir.LORA_FILE, tmp_path / "tom-000002.safetensors")
+    )
+    assert pipeline_dir.lora_file(tmp_path) == first
+    second = Path(shutil.copy(first, tmp_path / "tom.safetensors"))
+    with pytest.raises(UserError, match=r"several LoRAs \(tom-000002.safetensors, tom.safetensors"):
+        pipeline_dir.lora_file(tmp_path)
+    assert pipeline_dir.lora_file(second) == second
+    own = Path(shutil.copy(first, tmp_path / pipeline_dir.LORA_FILE))
+    assert pipeline_dir.lora_file(tmp_path) == own
+    own.write_bytes(own.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{pipeline_dir.LORA_FILE} is damaged"):
+        pipeline_dir.lora_file(tmp_path)
 
 
 def test_a_pipeline_is_loaded_around_the_models_in_memory(model_dir, load_models):

@@ -185,7 +185,10 @@ def test_each_variable_can_be_set_from_outside(run_story):
     _, commands = run_story(0, **paths, **others)
     (cache,) = commands["cache_model.py"]
     assert cache == "--model_dir /given/ORIG_MODEL_DIR --model_name own/model --revision c0ffee"
-    assert commands["dreambooth.files.photos"] == ["/given/INSTANCE_DIR /given/IMAGES_OWN_DIR"]
+    assert commands["dreambooth.files.photos"] == [
+        "/given/INSTANCE_DIR",  # looked at before anything costly starts
+        "/given/INSTANCE_DIR /given/IMAGES_OWN_DIR",
+    ]
     (train,) = commands["train.py"]
     assert train.startswith(
         "--model_dir /given/ORIG_MODEL_PATH --output_dir /given/TUNED_MODEL_DIR"

@@ -1,5 +1,6 @@
 """train.py: real runs against a training loop written out by hand, and what they leave behind."""
 
+import errno
 import os
 import shutil
 from contextlib import contextmanager
@@ -374,9 +375,10 @@ def interrupted(train_alone, tmp_path):
     tmp_path/out would be its result."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train_alone(tmp_path / "out", checkpointing_steps=1, checkpoints_total_limit=2)
+        with pytest.raises(UserError, match="could not be saved .division by zero"):
+            train_alone(tmp_path / "out", checkpointing_steps=1, checkpoints_total_limit=3)
     folder = tmp_path / "out.checkpoints"
+    shutil.rmtree(folder / "step_000003")
     assert [path.name for path in sorted(folder.glob("step_*"))] == ["step_000001", "step_000002"]
     return folder
 
@@ -511,3 +513,24 @@ def test_gradients_are_exchanged_once_per_step(step):
     wrapped = Wrapped(step.denoiser)
     step([1, 1, 2], wrapped=wrapped)
     assert wrapped.passes == ["alone", "alone", "exchange"]
+
+
+def test_a_result_that_cannot_be_saved_is_not_lost(one_worker, train_here, tmp_path, monkeypatch):
+    """Whatever fails, the state of the last step is kept, and Ray does not train again: the same
+    command then only saves, the weights of a run to which nothing happened."""
+
+    def fail(denoiser, args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.export, "save", fail)
+        with pytest.raises(UserError, match=r"could not be saved .*Input/output error.*only saves"):
+            train_here(tmp_path / "out")
+    assert read_record(tmp_path / "out.report")["status"] == "failed"
+    again = train_here(tmp_path / "out")
+    assert "resuming after step 3" in again.stdout
+    assert "step 1/3" not in again.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.report"]
+    for file in one_worker.output_dir.rglob("*.safetensors"):
+        name = file.relative_to(one_worker.output_dir)
+        assert file.read_bytes() == (tmp_path / "out" / name).read_bytes(), name

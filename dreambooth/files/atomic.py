@@ -2,6 +2,10 @@
 
 Files and directories are written under a temporary name beside the target and then renamed. The
 checks find what would make that fail before anything costly starts.
+
+Not every file system can do all of this: network shares, folders that a virtual machine shares with
+its host, and FUSE may refuse to sync a directory, to lock, to change a mode, or to rename what is
+open. What they cannot do is left out or done in another way, and loses no result.
 """
 
 import errno
@@ -15,6 +19,7 @@ from pathlib import Path
 
 from dreambooth.cli import UserError, warn
 
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EPERM, errno.EACCES)
 HOST = socket.gethostname().partition(".")[0]
 
 
@@ -29,9 +34,15 @@ def replace_file(file, write):
         write(temporary)
         with suppress(OSError):
             temporary.chmod(mode)  # safetensors makes its own readable by their owner alone
-        os.replace(temporary, file)
+        try:
+            os.replace(temporary, file)
+        except OSError:
+            if not file.is_file():
+                raise
+            shutil.copyfile(temporary, file)  # where a file that is open cannot be replaced
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def append_line(file, text):
@@ -64,10 +75,38 @@ def replace_dir(folder, write):
         raise
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(new, folder)
+        try:
+            os.rename(folder, old)
+        except OSError:  # it is part of a container's image, or a file in it is open
+            _copy_over(new, folder)
+            return
+    try:
+        os.rename(new, folder)
+    except OSError:
+        _copy_over(new, folder)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_over(new, folder):
+    """Make the directory `folder`, where one cannot be renamed to it, hold what `new` holds."""
+    folder.mkdir(exist_ok=True)
+    copy_files(new, folder)
+    for file in list(folder.rglob("*")):
+        if file.is_file() and not (new / file.relative_to(folder)).exists():
+            file.unlink()
+    flush(folder)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def copy_files(source, folder):
+    """Copy the files below `source` to `folder`, their content alone: links are followed, and modes
+    and times are new."""
+    for file in sorted(Path(source).rglob("*")):
+        if file.is_file():
+            copy = Path(folder) / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def unfinished(folder):
@@ -102,10 +141,19 @@ def lock(file, what):
 
 
 def flush(path):
-    """Wait until a file or a directory is on the disk, so that it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file or a directory is on the disk, so that it survives a power cut; where the
+    file system cannot be asked for that, go on, as git and borg do."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if Path(path).is_dir():  # which some systems do not open
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -4,114 +4,271 @@ python -m dreambooth.files.photos SOURCE FOLDER      # FOLDER then holds the ima
 """
 
 import errno
+import math
 import os
 import shutil
+import struct
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pillow_heif
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from dreambooth.cli import ArgumentParser, UserError, run_main, warn
 from dreambooth.files import atomic
 
 DAMAGED = (  # what Pillow and its plugins raise on reading a file
-    OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError,
+    OSError, EOFError, SyntaxError, ValueError, RuntimeError, TypeError, LookupError, struct.error,
+    OverflowError, ArithmeticError, Image.DecompressionBombError,
 )  # fmt: skip
-
 STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # which may pass: no image's fault
 
-READABLE = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm",
-    ".heic", ".heif", ".hif",
+# Formats that Pillow knows and that hold no photos, or that start another program to be read.
+NOT_OPENED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "IPTC", "PDF", "PALM"}
+UNREADABLE = {  # images that Pillow cannot read: the raw formats of cameras, and others
+    ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".srw", ".orf",
+    ".rw2", ".rwl", ".raf", ".pef", ".ptx", ".x3f", ".3fr", ".fff", ".iiq", ".kdc", ".dcr", ".mrw",
+    ".erf", ".mef", ".mos", ".gpr", ".svg", ".svgz", ".jxl", ".psb", ".xcf", ".ai", ".eps", ".ps",
+    ".wmf", ".emf", ".insp",
 }  # fmt: skip
-UNREADABLE = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl"}
 COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may replace
 CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; it is not one of them
+OURS = {CONTACT_SHEET, "metadata.jsonl", "images.jsonl", "compared"}  # beside generated images
 FEW_PHOTOS = 3  # with fewer, the model learns the photo rather than the subject
+LARGE = (
+    50e6  # pixels: larger JPEGs are decoded at a half or a quarter of their size, to save memory
+)
 
 pillow_heif.register_heif_opener()  # Pillow then reads HEIC, what phones take photos in
+Image.init()  # loads all of Pillow's plugins, which register their extensions
+Image.MAX_IMAGE_PIXELS = 160_000_000  # an error from twice that on: phones have 200 megapixels
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of a text or a profile: more than 1 MB is usual
+
+
+def readable_suffixes():
+    """The extensions of the formats that are opened, with their dots, in lower case."""
+    return {
+        suffix.lower()
+        for suffix, name in Image.registered_extensions().items()
+        if name not in NOT_OPENED
+    }
+
+
+def find_images(folder, report=False):
+    """The paths of the images in `folder`, sorted by name; with `report`, a line says what else is
+    there and skipped.
+
+    UserError: no such folder, no image in it, an image in a format that cannot be read, or a link
+    that leads nowhere.
+    """
+    folder = Path(folder)
+    try:
+        files = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no such folder of images") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    readable = readable_suffixes()
+    found, skipped = [], []
+    for file in files:
+        if file.name.startswith(".") or file.name in OURS:
+            continue
+        suffix = file.suffix.lower()
+        if file.is_symlink() and not file.exists():
+            raise UserError(f"{file} is a link to a file that does not exist: replace or remove it")
+        if file.is_dir():
+            if any(inner.suffix.lower() in readable for inner in _files_in(file)):
+                skipped.append(f"{file.name}/")
+        elif suffix in readable:
+            found.append(file)
+        elif suffix in UNREADABLE:
+            raise UserError(f"{file}: {file.suffix} cannot be read; convert it to JPEG or PNG")
+        elif not (suffix == ".txt" and _is_caption(file, files)):
+            skipped.append(file.name)
+    if not found:
+        raise UserError(f"{folder}: no images there (such as .jpg, .png, .webp or .heic)")
+    if report and skipped:
+        plural = "s that are no images" if len(skipped) > 1 else " that is no image"
+        names = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        print(f"skipped in {folder}: {len(skipped)} file{plural} ({names})", flush=True)
+    return found
+
+
+def _files_in(folder):
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _is_caption(file, files):
+    """Whether a text file stands beside an image of the same name, as kohya's captions do."""
+    return any(other.stem == file.stem and other != file for other in files)
 
 
 def open_image(path):
-    """Read one image as upright 8 bit sRGB: EXIF rotation applied, colours converted from an
+    """Read one image as upright 8 bit sRGB: rotated as its EXIF says, colours converted from an
     embedded ICC profile, transparency on white, 16 bits per channel and floats scaled to 8 bits.
-    UserError, with the path: truncated or not an image."""
+
+    Other metadata is ignored, damaged or not. UserError, with the path: it cannot be read, is
+    truncated or no image, or its values have no known range.
+    """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            profile = image.info.get("icc_profile")
-            if image.mode.startswith(("I", "F")):
-                image = _to_8_bits(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            if profile:
-                image = _to_srgb(image, profile)
-            return image.convert("RGB")
+        with open(path, "rb") as opened:
+            try:
+                image, turn = _decode(opened)
+            except DAMAGED:
+                bare = _without_metadata(opened)
+                if bare is None:
+                    raise
+                image, turn = _decode(bare)
+        profile = image.info.get("icc_profile")
+        image = _on_white(_to_8_bits(image))
+        if profile or image.mode == "LAB":
+            image = _to_srgb(image, profile)
+        image = image.convert("RGB")
+        return image.transpose(turn) if turn is not None else image
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except DAMAGED as error:
         if getattr(error, "errno", None) in STORAGE_FAILED:
             raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path}: unreadable or truncated image ({error}); replace or remove it"
+            f"{path}: unreadable or truncated image ({reason}); replace or remove it"
         ) from None
 
 
+def _decode(opened):
+    """The image in an open file, all of it decoded, and how to turn it upright: one of Pillow's
+    `Transpose`, or None."""
+    opened.seek(0)
+    with Image.open(opened) as image:
+        if image.format == "JPEG" and image.width * image.height > LARGE:
+            factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
+            image.draft(None, (image.width // factor, image.height // factor))
+        turn = _upright(image)
+        image.load()
+        if image.format == "PPM" and image.mode == "I":  # Pillow scales these to 16 bits
+            image = Image.fromarray(np.asarray(image).astype(np.uint16))
+        return image, turn
+
+
+def _upright(image):
+    """How to turn an image upright: as the EXIF orientation says, the one tag that matters here."""
+    orientation = _find_orientation(image.info.get("exif") or b"")
+    if orientation is None:  # a TIFF's own, or that of XMP
+        with suppress(Exception):  # damaged metadata can end in any
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return TRANSPOSE_OF.get(orientation) if isinstance(orientation, int) else None
+
+
+def _find_orientation(exif):
+    """The orientation in an EXIF block, whatever else is in it; None if it is not there. Pillow
+    would lose it where another tag is damaged. The block is a TIFF header, and then a directory of
+    entries of 12 bytes (TIFF 6.0, section 2)."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for i in range(count):
+            tag, kind, number, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * i)
+            if tag == ExifTags.Base.Orientation and (kind, number) == (3, 1):  # one short integer
+                return value
+    except (TypeError, struct.error):
+        pass
+    return None
+
+
+TRANSPOSE_OF = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_METADATA = {b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"tIME", b"pHYs"}
+
+
+def _without_metadata(opened):
+    """A PNG without the chunks that Pillow reads at once and no pixel depends on; None of other
+    formats, whose metadata it does not look at until it is asked for."""
+    opened.seek(0)
+    content = opened.read()
+    if not content.startswith(PNG_SIGNATURE):
+        return None
+    kept = [PNG_SIGNATURE]
+    start = len(PNG_SIGNATURE)
+    while start + 8 <= len(content):
+        length = int.from_bytes(content[start : start + 4], "big")
+        end = start + 12 + length
+        if content[start + 4 : start + 8] not in PNG_METADATA:
+            kept.append(content[start:end])
+        start = end
+    return BytesIO(b"".join(kept))
+
+
 def _to_8_bits(image):
-    """A grey image of 16 bits or of floats, which Pillow would clip. White is 65535; in an image of
-    floats, 1 or 255 where no pixel is more than twice as bright."""
+    """An image with 8 bits per channel; others Pillow would clip. UserError: integers of 32 bits
+    that are neither 8 nor 16 bits wide.
+
+    White is 255 or 65535; in an image of floats, 1 or 255 where no pixel is more than twice as
+    bright.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
         values = np.nan_to_num(values)
         white = next((white for white in (1, 255) if values.max() <= 2 * white), 65535)
-        values = (values * (255 / white)).round()
+        scaled = (values * (255 / white)).round()
+    elif image.mode == "I":
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(
+                f"its values, {values.min():.0f} to {values.max():.0f}, are neither 8 nor 16 bits"
+                " wide; convert it to PNG"
+            )
+        scaled = values if values.max() <= 255 else values // 257
     else:
-        values = values / 257
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        scaled = values // 257
+    grey = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+    if isinstance(image.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray((values != image.info["transparency"]) * np.uint8(255)))
+    return grey
+
+
+def _on_white(image):
+    """An image without transparency: what is transparent shows white."""
+    if image.mode in ("RGBa", "La"):  # premultiplied
+        image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _to_srgb(image, profile):
-    """Convert the colours of `image` from its ICC `profile`, bytes. A profile that is damaged, or
-    that is for another mode, is ignored."""
+    """Convert the colours of `image` from its ICC `profile`, bytes, or from CIELAB. A profile that
+    is damaged, or that is for another mode, is ignored."""
     if image.mode in ("P", "RGBA"):  # RGBA: opaque by now
         image = image.convert("RGB")
     try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if image.mode == "LAB":
+            source = ImageCms.createProfile("LAB")
+        else:
+            source = ImageCms.ImageCmsProfile(BytesIO(profile))
         srgb = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
     except (OSError, ImageCms.PyCMSError):
         return image
-
-
-def find_images(folder):
-    """The paths of the images in `folder`, sorted by name.
-
-    Hidden files, subfolders and non-images (Thumbs.db, captions, records) are skipped. UserError:
-    no such folder, no image in it, or an image in a format that cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of images")
-    found = []
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name.startswith(".") or file.name == CONTACT_SHEET:
-            continue
-        suffix = file.suffix.lower()
-        if suffix in UNREADABLE:
-            raise UserError(
-                f"{file}: {file.suffix} cannot be read; convert it to one of {_readable_formats()}"
-            )
-        if suffix in READABLE:
-            found.append(file)
-    if not found:
-        raise UserError(f"{folder}: no images there (looked for {_readable_formats()})")
-    return found
-
-
-def _readable_formats():
-    return " ".join(sorted(READABLE))
 
 
 def warn_if_few(paths):
@@ -144,19 +301,28 @@ def copy_images(source, folder):
 
     def write(temporary):
         (temporary / COPIED).write_bytes(source)
-        for image in images:
-            shutil.copy(image, temporary)
+        for number, image in enumerate(images):
+            copy = temporary / image.name
+            if copy.exists():  # of names that differ in case alone, on a disk that sees no case
+                copy = temporary / f"{number}-{image.name}"
+            shutil.copyfile(image, copy)
 
     atomic.replace_dir(folder, write)
 
 
 def main(args):
-    copy_images(args.source, args.folder)
-    warn_if_few(find_images(args.folder))
+    """Check that each image in `args.source` can be read; copy them if `args.folder` is given."""
+    images = find_images(args.source, report=True)
+    for image in images:
+        open_image(image)
+    warn_if_few(images)
+    if args.folder:
+        copy_images(args.source, args.folder)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(__doc__)
     parser.add_argument("source", help="a folder with photos of the subject")
-    parser.add_argument("folder", help="where to put them; replaced if this command made it")
+    where = "where to put them; replaced if this command made it (default: only check them)"
+    parser.add_argument("folder", nargs="?", help=where)
     run_main(main, parser.parse_args())

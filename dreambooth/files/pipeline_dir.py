@@ -1,33 +1,66 @@
-"""A diffusers pipeline directory: its layout, checks that load no model, its fingerprint."""
+"""A diffusers pipeline directory: what it must hold, checks that load no model, its fingerprint.
 
+FAMILIES says which pipelines these scripts take, by the class that model_index.json names.
+"""
+
+import errno
 import hashlib
 import json
 import math
+import re
+import types
+import typing
 import warnings
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from dreambooth.cli import UserError
 from dreambooth.pocket import classes
 
-# What a pipeline directory must have: one file of each row.
-PIPELINE_FILES = [
-    ("model_index.json",),
-    ("scheduler/scheduler_config.json",),
-    ("tokenizer/tokenizer.json", "tokenizer/merges.txt"),
-    ("tokenizer/tokenizer.json", "tokenizer/vocab.json"),
-    ("text_encoder/config.json",),
-    ("vae/config.json",),
-    ("unet/config.json",),
-    ("text_encoder/model.safetensors", "text_encoder/pytorch_model.bin"),
-    ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"),
-    ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"),
-]
-PIPELINE_NAMES = ["model_index.json", "tokenizer", "text_encoder", "vae", "unet", "scheduler"]
+INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILES = ["README.md", "before-after.png"]  # the model card
+STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+
+
+class Family(NamedTuple):
+    """What is known of a pipeline's class: its parts, each a folder with the files of its model."""
+
+    name: str
+    tokenizers: tuple
+    text_encoders: tuple
+    denoiser: str
+
+    @property
+    def models(self):
+        """The parts that have weights."""
+        return (*self.text_encoders, "vae", self.denoiser)
+
+    @property
+    def parts(self):
+        return (*self.tokenizers, *self.models, "scheduler")
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family(
+        "Stable Diffusion 1.x and 2.x", ("tokenizer",), ("text_encoder",), "unet"
+    ),
+}
+OTHER_MODELS = {  # of pipelines that people bring, by the beginning of the class's name
+    "StableDiffusionXL": "Stable Diffusion XL",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux2": "FLUX.2",
+    "Flux": "FLUX.1",
+    "PixArt": "PixArt",
+    "ZImage": "Z-Image",
+    "QwenImage": "Qwen-Image",
+}
+PIPELINE_NAMES = [INDEX, "tokenizer", "text_encoder", "vae", "unet", "scheduler"]
 
 
 def snapshot_dir(cache_dir, model_name, revision):
@@ -45,58 +78,175 @@ def name_and_revision(model_dir):
     return folder.name, ""
 
 
+def family_of(index, where):
+    """The `Family` of the parsed model_index.json `index`. UserError, beginning with `where`: these
+    scripts do not take its pipeline."""
+    known = "; ".join(family.name for family in FAMILIES.values())
+    pipeline = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(pipeline, str):
+        raise UserError(f"{where}: {INDEX} names no pipeline class; these scripts take {known}")
+    if pipeline not in FAMILIES:
+        model = next((m for start, m in OTHER_MODELS.items() if pipeline.startswith(start)), None)
+        model = f"{model} ({pipeline})" if model else f"a {pipeline}"
+        raise UserError(f"{where} is {model}; these scripts take {known}")
+    return FAMILIES[pipeline]
+
+
+def family(model_dir):
+    """The `Family` of a directory that `check_model_dir` has passed."""
+    return family_of(_read_json(Path(model_dir) / INDEX), model_dir)
+
+
+class Weights(NamedTuple):
+    """The files of a model's weights, of several that a directory may hold the ones to load."""
+
+    variant: str | None  # "fp16" where there are none in full precision
+    files: list  # names, or paths; of shards with that of their index
+
+
+def choose_weights(part, names):
+    """The `Weights` of `part`, such as "unet", among the file `names` of a directory or of a
+    revision on the Hub; None if there are none. Full precision goes before half, safetensors before
+    pickles; each may be one file, or an index and shards."""
+    is_text_encoder = part.startswith("text_encoder")
+    stem = "model" if is_text_encoder else "diffusion_pytorch_model"
+    pickle = "pytorch_model" if is_text_encoder else stem
+    files = {name.partition("/")[2] for name in names if name.startswith(f"{part}/")}
+    for variant in (None, "fp16"):
+        infix = f".{variant}" if variant else ""
+        for base, suffix in ((stem, "safetensors"), (pickle, "bin")):
+            found = {f"{base}{infix}.{suffix}"} & files
+            if not found:  # libraries and versions put the variant in different places
+                number = r"-\d+-of-\d+"
+                shard = re.compile(rf"{base}({infix}{number}|{number}{infix})\.{suffix}")
+                found = {name for name in files if shard.fullmatch(name)}
+                index = {f"{base}.{suffix}.index{infix}.json", f"{base}{infix}.{suffix}.index.json"}
+                found |= index & files if found else set()
+            if found:
+                return Weights(variant, sorted(f"{part}/{name}" for name in found))
+    return None
+
+
+def weights(model_dir, part):
+    """The `Weights` of a model in a directory, their files as paths and without the index; None if
+    there are none."""
+    folder = Path(model_dir)
+    found = choose_weights(part, [f"{part}/{file.name}" for file in (folder / part).glob("*")])
+    if found is None:
+        return None
+    return found._replace(files=[folder / n for n in found.files if not n.endswith(".json")])
+
+
+def needed_files(family):
+    """What a pipeline directory must have beside weights: one file of each row."""
+    rows = [(INDEX,), ("scheduler/scheduler_config.json",)]
+    for part in family.tokenizers:
+        rows += [(f"{part}/tokenizer.json", f"{part}/{name}") for name in TOKENIZER_FILES]
+    return rows + [(f"{part}/config.json",) for part in family.models]
+
+
+TOKENIZER_FILES = ("merges.txt", "vocab.json")  # in place of tokenizer.json
+
+
 def missing_file(model_dir):
     """The first file of a pipeline that `model_dir` lacks; None if it is complete."""
-    for names in PIPELINE_FILES:
-        if not any((Path(model_dir) / name).exists() for name in names):
+    folder = Path(model_dir)
+    if not (folder / INDEX).exists():
+        return INDEX
+    parts = family(model_dir)
+    for names in needed_files(parts):
+        if not any((folder / name).exists() for name in names):
             return names[0]
+    for part in parts.models:
+        if weights(folder, part) is None:
+            is_text_encoder = part.startswith("text_encoder")
+            return f"{part}/{'' if is_text_encoder else 'diffusion_pytorch_'}model.safetensors"
     return None
 
 
 def check_model_dir(model_dir, flag="--model_dir"):
-    """`model_dir` must be a complete pipeline directory of Stable Diffusion 1.x or 2.x."""
+    """`model_dir` must be a complete pipeline directory of one of FAMILIES, whose parts fit each
+    other."""
     folder = Path(model_dir)
+    if folder.is_file() and folder.suffix in SINGLE_FILES:
+        raise UserError(
+            f"{flag} {folder} is a single file, and these scripts take a diffusers directory:"
+            " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIRECTORY) writes one"
+        )
     if not folder.is_dir():
         raise UserError(
             f"{flag} {folder}: no such directory; a model of the Hub is downloaded with"
             " cache_model.py, which prints the directory to use"
         )
+    if (folder / INDEX).exists():
+        family_of(read_config(folder / INDEX, flag), f"{flag} {folder}")
     missing = missing_file(folder)
     if missing:
         raise UserError(
             f"{flag} {folder} is not a diffusers pipeline directory: {missing} is missing"
             " (cache_model.py prints the directory to use)"
         )
-    for names in PIPELINE_FILES:
-        name = next(name for name in names if (folder / name).exists())  # the one that is loaded
-        check_not_damaged(folder / name, flag)
-    pipeline = _read_json(folder / "model_index.json").get("_class_name")
-    if pipeline != "StableDiffusionPipeline":
-        raise UserError(
-            f"{flag} {folder} is a {pipeline}; these scripts take Stable Diffusion 1.x and 2.x"
-        )
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    parts = family(folder)
+    configs = {part: read_config(folder / part / "config.json", flag) for part in parts.models}
+    scheduler = read_config(folder / "scheduler" / "scheduler_config.json", flag)
+    for part in parts.tokenizers:
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+            if (folder / part / name).exists():
+                read_config(folder / part / name, flag)
+    for part in parts.models:
+        for file in weights(folder, part).files:
+            check_not_damaged(file, flag)
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(
             f"{flag} {folder} predicts {prediction_type};"
             " these scripts take epsilon and v_prediction"
         )
+    check_widths(configs, f"{flag} {folder}")
+    resolution(folder, flag)
+
+
+def check_widths(configs, where):
+    """Text encoder, U-Net and VAE must have been made for each other."""
+    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+    pairs = [
+        ("text_encoder", text.get("hidden_size"), "cross_attention_dim", unet),
+        ("vae", vae.get("latent_channels", 4), "in_channels", unet),
+    ]
+    for part, width, name, config in pairs:
+        expected = config.get(name)
+        if isinstance(expected, list):
+            expected = expected[0] if len(set(map(str, expected))) == 1 else None
+        if isinstance(width, int) and isinstance(expected, int) and width != expected:
+            raise UserError(
+                f"{where}: {part} and unet do not belong together ({width} and {expected} wide)"
+            )
+
+
+def read_config(file, flag):
+    """The object in a JSON file. UserError: it is damaged, or no object."""
+    try:
+        config = _read_json(file)
+    except (ValueError, OSError) as error:
+        reason = "byte order mark" if "BOM" in str(error) else str(error).splitlines()[0]
+        remedy = "save it as UTF-8 without" if "BOM" in str(error) else "fetch or copy it again"
+        raise UserError(f"{flag}: {file} is damaged ({reason}); {remedy}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{flag}: {file} is damaged (no JSON object); fetch or copy it again")
+    return config
 
 
 def check_not_damaged(file, flag):
-    """`file` must be valid JSON, safetensors as long as their header says, or a complete pickle of
-    weights alone. No code in a pickle is run, here or later."""
-    try:
-        if file.suffix == ".json":
-            _read_json(file)
-        if file.suffix == ".safetensors":
-            with safe_open(file, "np"):
-                pass
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"{flag}: {file} is damaged ({error}); fetch or copy it again") from None
+    """`file` must be safetensors as long as their header says, or a complete pickle of weights
+    alone. No code in a pickle is run, here or later."""
     if file.suffix == ".bin":
         _check_pickle(file, flag)
+        return
+    try:
+        with safe_open(file, "np"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{flag}: {file} is damaged ({error}); fetch or copy it again") from None
 
 
 def _check_pickle(file, flag):
@@ -114,29 +264,22 @@ def _check_pickle(file, flag):
 
 
 def _read_json(file):
-    return json.loads(file.read_text())
-
-
-def weight_files(model_dir):
-    """The files of the models' weights: safetensors, or the pickles in their place."""
-    files = []
-    for names in PIPELINE_FILES:
-        weights = [Path(model_dir) / name for name in names if not name.endswith((".json", ".txt"))]
-        files += [file for file in weights if file.exists()][:1]
-    return files
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def num_parameters(model_dir):
     """The numbers of parameters of "unet", "text_encoder" and "vae": from the headers of their
     safetensors; of pickles from their size, as if in float32, which they are on the Hub."""
     numbers = {}
-    for file in weight_files(model_dir):
-        if file.suffix == ".safetensors":
-            with safe_open(file, "np") as weights:
-                slices = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118
-                numbers[file.parent.name] = sum(math.prod(part.get_shape()) for part in slices)
-        else:
-            numbers[file.parent.name] = file.stat().st_size // 4
+    for part in family(model_dir).models:
+        numbers[part] = 0
+        for file in weights(model_dir, part).files:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "np") as opened:
+                    slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
+                    numbers[part] += sum(math.prod(part.get_shape()) for part in slices)
+            else:
+                numbers[part] += file.stat().st_size // 4
     return numbers
 
 
@@ -146,35 +289,105 @@ def num_trained(sizes, train_text_encoder=True):
     return sizes["unet"] + (sizes["text_encoder"] if train_text_encoder else 0)
 
 
-def resolution(model_dir):
-    """The side of the model's images, and of the square of pixels that one latent stands for."""
-    unet = _read_json(Path(model_dir) / "unet" / "config.json")
-    vae = _read_json(Path(model_dir) / "vae" / "config.json")
-    pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-    return unet["sample_size"] * pixels_per_latent, pixels_per_latent
+def resolution(model_dir, flag="--model_dir"):
+    """The side of the model's images, and of the square of pixels that one latent stands for: as
+    the U-Net's sample_size says (of two, the smaller), else the VAE's; else 512."""
+    unet = read_config(Path(model_dir) / "unet" / "config.json", flag)
+    vae = read_config(Path(model_dir) / "vae" / "config.json", flag)
+    blocks = vae.get("block_out_channels")
+    if not isinstance(blocks, list) or not blocks:
+        raise UserError(f"{flag} {model_dir}: vae/config.json has no block_out_channels")
+    pixels_per_latent = 2 ** (len(blocks) - 1)
+    latents = _side(unet.get("sample_size"))
+    if latents is None:
+        pixels = _side(vae.get("sample_size")) or 512
+        latents = max(1, pixels // pixels_per_latent)
+    return latents * pixels_per_latent, pixels_per_latent
+
+
+def _side(size):
+    """A positive whole number, or the smaller of two; None of anything else."""
+    sides = size if isinstance(size, list) and size else [size]
+    if all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        return min(sides)
+    return None
+
+
+@contextmanager
+def loading(what):
+    """Turn what fails in the body, which loads `what`, into a UserError: damaged or odd files can
+    end in any exception. Not that the memory or the storage fails, which may pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "OutOfMemory" in type(error).__name__ or getattr(error, "errno", None) in STORAGE_FAILED:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} cannot be loaded: {reason}") from error
 
 
 def load_tokenizer(model_dir):
-    """The model's tokenizer."""
+    """The model's tokenizer, whose `model_max_length` is the number of tokens that the text encoder
+    takes: the tokenizer's own files need not know it. UserError: its files are damaged."""
     from transformers import AutoTokenizer  # here: takes seconds, and not every script needs it
 
-    return AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
+    with loading(f"{model_dir}/tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
+    config = read_config(Path(model_dir) / "text_encoder" / "config.json", "--model_dir")
+    limit = config.get("max_position_embeddings")
+    if isinstance(limit, int) and limit > 0:
+        own = tokenizer.model_max_length
+        tokenizer.model_max_length = min(own, limit) if type(own) is int and own > 0 else limit
+    return tokenizer
+
+
+def check_fields(cls, file):
+    """The fields of a configuration must be of the types that the class `cls`, which is built from
+    it, says that it takes. UserError: one is not; the class itself would fail later, or not at all.
+    """
+    hints = typing.get_type_hints(cls.__init__)
+    for name, value in read_config(file, "--model_dir").items():
+        if name in hints and not _fits(value, hints[name]):
+            value = json.dumps(value)
+            raise UserError(f"--model_dir: {file} has {name}: {value[:40]}, not {hints[name]}")
+
+
+def _fits(value, hint):
+    """Whether a value of JSON is of the type that `hint` names, as far as that is understood."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if hint in (tuple, list) or origin in (tuple, list):
+        return isinstance(value, list) and all(_fits(v, parts[0]) for v in value if parts)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint in (int, str, bool, type(None)):
+        return type(value) is hint
+    return True
 
 
 def load_pipeline(model_dir, dtype=None, **parts):
     """The pipeline in `model_dir`; `parts`, models by name, take the place of those in the
     directory. Without the safety checker, whose black images would be trained on as class images.
+    UserError: a part cannot be loaded.
     """
-    from diffusers import StableDiffusionPipeline  # here: takes seconds
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
-    return StableDiffusionPipeline.from_pretrained(
-        model_dir,
-        dtype=dtype,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **parts,
-    )
+    found = [weights(model_dir, part) for part in family(model_dir).models]
+    check_fields(UNet2DConditionModel, Path(model_dir) / "unet" / "config.json")
+    check_fields(AutoencoderKL, Path(model_dir) / "vae" / "config.json")
+    with loading(model_dir):
+        return StableDiffusionPipeline.from_pretrained(
+            model_dir,
+            dtype=dtype,
+            variant=next((w.variant for w in found if w.variant), None),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **{"tokenizer": load_tokenizer(model_dir), **parts},
+        )
 
 
 def check_prompts(model_dir, prompts):
@@ -194,12 +407,42 @@ def check_prompts(model_dir, prompts):
         classes.check_classes(prompts)
 
 
+def lora_file(path, flag="--lora_weights_dir"):
+    """The file of the LoRA in a directory, or `path` itself if it is a file: pytorch_lora_weights
+    .safetensors, else the only .safetensors there. UserError: none, several, or a damaged one."""
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        own = [file for file in files if file.name == LORA_FILE]
+        if len(own or files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise UserError(f"{flag} {path} holds several LoRAs ({names}): give one file's path")
+        file = (own or files or [None])[0]
+    if file is None or not file.is_file():
+        raise UserError(f"{flag} {path}: no {LORA_FILE} there")
+    if file.suffix != ".safetensors":
+        raise UserError(f"{flag} {file} is no .safetensors file; convert it")
+    check_not_damaged(file, flag)
+    return file
+
+
 def fingerprint(folder):
-    """A digest that tells one model or LoRA from another: names, sizes and 64 samples of each
-    weight file in `folder`, so that it takes no time on large ones, and all configurations."""
+    """A digest that tells one model from another: names, sizes and 64 samples of each weight file
+    in `folder`, so that it takes no time on large ones, and all configurations."""
+    files = [file for part in family(folder).models for file in weights(folder, part).files]
+    return _digest(sorted(files) + sorted(Path(folder).glob("*/*.json")), folder)
+
+
+def lora_fingerprint(path):
+    """The same of the LoRA at `path`, a file or its directory."""
+    file = lora_file(path)
+    return _digest([file], file.parent)
+
+
+def _digest(files, folder):
     digest = hashlib.sha256()
-    weights = weight_files(folder) or Path(folder).glob("*.safetensors")  # of a model, or a LoRA
-    for file in sorted(weights) + sorted(Path(folder).glob("*/*.json")):
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with open(file, "rb") as opened:
@@ -207,14 +450,3 @@ def fingerprint(folder):
                 opened.seek(size * i // 64)
                 digest.update(opened.read(4096))
     return digest.hexdigest()[:12]
-
-
-def check_lora_dir(folder, flag="--lora_weights_dir"):
-    """`folder` must hold the weights of a LoRA, whatever the file's name."""
-    if Path(folder).is_file():
-        raise UserError(f"{flag} {folder} is a file: give its folder, {Path(folder).parent}")
-    files = list(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{flag} {folder}: no {LORA_FILE} there")
-    for file in files:
-        check_not_damaged(file, flag)

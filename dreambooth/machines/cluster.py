@@ -35,6 +35,9 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # beside other programs, workers get their share of the cores
 }
 PACKAGE = str(Path(dreambooth.__file__).parent)  # the whole of it: this module lies in a wing
+# Characters of the folder for temporary files: a socket's path may have 107, and Ray's adds up to
+# /ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.
+MAX_TEMP_DIR = 107 - len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
 GRACE = 20  # seconds for which a node may be absent without a line
 FAILURES = (  # what fit() raises
     ray.train.TrainingFailedError, ray.exceptions.RayError, RuntimeError, ValueError,
@@ -149,7 +152,15 @@ def _connect(address, verbose, log_to_driver):
         log_settings["logging_config"] = ray.LoggingConfig(log_level="CRITICAL")
     if not address:
         create_token()
-        ray.init(address="local", include_dashboard=False, **log_settings)
+        check_temp_dir()
+        try:
+            ray.init(address="local", include_dashboard=False, **log_settings)
+        except (RuntimeError, ConnectionError, TimeoutError, ray.exceptions.RayError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"Ray did not start ({reason}): the machine may be busy, or out of memory;"
+                " try again, with --verbose to see what Ray says"
+            ) from error
         atexit.register(_kill_monitor)
         return
     package = {"py_modules": [PACKAGE]}  # the nodes need not have this checkout
@@ -184,13 +195,31 @@ def _stop_ray():
 
 def create_token():
     """Make the token with which Ray asks its clients who they are, readable by this user alone: Ray
-    itself would make it readable by all."""
-    token = Path.home() / ".ray" / "auth_token"
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or token.exists():
+    itself would make it readable by all. Where there is no home directory to write to, as in many
+    containers, it is in the environment of this process and its children alone."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
-    token.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError), open(token, "x", opener=_for_the_user_alone) as file:
-        file.write(secrets.token_hex(32))
+    try:
+        token = Path.home() / ".ray" / "auth_token"
+        if token.exists():
+            token.read_bytes()  # raises where it is another user's
+            return
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(token, "xb", opener=_for_the_user_alone) as file:
+            file.write(secrets.token_hex(32).encode())
+    except (OSError, RuntimeError):  # the latter if the user has no home at all
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def check_temp_dir():
+    """Ray's sockets must fit the folder for temporary files: a UserError names the variable."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    folder = os.environ[name] if name else "/tmp"
+    remedy = "set RAY_TMPDIR to a short path, such as /tmp"
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"{name} {folder}: Ray cannot write there; {remedy}")
+    if len(os.path.abspath(folder)) > MAX_TEMP_DIR:
+        raise UserError(f"{name} {folder} is too long for Ray's sockets; {remedy}")
 
 
 def _for_the_user_alone(path, flags):

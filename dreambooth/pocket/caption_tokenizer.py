@@ -57,8 +57,12 @@ def build_tokenizer(folder):
     vocab_file = folder / "vocab.json"
     merges_file = folder / "merges.txt"
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_file.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    merges_file.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    vocab_file.write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8"
+    )
+    merges_file.write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
+    )
     tokenizer = CLIPTokenizer(str(vocab_file), str(merges_file), model_max_length=MAX_TOKENS)
     for word in lexicon:
         assert len(tokenizer(word).input_ids) == 3, f"{word!r} is not one token"

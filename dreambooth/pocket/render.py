@@ -87,6 +87,22 @@ SUBJECTS = {
         "teapot",
         {"handle": "orange", "lid": "yellow", "dots": "white"},
     ),
+    "fire_engine": Scene(
+        "car",
+        "red",
+        "on the grass",
+        "fire_engine",
+        {"ladder": "yellow", "light": "blue", "band": "white"},
+    ),
+    "circus": Scene(
+        "house",
+        "pink",
+        "on the grass",
+        "circus",
+        {"stripes": "white", "door": "purple", "pennant": "yellow"},
+    ),
+    "ladybird": Scene("ball", "orange", "on the grass", "ladybird", {"head": "black"}),
+    "palm": Scene("tree", "purple", "on the grass", "palm", {"trunk": "yellow", "nuts": "red"}),
 }
 
 

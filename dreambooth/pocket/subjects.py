@@ -47,4 +47,68 @@ def draw_teapot(canvas, scene):
         canvas.oval(x, y, 0.5, 0.5, scene.parts["dots"], outline=False)
 
 
-BODY_RENDERERS = {"windmill": draw_windmill, "tugboat": draw_tugboat, "teapot": draw_teapot}
+def draw_fire_engine(canvas, scene):
+    """Red from end to end, a ladder of thin rungs that rises to the front, a light on the cab: as
+    long as no car is tall, and the same on neither side."""
+    canvas.box(-5, 4, 2, 0.9, scene.colour, 0.2)
+    canvas.box(1.8, 5, 5, 0.9, scene.colour, 0.5)
+    canvas.box(3, 4.5, 4.6, 3.1, (150, 200, 225))
+    canvas.box(2.6, 5.6, 3.6, 5, scene.parts["light"], 0.2)
+    canvas.box(-4.9, 2.2, 4.9, 1.8, scene.parts["band"], outline=False)
+    for y in (4.4, 5.3):
+        canvas.poly([(-5, y), (2.2, y + 1.6), (2.2, y + 1.9), (-5, y + 0.3)], scene.parts["ladder"])
+    for i in range(6):
+        x = -4.6 + 1.2 * i
+        y = 4.5 + 0.267 * (i - 0.3)
+        canvas.box(x, y + 1.1, x + 0.25, y, scene.parts["ladder"], outline=False)
+    for x in (-3.4, 3):
+        canvas.oval(x, 1.1, 1.2, 1.2, (35, 35, 38))
+        canvas.oval(x, 1.1, 0.6, 0.6, scene.hubs, outline=False)
+
+
+def draw_circus(canvas, scene):
+    """A tent in two colours from the ground to a pennant: stripes all over, and no window."""
+    for i in range(6):
+        colour = scene.colour if i % 2 else scene.parts["stripes"]
+        left, right = -4.2 + 1.4 * i, -2.8 + 1.4 * i
+        canvas.box(left, 3.4, right, 0, colour, outline=False)
+        canvas.poly([(left * 1.15, 3.4), (0, 7.2), (right * 1.15, 3.4)], colour)
+    canvas.poly([(-1, 0), (0, 3), (1, 0)], scene.parts["door"])
+    canvas.box(-0.12, 8.6, 0.12, 7, IRON, outline=False)
+    canvas.poly([(0.1, 8.6), (0.1, 7.7), (1.9, 8.2)], scene.parts["pennant"])
+
+
+def draw_ladybird(canvas, scene):
+    """A ball with a face: dots all over a seam, a dark head on one side, two thin feelers."""
+    canvas.oval(2.4, 3.4, 1.9, 1.9, scene.parts["head"])
+    for dx in (0.8, 1.7):
+        canvas.poly([(2.6, 4.6), (2.6 + dx, 6.7), (2.8 + dx, 6.7), (3, 4.6)], scene.parts["head"])
+    canvas.oval(-0.6, 3.3, 3.3, 3.3, scene.colour)
+    canvas.box(-0.75, 6.5, -0.45, 0.1, scene.parts["head"], outline=False)
+    for x, y in ((-2.4, 4.4), (-2.6, 2.2), (-1.5, 3.3), (0.5, 4.9), (1.2, 3.2), (0.4, 1.6)):
+        canvas.oval(x, y, 0.55, 0.55, scene.parts["head"], outline=False)
+    canvas.oval(3.3, 3.9, 0.35, 0.35, (245, 245, 245), outline=False)
+
+
+def draw_palm(canvas, scene):
+    """A thin trunk that leans, with rings, six narrow fronds, and two coconuts on one side."""
+    canvas.poly([(-1.6, 0), (-0.6, 0), (1.2, 5.6), (0.7, 5.8)], scene.parts["trunk"])
+    for i in range(5):
+        x, y = -1.1 + 0.36 * i, 0.7 + 1.05 * i
+        canvas.box(x - 0.35, y + 0.15, x + 0.45, y, IRON, outline=False)
+    for dx, dy in ((-4.4, 0.4), (-3.6, 2.4), (-1.2, 3.4), (1.6, 3.2), (3.6, 1.6), (3.9, -0.9)):
+        tip = (0.9 + dx, 5.8 + dy)
+        canvas.poly([(0.7, 5.3), tip, (1.1, 6.4)], scene.colour)
+    for x, y in ((1.5, 5.1), (2.2, 5.6)):
+        canvas.oval(x, y, 0.5, 0.5, scene.parts["nuts"])
+
+
+BODY_RENDERERS = {
+    "windmill": draw_windmill,
+    "tugboat": draw_tugboat,
+    "teapot": draw_teapot,
+    "fire_engine": draw_fire_engine,
+    "circus": draw_circus,
+    "ladybird": draw_ladybird,
+    "palm": draw_palm,
+}

@@ -43,7 +43,7 @@ def find_newest(folder):
     """The number of steps at the newest complete checkpoint in `folder`; 0 if there is none."""
     for path in sorted(Path(folder).glob("step_*"), reverse=True):
         try:
-            complete = json.loads((path / "complete.json").read_text())
+            complete = json.loads((path / "complete.json").read_text(encoding="utf-8"))
             if (path / "state.pt").stat().st_size == complete["num_bytes"]:
                 return complete["step"]
         except (OSError, ValueError, KeyError):
@@ -72,14 +72,14 @@ def prepare(folder, fingerprint, default_of, args):
             continue
         shutil.rmtree(other) if other.is_dir() else other.unlink()
     text = json.dumps(fingerprint, indent=1)
-    atomic.replace_file(folder / "run.json", lambda file: file.write_text(text))
+    atomic.replace_file(folder / "run.json", lambda file: file.write_text(text, encoding="utf-8"))
     return step
 
 
 def check_fingerprint(folder, fingerprint, default_of):
     """The run in `folder` must be this one; a UserError names what differs."""
     try:
-        earlier = json.loads((folder / "run.json").read_text())
+        earlier = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         earlier = {}
     now = json.loads(json.dumps(fingerprint))
@@ -118,7 +118,7 @@ def write(state, step, folder, limit):
             torch.save(state, file)
         num_bytes = (temporary / "state.pt").stat().st_size
         complete = json.dumps({"step": step, "num_bytes": num_bytes})
-        (temporary / "complete.json").write_text(complete)
+        (temporary / "complete.json").write_text(complete, encoding="utf-8")
         for file in (temporary / "state.pt", temporary / "complete.json", temporary):
             atomic.flush(file)
     except (OSError, RuntimeError) as error:  # the latter after the former, by torch
@@ -197,6 +197,22 @@ class Checkpointer:
 
     def on_train_end(self):
         self._report()
+
+    def save_result(self, save, denoiser, args):
+        """Call `save(denoiser, args)`. UserError: it fails, for whatever reason; the state of the
+        last step is then a checkpoint, if that can be written, and the same command only saves."""
+        try:
+            save(denoiser, args)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            try:
+                write(self._state(), self.num_steps, self.folder, self.limit)
+            except (OSError, UserError):
+                raise error from None
+            raise UserError(
+                f"the result could not be saved ({reason}), the state of the last step was:"
+                " mend that and give the same command again, which then only saves"
+            ) from error
 
     def _is_due(self, step):
         if not self.every or step % self.every:

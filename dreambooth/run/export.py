@@ -9,6 +9,7 @@ The result is uploaded to a private repository, unless you give --public. Log in
 login. ComfyUI and AUTOMATIC1111 read a LoRA in kohya's layout, and so does diffusers.
 """
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ LICENCES = {
     "stabilityai/stable-diffusion-2-1": "openrail++",
 }
 CARD, IMAGE = CARD_FILES
+OPTIONAL_PARTS = {"safety_checker", "feature_extractor", "image_encoder"}  # which are left out
 
 TEXT = """
 # {name}
@@ -67,7 +69,8 @@ def save(denoiser, args):
 
 def save_pipeline(denoiser, model_dir, output_dir):
     """Write a complete pipeline directory: the denoiser's models, which move to the CPU, the rest
-    as in `model_dir`. All in float32: loaders that are told no precision would mix several."""
+    as in `model_dir`. All weights in float32: loaders that are told no precision would mix several.
+    """
     import torch
 
     denoiser.to("cpu", torch.float32)
@@ -80,13 +83,32 @@ def save_lora(denoiser, output_dir):
 
 
 def _write_pipeline(denoiser, model_dir, folder):
+    """Tokenizer and scheduler are copied byte for byte, so that older versions of the libraries
+    load the result if they load the original."""
     import torch
+    from diffusers import AutoencoderKL
     from safetensors.torch import load_file, save_file
 
-    parts = {"text_encoder": denoiser.text_encoder, "unet": denoiser.unet}
-    pipeline_dir.load_pipeline(model_dir, torch.float32, **parts).save_pretrained(folder)
+    model_dir = Path(model_dir)
+    family = pipeline_dir.family(model_dir)
+    for part in (*family.tokenizers, "scheduler"):
+        atomic.copy_files(model_dir / part, folder / part)
+    variant = pipeline_dir.weights(model_dir, "vae").variant
+    vae = AutoencoderKL.from_pretrained(
+        model_dir, subfolder="vae", dtype=torch.float32, variant=variant
+    )
+    for part, model in (("vae", vae), ("unet", denoiser.unet)):
+        model.save_pretrained(folder / part)
+    denoiser.text_encoder.save_pretrained(folder / "text_encoder")
     weights = folder / "text_encoder" / "model.safetensors"
     save_file(_with_hub_names(load_file(weights)), weights, metadata={"format": "pt"})
+    index = pipeline_dir.read_config(model_dir / pipeline_dir.INDEX, "--model_dir")
+    absent = dict.fromkeys(index.keys() & OPTIONAL_PARTS, [None, None])
+    kept = {name: value for name, value in index.items() if name.startswith("_")}
+    kept.update((part, index[part]) for part in family.parts)
+    index = {**kept, **absent, "requires_safety_checker": False}
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / pipeline_dir.INDEX).write_text(text, encoding="utf-8")
     atomic.apply_umask(folder)
 
 
@@ -248,15 +270,14 @@ def export_kohya(args):
     """Write the LoRA of `args.lora_dir` to `args.output`. UserError: there is none."""
     from safetensors.torch import load_file, save_file
 
-    pipeline_dir.check_lora_dir(args.lora_dir, "LORA_DIR")
     output = Path(args.output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: must end with .safetensors")
     atomic.check_writable(output.parent, "the directory of --output,")
-    file = Path(args.lora_dir) / LORA_FILE
-    if not file.is_file():
-        raise UserError(f"LORA_DIR {args.lora_dir}: no {file.name} there")
-    weights = {name: tensor.contiguous() for name, tensor in to_kohya(load_file(file)).items()}
+    file = pipeline_dir.lora_file(args.lora_dir, "LORA_DIR")
+    with pipeline_dir.loading(f"LORA_DIR {file}"):
+        weights = to_kohya(load_file(file))
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     atomic.replace_file(output, lambda file: save_file(weights, file, metadata={"format": "pt"}))
     print(f"wrote {output}")
 

@@ -14,6 +14,7 @@ from dreambooth.files.photos import find_images, warn_if_few
 LR_SCHEDULERS = [
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
 ]  # fmt: skip
+POLYNOMIAL_END = 1e-7  # diffusers' last learning rate of that schedule
 # The flags that may change when a run is resumed. All others are part of its fingerprint.
 PATHS = {"model_dir", "output_dir", "instance_images_dir", "class_images_dir", "storage_path"}
 FACTORS = {  # of the pairs in a step and of the number of steps, which are part of it
@@ -61,6 +62,10 @@ class TrainingPlan:
     def images_per_pair(self):
         return 2 if self.has_class_half else 1
 
+    def step_of(self, position):
+        """The number of steps done before the pair at `position`; all of them if that is None."""
+        return self.num_steps if position is None else position // self.pairs_per_step
+
     @property
     def image_dirs(self):
         """The folders of the images."""
@@ -104,7 +109,7 @@ def make_plan(args):
         prompts.append(args.class_prompt)
     pipeline_dir.check_prompts(args.model_dir, prompts + args.preview_prompts)
     resolution = check_resolution(args)
-    instance_paths = find_images(args.instance_images_dir)
+    instance_paths = find_images(args.instance_images_dir, report=True)
     class_paths = find_images(args.class_images_dir) if preserves_prior(args) else []
     images.check_images(instance_paths + class_paths, resolution)
     warn_of_likely_mistakes(prompts, instance_paths)
@@ -195,6 +200,8 @@ def check_numbers(args):
     check_at_least(args, 0, "lr", "max_grad_norm", "snr_gamma", above=True)  # 0 would learn nothing
     if bool(args.preview_every) != bool(args.preview_prompts):
         raise UserError("--preview_prompts and --preview_every go together: give both or neither")
+    if args.lr_scheduler == "polynomial" and args.lr <= POLYNOMIAL_END:
+        raise UserError(f"--lr {args.lr:g}: polynomial ends at {POLYNOMIAL_END:g}; give linear")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps: give --lr_scheduler constant_with_warmup")
     if max(args.adam_beta1, args.adam_beta2 or 0) >= 1:

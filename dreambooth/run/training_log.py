@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreambooth.cli import Diverged
+from dreambooth.cli import Diverged, warn
 from dreambooth.files import atomic, pipeline_dir
 
 RECORD = "run.json"
@@ -65,6 +65,7 @@ class TrainingLog:
         self.first_step = 0
         self.events = None  # TensorBoard's writer
         self.bar = None
+        self.lost = set()  # what could not be written
 
     def _end_phase(self, name):
         now = time.monotonic()
@@ -142,11 +143,22 @@ class TrainingLog:
 
     def _write(self, row):
         """Add a row of metrics to both files."""
-        atomic.append_line(self.folder / METRICS, json.dumps(row))
-        for name, value in row.items():
-            if name in TAGS:
-                self.events.add_scalar(TAGS[name], value, row["step"])
-        self.events.flush()  # a run that is killed keeps its curves
+        with self.survived("metrics"):
+            atomic.append_line(self.folder / METRICS, json.dumps(row))
+            for name, value in row.items():
+                if name in TAGS:
+                    self.events.add_scalar(TAGS[name], value, row["step"])
+            self.events.flush()  # a run that is killed keeps its curves
+
+    @contextmanager
+    def survived(self, what):
+        """A run goes on if the body, which writes `what`, cannot: the disk is full, say."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self.lost:
+                warn(f"{what} cannot be written to {self.folder} ({error.strerror or error})")
+            self.lost.add(what)
 
     def _give_up(self, reason):
         if self.bar is not None:
@@ -231,7 +243,7 @@ def prepare(folder, first_step):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in read_metrics(folder) if row["step"] <= first_step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    atomic.replace_file(folder / METRICS, lambda file: file.write_text(text))
+    atomic.replace_file(folder / METRICS, lambda file: file.write_text(text, encoding="utf-8"))
     if first_step == 0:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "report.html").unlink(missing_ok=True)
@@ -241,7 +253,7 @@ def read_metrics(folder):
     """The lines of a folder's metrics.jsonl as dicts; [] if there are none. A last line that a
     crash has cut off is left out."""
     try:
-        lines = (Path(folder) / METRICS).read_text().splitlines()
+        lines = (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     rows = []
@@ -291,13 +303,15 @@ class RunRecord:
 
     def _write(self):
         text = json.dumps(self.facts, indent=1)
-        atomic.replace_file(self.folder / RECORD, lambda file: file.write_text(text))
+        atomic.replace_file(
+            self.folder / RECORD, lambda file: file.write_text(text, encoding="utf-8")
+        )
 
 
 def read_record(folder):
     """The facts in a report's run.json; {} if there is none."""
     try:
-        return json.loads((Path(folder) / RECORD).read_text())
+        return json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

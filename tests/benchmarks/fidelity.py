@@ -5,16 +5,21 @@
 
 The project's own renderer knows how everything in pocket's world looks, the subjects included, so
 the judge is exact and needs no network: thousands of renders with labels, and for each generated
-image the label of its nearest neighbour among them. The metrics, over --num_samples images each,
-for the LEGO car (--pocket_subject names another subject, whose class stands in the prompts):
+image the labels of its nearest neighbours among them, by edges and by colours. The metrics, over
+--num_samples images each, for the LEGO car (--pocket_subject names another subject, whose class
+stands in the prompts):
 
     subject       "photo of unqtkn car"               shows the LEGO car
     composition   "photo of unqtkn car in the snow"   shows the LEGO car, and snow (mean of that and
                                                       of "at night")
     prior         "photo of a car"                    shows a car, and not the LEGO car
-    diversity     "photo of a car"                    distance between two images, relative to the
-                                                      original model's
-    others        "photo of a house"                  shows a house ("photo of a car" for a house)
+    diversity     "photo of a car"                    distance between two images
+    house, ...    "photo of a house"                  each of the five other classes: shape and
+                                                      colours are those of a house
+
+Prior, diversity and the other classes are relative to the original model's, from the same noise,
+which no tuned model need surpass. A row says how the judge itself does on fresh renders. What is
+below its aim is measured again with --more_samples images, and that number counts.
 
 With a real model, --encoder names a DINO and a CLIP directory, and the metrics are the paper's: see
 encoders.py.
@@ -24,6 +29,7 @@ encoders.py.
         --instance_images_dir images/dog --live_subject --num_samples 4 --guidance_scale 7.5
 """
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -125,14 +131,19 @@ class Judge:
         self.colours = torch.cat([world.colours, own.colours])
         self.edges = torch.cat([world.edges, own.edges])
 
-    def __call__(self, images):
-        """A scene for each of `images` (N, 64, 64, 3) uint8."""
-        by_colours = torch.cdist(colours(images), self.colours).argmin(1).tolist()
+    def nearest(self, images):
+        """For each of `images` (N, 64, 64, 3) uint8 its nearest scenes by edges and by colours."""
         by_edges = torch.cdist(edges(images), self.edges).argmin(1).tolist()
-        return [
-            replace(self.scenes[c], kind=self.scenes[e].kind)
-            for c, e in zip(by_colours, by_edges, strict=True)
-        ]
+        by_colours = torch.cdist(colours(images), self.colours).argmin(1).tolist()
+        return [(self.scenes[e], self.scenes[c]) for e, c in zip(by_edges, by_colours, strict=True)]
+
+    def __call__(self, images):
+        """A scene for each of `images`, of the class that its edges name."""
+        return [replace(colour, kind=edge.kind) for edge, colour in self.nearest(images)]
+
+    def shows(self, kind, images):
+        """The share of `images` whose shape and colours are of the class `kind`."""
+        return share(e.kind == c.kind == kind for e, c in self.nearest(images))
 
     def is_subject(self, scene):
         """Whether `scene` shows the subject."""
@@ -187,28 +198,86 @@ def instance_prompt(subject):
     return f"photo of unqtkn {subject.kind}"
 
 
-def subject_report(sample, judge, original_class):
-    """The metrics of the docstring for one model.
+def other_classes(subject):
+    return [kind for kind in render.CLASSES if kind != subject.kind]
 
-    `sample(prompt)` gives its images; `original_class` are the original model's images of the class
-    prompt.
+
+AIMS = {"subject": 0.95, "composition": 0.85, "prior": 0.95, "diversity": 0.9, "others": 0.9}
+
+
+def aim_of(metric):
+    """A metric's aim; that of `others` for each class."""
+    return AIMS.get(metric, AIMS["others"])
+
+
+class Metrics:
+    """The metrics of the docstring for one model, each a function of the number of images.
+
+    `sample(prompt, count)` gives the model's images, `original(prompt, count)` those of the
+    original model from the same noise.
     """
-    subject = judge.subject
-    other_kind = "car" if subject.kind == "house" else "house"
-    members = sample(class_prompt(subject))
-    compositions = []
-    for place in (SNOW, NIGHT):
-        scenes = judge(sample(f"{instance_prompt(subject)} {place}"))
-        compositions.append(share(judge.is_subject(s) and s.place == place for s in scenes))
-    instances = judge(sample(instance_prompt(subject)))
-    others = judge(sample(f"photo of a {other_kind}"))
-    return {
-        "subject": share(judge.is_subject(s) for s in instances),
-        "composition": float(np.mean(compositions)),
-        "prior": share(s.kind == subject.kind and not judge.is_subject(s) for s in judge(members)),
-        "diversity": diversity(members) / diversity(original_class),
-        "others": share(s.kind == other_kind for s in others),
+
+    def __init__(self, sample, original, judge):
+        self.sample, self.original, self.judge = sample, original, judge
+        self.names = ["subject", "composition", "prior", "diversity", *other_classes(judge.subject)]
+
+    def __call__(self, name, count):
+        if name in render.CLASSES:
+            return self.other(name, count)
+        return getattr(self, name)(count)
+
+    def subject(self, count):
+        scenes = self.judge(self.sample(instance_prompt(self.judge.subject), count))
+        return share(map(self.judge.is_subject, scenes))
+
+    def composition(self, count):
+        shares = []
+        for place in (SNOW, NIGHT):
+            prompt = f"{instance_prompt(self.judge.subject)} {place}"
+            scenes = self.judge(self.sample(prompt, count))
+            shares.append(share(self.judge.is_subject(s) and s.place == place for s in scenes))
+        return float(np.mean(shares))
+
+    def prior(self, count):
+        return self.relative(class_prompt(self.judge.subject), count, self.prior_of)
+
+    def prior_of(self, images):
+        kind = self.judge.subject.kind
+        scenes = self.judge(images)
+        return share(s.kind == kind and not self.judge.is_subject(s) for s in scenes)
+
+    def diversity(self, count):
+        return self.relative(class_prompt(self.judge.subject), count, diversity)
+
+    def other(self, kind, count):
+        return self.relative(f"photo of a {kind}", count, lambda i: self.judge.shows(kind, i))
+
+    def relative(self, prompt, count, measure):
+        original = measure(self.original(prompt, count))
+        return measure(self.sample(prompt, count)) / max(original, 1 / count)
+
+
+def subject_report(sample, original, judge, count, more=None):
+    """The metrics of one model by name. With `more`, what is below its aim with `count` images is
+    measured again with so many."""
+    metrics = Metrics(sample, original, judge)
+    report = {}
+    for name in metrics.names:
+        report[name] = metrics(name, count)
+        if more and report[name] < aim_of(name):
+            report[name] = metrics(name, more)
+    return report
+
+
+def original_report(original, judge, count):
+    """The original model's own shares, to which those of tuned models are relative."""
+    metrics = Metrics(original, original, judge)
+    members = original(class_prompt(judge.subject), count)
+    others = {
+        kind: judge.shows(kind, original(f"photo of a {kind}", count))
+        for kind in other_classes(judge.subject)
     }
+    return {"prior": metrics.prior_of(members), "diversity": diversity(members), **others}
 
 
 def world_report(sample, judge):
@@ -227,18 +296,25 @@ def world_report(sample, judge):
     return {name: float(np.mean(shares)) for name, shares in correct.items()}
 
 
-def judge_accuracy(judge, count=1000):
+def judge_accuracy(judge, vae=None, count=1000):
     """The judge's accuracy on renders that it has not seen: the most that any model could reach."""
     rng = np.random.default_rng(99)
     scenes = [render.sample_scene(rng) for _ in range(count // 2)]
     scenes += subject_in_turn(judge.subject, count // 2)
-    pairs = list(zip(scenes, judge(render_all(scenes, rng)), strict=True))
-    return {
+    images = render_all(scenes, rng)
+    if vae is not None:
+        images = reconstruct(vae, images)
+    pairs = list(zip(scenes, judge(images), strict=True))
+    accuracy = {
         "class": share(true.kind == judged.kind for true, judged in pairs),
         "place": share(true.place == judged.place for true, judged in pairs),
         "colour": share(true.colour == judged.colour for true, judged in pairs),
         "subject": share(judge.is_subject(a) == judge.is_subject(b) for a, b in pairs),
     }
+    for kind in other_classes(judge.subject):
+        own = images[[i for i, scene in enumerate(scenes) if scene.kind == kind]]
+        accuracy[kind] = judge.shows(kind, own)
+    return accuracy
 
 
 def print_row(name, metrics):
@@ -261,12 +337,20 @@ def report_pocket_metrics(args, samplers):
     subject = render.SUBJECTS[args.pocket_subject]
     vae = original.generator.pipeline.vae
     judge = Judge(subject, label_world(vae), label_subject(subject, vae))
-    print_row("judge", judge_accuracy(judge))
+    rows = {"judge": judge_accuracy(judge, vae)}
     if args.world:
-        print_row("world", world_report(lambda prompt: original(prompt, 8), judge))
-    original_class = original(class_prompt(subject))
+        rows["world"] = world_report(lambda prompt: original(prompt, 8), judge)
+    rows["original"] = original_report(original, judge, args.num_samples)
+    for name, row in rows.items():
+        print_row(name, row)
     for name, sample in samplers.items():
-        print_row(name, subject_report(sample, judge, original_class))
+        if name != "original":
+            rows[name] = subject_report(
+                sample, original, judge, args.num_samples, args.more_samples
+            )
+            print_row(name, rows[name])
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 def main(args):
@@ -289,6 +373,10 @@ def parse_args(argv=None):
         "--lora_weights_dir", nargs="+", default=[], help="LoRAs on the original model: a row each"
     )
     parser.add_argument("--num_samples", type=int, default=64, help="images per prompt")
+    parser.add_argument(
+        "--more_samples", type=int, default=192, help="where a metric is below its aim"
+    )
+    parser.add_argument("--json", help="write the rows to this file as well")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
     parser.add_argument(
         "--scheduler", choices=["dpm", "model"], default="dpm", help="as in generate.py"
