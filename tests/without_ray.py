@@ -38,7 +38,9 @@ class Rows:
         return Rows({name: column[rows] for name, column in self.columns.items()})
 
     def map_batches(self, function, batch_size, fn_kwargs):
-        return Rows(function(self.columns, **fn_kwargs))
+        columns = function(self.columns, **fn_kwargs)
+        # As they come out of Ray: in other strides, the VAE's last bits would differ.
+        return Rows({name: np.ascontiguousarray(column) for name, column in columns.items()})
 
     def iterator(self):
         return self
