@@ -1,13 +1,16 @@
-"""Photos: found in a folder, decoded as upright 8 bit sRGB; and a folder for one subject alone.
+"""Photos: found in a folder, with their captions, and decoded as upright 8 bit sRGB; and a folder
+for one subject alone.
 
 python -m dreambooth.files.photos SOURCE FOLDER      # FOLDER then holds the images of SOURCE alone
 """
 
 import errno
+import json
 import math
 import os
 import shutil
 import struct
+import unicodedata
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -35,7 +38,8 @@ UNREADABLE = {  # images that Pillow cannot read: the raw formats of cameras, an
 }  # fmt: skip
 COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may replace
 CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; it is not one of them
-OURS = {CONTACT_SHEET, "metadata.jsonl", "images.jsonl", "compared"}  # beside generated images
+METADATA = "metadata.jsonl"  # of generated images, and with the captions of photos
+OURS = {CONTACT_SHEET, METADATA, "images.jsonl", "compared"}  # beside generated images
 FEW_PHOTOS = 3  # with fewer, the model learns the photo rather than the subject
 LARGE = (
     50e6  # pixels: larger JPEGs are decoded at a half or a quarter of their size, to save memory
@@ -106,6 +110,58 @@ def _files_in(folder):
 def _is_caption(file, files):
     """Whether a text file stands beside an image of the same name, as kohya's captions do."""
     return any(other.stem == file.stem and other != file for other in files)
+
+
+def read_captions(folder, images):
+    """The captions of the `images` in `folder` that have one: texts by path.
+
+    They are in metadata.jsonl, lines of {"file_name": "a.jpg", "text": "..."} as Hugging Face's
+    ImageFolder has it, or in a.txt beside a.jpg as kohya's scripts have it. Names match in either
+    Unicode normalization. UserError: a line or a file that cannot be read, an unknown file name, an
+    empty caption, or two that differ.
+    """
+    folder = Path(folder)
+    captions = {}
+    by_name = {_normal(image.name): image for image in images}
+    for image in images:
+        file = image.with_suffix(".txt")
+        if file.is_file():
+            captions[image] = _caption(_read_text(file).rstrip("\r\n"), file)
+    metadata = folder / METADATA
+    lines = _read_text(metadata).splitlines() if metadata.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        where = f"{metadata}, line {number}"
+        try:
+            name, text = (json.loads(line)[field] for field in ("file_name", "text"))
+            name = _normal(name)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{where}: no {{"file_name": ..., "text": ...}}') from None
+        image = by_name.get(name)
+        if image is None:
+            if "/" in name and (folder / name).exists():  # in a subfolder, which is skipped
+                continue
+            raise UserError(f"{where}: there is no image {name!r}")
+        if captions.get(image, text) != text:
+            raise UserError(f"{image}: {METADATA} and {image.stem}.txt have different captions")
+        captions[image] = _caption(text, where)
+    return captions
+
+
+def _caption(text, where):
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: an empty caption")
+    return text
+
+
+def _read_text(file):
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{file} is not a UTF-8 text file") from None
+
+
+def _normal(name):
+    return unicodedata.normalize("NFC", name)
 
 
 def open_image(path):
@@ -281,12 +337,14 @@ def warn_if_few(paths):
 
 
 def copy_images(source, folder):
-    """Make `folder` hold the images of `source` and nothing else: no photo of the previous subject.
+    """Make `folder` hold the images of `source` and their captions, and nothing else: no photo of
+    the previous subject.
 
     It is replaced whole, and only if this function made it: it then holds a hidden marker file,
     which names their source. UserError: it holds something else.
     """
     images = find_images(source)
+    captions = read_captions(source, images)
     folder = Path(folder)
     if folder.resolve() == Path(source).resolve():
         return
@@ -306,6 +364,9 @@ def copy_images(source, folder):
             if copy.exists():  # of names that differ in case alone, on a disk that sees no case
                 copy = temporary / f"{number}-{image.name}"
             shutil.copyfile(image, copy)
+            if image in captions:
+                row = {"file_name": copy.name, "text": captions[image]}
+                atomic.append_line(temporary / METADATA, json.dumps(row))
 
     atomic.replace_dir(folder, write)
 
@@ -313,6 +374,7 @@ def copy_images(source, folder):
 def main(args):
     """Check that each image in `args.source` can be read; copy them if `args.folder` is given."""
     images = find_images(args.source, report=True)
+    read_captions(args.source, images)
     for image in images:
         open_image(image)
     warn_if_few(images)

@@ -29,12 +29,16 @@ SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 class Family(NamedTuple):
-    """What is known of a pipeline's class: its parts, each a folder with the files of its model."""
+    """The facts of a pipeline's class that need neither torch nor diffusers; what its models
+    compute is in families.py."""
 
     name: str
-    tokenizers: tuple
+    tokenizers: tuple  # parts, each a folder with the files of its model
     text_encoders: tuple
     denoiser: str
+    trains_text_encoder: bool  # by default; where not, it cannot be trained
+    sampler: dict  # the defaults of generate.py
+    tags: tuple  # of the model card
 
     @property
     def models(self):
@@ -48,11 +52,25 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "StableDiffusionPipeline": Family(
-        "Stable Diffusion 1.x and 2.x", ("tokenizer",), ("text_encoder",), "unet"
+        name="Stable Diffusion 1.x and 2.x",
+        tokenizers=("tokenizer",),
+        text_encoders=("text_encoder",),
+        denoiser="unet",
+        trains_text_encoder=True,
+        sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 7.5},
+        tags=("stable-diffusion",),
+    ),
+    "StableDiffusionXLPipeline": Family(
+        name="Stable Diffusion XL",
+        tokenizers=("tokenizer", "tokenizer_2"),
+        text_encoders=("text_encoder", "text_encoder_2"),
+        denoiser="unet",
+        trains_text_encoder=False,
+        sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 5.0},
+        tags=("stable-diffusion-xl",),
     ),
 }
 OTHER_MODELS = {  # of pipelines that people bring, by the beginning of the class's name
-    "StableDiffusionXL": "Stable Diffusion XL",
     "StableDiffusion3": "Stable Diffusion 3",
     "Flux2": "FLUX.2",
     "Flux": "FLUX.1",
@@ -60,7 +78,8 @@ OTHER_MODELS = {  # of pipelines that people bring, by the beginning of the clas
     "ZImage": "Z-Image",
     "QwenImage": "Qwen-Image",
 }
-PIPELINE_NAMES = [INDEX, "tokenizer", "text_encoder", "vae", "unet", "scheduler"]
+# What the result of a training run may hold, whatever its family.
+PIPELINE_NAMES = [INDEX, *sorted({part for family in FAMILIES.values() for part in family.parts})]
 
 
 def snapshot_dir(cache_dir, model_name, revision):
@@ -196,30 +215,35 @@ def check_model_dir(model_dir, flag="--model_dir"):
     for part in parts.models:
         for file in weights(folder, part).files:
             check_not_damaged(file, flag)
+    if str(scheduler.get("_class_name")).startswith("EDM"):
+        raise UserError(f"{flag} {folder} has an EDM noise schedule, which is not supported")
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(
             f"{flag} {folder} predicts {prediction_type};"
             " these scripts take epsilon and v_prediction"
         )
-    check_widths(configs, f"{flag} {folder}")
+    check_widths(parts, configs, f"{flag} {folder}")
     resolution(folder, flag)
 
 
-def check_widths(configs, where):
-    """Text encoder, U-Net and VAE must have been made for each other."""
-    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+def check_widths(family, configs, where):
+    """The denoiser must have been made for the text encoders, side by side, and for the VAE."""
+    denoiser = configs[family.denoiser]
+    widths = [configs[part].get("hidden_size") for part in family.text_encoders]
     pairs = [
-        ("text_encoder", text.get("hidden_size"), "cross_attention_dim", unet),
-        ("vae", vae.get("latent_channels", 4), "in_channels", unet),
+        ("text_encoder", widths, "cross_attention_dim"),
+        ("vae", [configs["vae"].get("latent_channels", 4)], "in_channels"),
     ]
-    for part, width, name, config in pairs:
-        expected = config.get(name)
+    for part, widths, name in pairs:
+        expected = denoiser.get(name)
         if isinstance(expected, list):
             expected = expected[0] if len(set(map(str, expected))) == 1 else None
-        if isinstance(width, int) and isinstance(expected, int) and width != expected:
+        known = all(isinstance(width, int) for width in [*widths, expected])
+        if known and sum(widths) != expected:
             raise UserError(
-                f"{where}: {part} and unet do not belong together ({width} and {expected} wide)"
+                f"{where}: {part} and {family.denoiser} do not belong together"
+                f" ({sum(widths)} and {expected} wide)"
             )
 
 
@@ -268,8 +292,8 @@ def _read_json(file):
 
 
 def num_parameters(model_dir):
-    """The numbers of parameters of "unet", "text_encoder" and "vae": from the headers of their
-    safetensors; of pickles from their size, as if in float32, which they are on the Hub."""
+    """The number of parameters of each model, such as "unet": from the headers of its safetensors;
+    of pickles from their size, as if in float32, which they are on the Hub."""
     numbers = {}
     for part in family(model_dir).models:
         numbers[part] = 0
@@ -328,14 +352,15 @@ def loading(what):
         raise UserError(f"{what} cannot be loaded: {reason}") from error
 
 
-def load_tokenizer(model_dir):
-    """The model's tokenizer, whose `model_max_length` is the number of tokens that the text encoder
+def load_tokenizer(model_dir, part="tokenizer"):
+    """A model's tokenizer, whose `model_max_length` is the number of tokens that the text encoder
     takes: the tokenizer's own files need not know it. UserError: its files are damaged."""
     from transformers import AutoTokenizer  # here: takes seconds, and not every script needs it
 
-    with loading(f"{model_dir}/tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
-    config = read_config(Path(model_dir) / "text_encoder" / "config.json", "--model_dir")
+    with loading(f"{model_dir}/{part}"):
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder=part)
+    text_encoder = part.replace("tokenizer", "text_encoder")
+    config = read_config(Path(model_dir) / text_encoder / "config.json", "--model_dir")
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and limit > 0:
         own = tokenizer.model_max_length
@@ -370,39 +395,44 @@ def _fits(value, hint):
 
 def load_pipeline(model_dir, dtype=None, **parts):
     """The pipeline in `model_dir`; `parts`, models by name, take the place of those in the
-    directory. Without the safety checker, whose black images would be trained on as class images.
-    UserError: a part cannot be loaded.
+    directory. Without the safety checker, whose black images would be trained on as class images,
+    and without a watermark, which would be trained on as well. UserError: a part cannot be loaded.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    import diffusers  # here: takes seconds
 
-    found = [weights(model_dir, part) for part in family(model_dir).models]
-    check_fields(UNet2DConditionModel, Path(model_dir) / "unet" / "config.json")
-    check_fields(AutoencoderKL, Path(model_dir) / "vae" / "config.json")
+    index = read_config(Path(model_dir) / INDEX, "--model_dir")
+    facts = family_of(index, model_dir)
+    for part, cls in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
+        if part not in parts:
+            check_fields(getattr(diffusers, cls), Path(model_dir) / part / "config.json")
+    extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if facts.text_encoders[1:]:
+        extras = {"add_watermarker": False}
+    found = [weights(model_dir, part) for part in facts.models if part not in parts]
+    tokenizers = {part: load_tokenizer(model_dir, part) for part in facts.tokenizers}
     with loading(model_dir):
-        return StableDiffusionPipeline.from_pretrained(
+        return getattr(diffusers, index["_class_name"]).from_pretrained(
             model_dir,
             dtype=dtype,
             variant=next((w.variant for w in found if w.variant), None),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            **{"tokenizer": load_tokenizer(model_dir), **parts},
+            **{**tokenizers, **extras, **parts},
         )
 
 
 def check_prompts(model_dir, prompts):
-    """Each of `prompts` must fit the model's tokenizer, else a UserError quotes what would be cut
+    """Each of `prompts` must fit the model's tokenizers, else a UserError quotes what would be cut
     off; and for pocket it must name a class that it knows."""
-    tokenizer = load_tokenizer(model_dir)
-    limit = tokenizer.model_max_length
-    for prompt in prompts:
-        ids = tokenizer(prompt, verbose=False).input_ids
-        if len(ids) > limit:
-            lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
-            raise UserError(
-                f"prompt too long: {prompt!r} has {len(ids)} tokens, the model takes {limit};"
-                f" {lost!r} would be cut off"
-            )
+    for part in family(model_dir).tokenizers:
+        tokenizer = load_tokenizer(model_dir, part)
+        limit = tokenizer.model_max_length
+        for prompt in prompts:
+            ids = tokenizer(prompt, verbose=False).input_ids
+            if len(ids) > limit:
+                lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
+                raise UserError(
+                    f"prompt too long: {prompt!r} has {len(ids)} tokens, the model takes {limit};"
+                    f" {lost!r} would be cut off"
+                )
     if fingerprint(model_dir) == fingerprint(classes.POCKET_DIR):
         classes.check_classes(prompts)
 
