@@ -27,7 +27,7 @@ from dreambooth.cli import (
     valid_prompt,
 )
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.image_generator import MAX_BATCH, ImageGenerator
+from dreambooth.image_generator import MAX_BATCH, ImageGenerator, with_defaults
 
 
 def parse_args(argv=None):
@@ -53,10 +53,12 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help=overwrite_help)
 
     add = parser.add_argument_group("sampler").add_argument
-    scheduler_help = "dpm: DPM-Solver++ with Karras sigmas; model: the model's own"
-    add("--scheduler", choices=["dpm", "model"], default="dpm", help=scheduler_help)
-    add("--num_inference_steps", type=int, default=25, help="denoising steps")
-    add("--guidance_scale", type=float, default=7.5, help="strength of the prompt's guidance")
+    scheduler_help = "dpm: DPM-Solver++ with Karras sigmas; model: the model's own (default: dpm)"
+    add("--scheduler", choices=["dpm", "model"], help=scheduler_help)
+    add("--num_inference_steps", type=int, help="denoising steps (default: 25)")
+    guidance_help = "strength of the prompt's guidance (default: 7.5; SDXL: 5)"
+    add("--guidance_scale", type=float, help=guidance_help)
+    add("--resolution", type=int, help="side of the images in pixels (default: the model's)")
 
     add = parser.add_argument_group("run").add_argument
     add("--use_ray_data", action="store_true", help="batch inference on all GPUs of the cluster")
@@ -76,6 +78,8 @@ def check_args(args):
     )
     check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
     pipeline_dir.check_model_dir(args.model_dir)
+    if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
+        raise UserError(f"--resolution {args.resolution}: must be a multiple of 8")
     if args.compare_to:
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")
     if args.lora_weights_dir:
@@ -100,6 +104,7 @@ def plan(args):
         "scheduler": args.scheduler,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
+        "resolution": args.resolution,
     }
     records = []
     for p, prompt in enumerate(args.prompts):
@@ -170,6 +175,7 @@ def main(args):
     """Check the arguments, generate what is missing, and lay it all out on a contact sheet."""
     configure_logs(args.verbose)
     check_args(args)
+    args = with_defaults(args)  # so that the records hold numbers
     folder = Path(args.output_dir)
     runs = [args]
     if args.compare_to:

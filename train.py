@@ -42,7 +42,8 @@ def build_parser():
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
     layers = ["attention", "all"]
     add("--lora_layers", choices=layers, default=layers[0], help="layers of the U-Net to adapt")
-    add("--train_text_encoder", action=on_off, default=True, help="tune the text encoder as well")
+    tune_help = "tune the text encoder as well (default: on; SDXL's are always frozen)"
+    add("--train_text_encoder", action=on_off, help=tune_help)
 
     add = parser.add_argument_group("images").add_argument
     add("--instance_images_dir", **path, help="photos of the subject")
@@ -94,7 +95,7 @@ def parse_args(argv=None):
     return build_parser().parse_args(argv)
 
 
-def forward_backward(denoiser, scheduler, batches, prompt_ids, accumulation_steps, args):
+def forward_backward(denoiser, scheduler, batches, accumulation_steps, args):
     """Add the gradients of one step to the denoiser's parameters; returns its losses (3,): in all,
     of the instance half, of the class half."""
     step_losses = 0.0
@@ -112,8 +113,8 @@ def forward_backward(denoiser, scheduler, batches, prompt_ids, accumulation_step
         last = i == accumulation_steps - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():
             loss, halves = training_loss(
-                denoiser, scheduler, posteriors, prompt_ids, posterior_noise[:n], noise[:n],
-                timesteps[:n], args.prior_loss_weight or None, args.snr_gamma,
+                denoiser, scheduler, posteriors, batch["conditions"], posterior_noise[:n],
+                noise[:n], timesteps[:n], args.prior_loss_weight or None, args.snr_gamma,
             )  # fmt: skip
             (loss / accumulation_steps).backward()
         step_losses += torch.cat([loss.detach().view(1), halves]) / accumulation_steps
@@ -147,20 +148,20 @@ def train_fn(config):
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
-    prompt_ids = torch.tensor(plan.prompt_ids, device=device)
+    prompts = denoiser.family.encode_prompts(args, plan.prompts, device)
     log.models_are_loaded(parameters, num_workers)
 
     # Set up what happens once in a while; the data say after which step the run goes on.
     saver = checkpoints.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank)
-    callbacks = [log, saver, previews.Previews(args, plan, vae, denoiser, log)]
+    callbacks = [log, saver, previews.Previews(args, plan, vae, denoiser, prompts, log)]
     first_step = plan.step_of(batches.first_position())
     for callback in callbacks:
         callback.on_train_begin(first_step)
 
     # Encode each image once, when a step first needs it.
-    batches = latents.encode_batches(vae, batches, device)
+    batches = latents.encode_batches(vae, batches, denoiser.family, prompts, device)
     for step in range(first_step, plan.num_steps):
-        losses = forward_backward(ddp, scheduler, batches, prompt_ids, accumulation_steps, args)
+        losses = forward_backward(ddp, scheduler, batches, accumulation_steps, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         lr = lr_schedule.get_last_lr()[0]
         optimizer.step()
@@ -179,7 +180,8 @@ def train_fn(config):
 def build_trainer(args, plan, num_gpus, num_cpus, started):
     """Pair the images for the whole run and hand them to a TorchTrainer."""
     num_pairs = plan.num_steps * plan.pairs_per_step
-    pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, num_pairs, args.seed)
+    folders = plan.instance_paths, plan.class_paths
+    pairs = dataset.pair_images(*folders, num_pairs, args.seed, plan.captions)
     pair_config = dataset.PairDataConfig(plan.pairs_per_step, plan.resolution, args.seed)
     in_driver = cluster.runs_in_driver(args.num_workers)  # then all pairs are for one
     show = training_log.shown_by_worker(in_driver)

@@ -25,7 +25,7 @@ def generate_with_ray(args, records):
     num_workers = args.num_workers or max(1, num_gpus)
     if not num_gpus:
         warn_if_slow(args)  # what an actor prints is not shown
-    max_batch = (args.batch_size or MAX_BATCH) if num_gpus else cpu_batch_size(args.model_dir)
+    max_batch = (args.batch_size or MAX_BATCH) if num_gpus else cpu_batch_size(args.resolution)
     num_batches = count_batches(len(records), num_workers, num_gpus, max_batch)
     num_workers = min(num_workers, num_batches)
     resources = {"num_gpus": 1, "num_cpus": 0}

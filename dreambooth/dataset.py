@@ -27,12 +27,15 @@ from dreambooth.seeds import seed_for
 PAIRS_PER_BLOCK = 16  # decoded by one task of Ray Data: few enough for an early first batch
 
 
-def pair_images(instance_paths, class_paths, num_pairs, seed):
+def pair_images(instance_paths, class_paths, num_pairs, seed, captions=None):
     """The first `num_pairs` pairs of the run with this seed, as in the diagram above.
 
-    A pair is a dict of the two paths (instance, class) and its position in the run. Without class
-    images it has no class: training without prior preservation.
+    A pair is a dict of the two paths (instance, class), the numbers of their prompts, and its
+    position in the run. Prompt 0 is the instance prompt and 1 the class prompt; `captions` has
+    those of images with a caption, by path. Without class images it has no class: training without
+    prior preservation.
     """
+    captions = captions or {}
 
     def shuffled_rounds(paths, kind):
         rng = np.random.default_rng(seed_for(f"{kind} order", seed))
@@ -43,10 +46,14 @@ def pair_images(instance_paths, class_paths, num_pairs, seed):
     columns = {"instance": shuffled_rounds(instance_paths, "instance")}
     if class_paths:
         columns["class"] = shuffled_rounds(class_paths, "class")
-    return [
-        {"position": position, **{kind: next(paths) for kind, paths in columns.items()}}
-        for position in range(num_pairs)
-    ]
+    pairs = []
+    for position in range(num_pairs):
+        pair = {"position": position}
+        for number, (kind, paths) in enumerate(columns.items()):
+            pair[kind] = next(paths)
+            pair[f"{kind}_prompt"] = captions.get(pair[kind], number)
+        pairs.append(pair)
+    return pairs
 
 
 def build_dataset(pairs, verbose=False, num_cpus=None):
@@ -94,15 +101,20 @@ class PairDataConfig(ray.train.DataConfig):
 def collate(batch):
     """Stack B rows, a dict of numpy columns, instance half first.
 
-    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), and the pairs'
-    positions in the run (B integers). In numpy, as torch would start a second pool of threads.
+    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), prompts (2B integers)
+    and sizes (2B, 4), and the pairs' positions in the run (B integers). In numpy, as torch would
+    start a second pool of threads.
     """
     kinds = [kind for kind in KINDS if f"{kind}_image" in batch]
-    images = np.concatenate([batch[f"{kind}_image"] for kind in kinds])
-    keys = np.concatenate([batch[f"{kind}_key"] for kind in kinds])
+
+    def stack(name):
+        return np.concatenate([batch[f"{kind}_{name}"] for kind in kinds])
+
     return {
-        "images": torch.from_numpy(images / np.float32(127.5) - 1),
-        "keys": keys.tolist(),
+        "images": torch.from_numpy(stack("image") / np.float32(127.5) - 1),
+        "keys": stack("key").tolist(),
+        "prompts": stack("prompt").tolist(),
+        "sizes": torch.from_numpy(stack("size")),
         "positions": batch["position"].tolist(),
     }
 

@@ -3,6 +3,7 @@
 A record is a dict that says all an image depends on: prompt, seed, index, file name, and settings.
 """
 
+import argparse
 import warnings
 import zlib
 from collections import deque
@@ -16,12 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth.cli import UserError, configure_logs, hide_progress_bars, warn
+from dreambooth.families import family_of
 from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.machines import device
 from dreambooth.seeds import seed_for
 
 CPU_PIXELS = 16 * 64 * 64  # per batch on a CPU
 MAX_BATCH = 16  # on a GPU: larger batches are hardly faster
+VAE_WIDTH = 256  # channels of the decoder's widest layer at full size
 BYTES_PER_PIXEL = 4096  # GPU memory per image being generated; an estimate, corrected by halving
 MIN_LAST_ALPHA = 1e-4  # Stable Diffusion's cumulative alpha ends at 0.0047
 MAX_ATTEMPTS = 10  # an image without content is sampled again, with other noise
@@ -33,21 +36,22 @@ class ImageGenerator:
     def __init__(self, args):
         configure_logs(args.verbose)
         hide_progress_bars(args.verbose)
+        self.args = args = with_defaults(args)
         self.device = device.pick_device()
-        self.padded_size = cpu_batch_size(args.model_dir) if self.device == "cpu" else None
+        self.padded_size = cpu_batch_size(args.resolution) if self.device == "cpu" else None
         if self.device == "cpu":
             warn_if_slow(args)
-        given = self.padded_size or args.batch_size
-        self.batch_size = given or batch_size_that_fits(args.model_dir)
-        self.args = args
         self.folder = Path(args.output_dir)
-        self.prompt_embeds = {}
+        self.family = family_of(args.model_dir)
+        self.inputs = {}  # of the pipeline, by prompt
         dtype = torch.float16 if self.device == "cuda" else torch.float32
         self.pipeline = load_pipeline(args.model_dir, dtype, args.scheduler)
         if args.lora_weights_dir:
             apply_lora(self.pipeline, args.lora_weights_dir, args.lora_scale)
         self.pipeline.unet.to(memory_format=torch.channels_last)
         self.pipeline.to(self.device)
+        given = self.padded_size or args.batch_size  # sized once the weights have their memory
+        self.batch_size = given or batch_size_that_fits(args.resolution)
         if args.compile:
             self.pipeline.unet.compile_repeated_blocks()
 
@@ -112,13 +116,13 @@ class ImageGenerator:
             torch.set_num_threads(device.num_cores())
         size = self.padded_size or len(records)
         padded = (records + [records[-1]] * size)[:size]
-        embeds = [self._encode_prompt(record["prompt"]) for record in padded]
-        prompt_embeds, negative_prompt_embeds = zip(*embeds, strict=True)
+        inputs = [self._encode_prompt(record["prompt"]) for record in padded]
         try:
             images = self.pipeline(
-                prompt_embeds=torch.cat(prompt_embeds),
-                negative_prompt_embeds=torch.cat(negative_prompt_embeds),
+                **{name: torch.cat([given[name] for given in inputs]) for name in inputs[0]},
                 generator=[noise_generator(record, attempt) for record in padded],
+                height=self.args.resolution,
+                width=self.args.resolution,
                 num_inference_steps=self.args.num_inference_steps,
                 guidance_scale=self.args.guidance_scale,
                 output_type="pt",
@@ -128,16 +132,25 @@ class ImageGenerator:
         return images[: len(records)].float().cpu()
 
     def _encode_prompt(self, prompt):
-        """Prompt and empty prompt through the text encoder, once: two (1, L, D) tensors."""
-        if prompt not in self.prompt_embeds:
-            self.prompt_embeds[prompt] = self.pipeline.encode_prompt(prompt, self.device, 1, True)
-        return self.prompt_embeds[prompt]
+        """What the pipeline needs of a prompt, encoded once: tensors (1, ...) by name."""
+        if prompt not in self.inputs:
+            self.inputs[prompt] = self.family.sampler_inputs(self.pipeline, prompt, self.device)
+        return self.inputs[prompt]
 
     def save(self, record, image):
         """Write one image (3, H, W); returns its record."""
         self.folder.mkdir(parents=True, exist_ok=True)
         generated_images.save_image(to_pil_image(image), record, self.folder / record["file"])
         return record
+
+
+def with_defaults(args):
+    """The arguments with the model's own scheduler, steps, guidance and resolution where none are
+    given."""
+    side, _ = pipeline_dir.resolution(args.model_dir)
+    defaults = {**pipeline_dir.family(args.model_dir).sampler, "resolution": side}
+    missing = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    return argparse.Namespace(**{**vars(args), **missing})
 
 
 def warn_if_slow(args):
@@ -184,7 +197,8 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
         warnings.simplefilter("always")
         given = [n for n in pipeline.lora_state_dict(dict(weights))[0] if not n.endswith("alpha")]
         pipeline.load_lora_weights(dict(weights), adapter_name="subject")
-    models = (pipeline.unet, pipeline.text_encoder)
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    models = [m for m in (getattr(pipeline, part, None) for part in parts) if m is not None]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
     if not loaded:
         raise UserError(f"{flag} is no LoRA for --model_dir: no layer has such a name")
@@ -221,19 +235,19 @@ def noise_generator(record, attempt):
     return torch.Generator().manual_seed(seed)
 
 
-def cpu_batch_size(model_dir):
+def cpu_batch_size(side):
     """The number of images per forward pass on a CPU, padded at the end: 16 at 64 px, 1 from 256 px
-    on. Constant for a model: an image's arithmetic may depend, in the last bits, on the size of its
+    on. Constant for a size: an image's arithmetic may depend, in the last bits, on the size of its
     batch, but never on the other images in it."""
-    side, _ = pipeline_dir.resolution(model_dir)
     return max(1, CPU_PIXELS // side**2)
 
 
-def batch_size_that_fits(model_dir):
-    """The number of images for which the GPU's free memory should suffice, at most MAX_BATCH."""
-    side, _ = pipeline_dir.resolution(model_dir)
+def batch_size_that_fits(side):
+    """The number of images of `side` pixels for which the GPU's free memory should suffice, at most
+    MAX_BATCH, and for which the VAE's widest layer has an index that fits 32 bits."""
     free, _ = torch.cuda.mem_get_info()
-    return max(1, min(MAX_BATCH, free // (side * side * BYTES_PER_PIXEL)))
+    widest = side * side * VAE_WIDTH
+    return max(1, min(MAX_BATCH, free // (side * side * BYTES_PER_PIXEL), (2**31 - 1) // widest))
 
 
 def to_pil_image(image):

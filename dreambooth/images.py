@@ -41,33 +41,36 @@ def digest(paths):
 
 @lru_cache(maxsize=32)
 def _resized(path, resolution):
-    """One image with its shorter side at `resolution`, (H, W, 3) uint8. The few instance images
-    stay in the cache: each is used again every few pairs."""
+    """One image with its shorter side at `resolution`, (H, W, 3) uint8, and its own height and
+    width. The few instance images stay in the cache: each is used again every few pairs."""
     image = open_image(path)
+    width, height = image.size
     shorter = min(image.size)
     size = [max(resolution, round(side * resolution / shorter)) for side in image.size]
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS)), (height, width)
 
 
 def crop_image(path, resolution, seed):
     """Read and resize one image and crop it at random (the same crop for the same `seed`).
 
-    Returns uint8 (3, R, R), and a key that tells this crop from all others.
+    Returns uint8 (3, R, R), a key that tells this crop from all others, and the image's own height
+    and width with the crop's top and left in the resized one: four integers, in this order.
     """
-    image = _resized(path, resolution)
+    image, size = _resized(path, resolution)
     height, width, _ = image.shape
     limits = [height - resolution + 1, width - resolution + 1]
     top, left = np.random.default_rng(seed).integers(limits)
     crop = image[top : top + resolution, left : left + resolution]
-    return crop.transpose(2, 0, 1), f"{path}:{top}:{left}"
+    return crop.transpose(2, 0, 1), f"{path}:{top}:{left}", (*size, int(top), int(left))
 
 
 def load_crops(batch, resolution, seed):
     """Read and crop the images of pairs: `batch` has columns of paths, `instance` and perhaps
-    `class`, and their positions in the run.
+    `class`, of their prompts' numbers, and of the pairs' positions in the run.
 
     Columns of the result: position; instance_image and class_image (3, R, R), uint8; instance_key
-    and class_key, equal for equal crops. Here, without torch, so that Ray Data's tasks start soon.
+    and class_key, equal for equal crops; instance_size and class_size (4,), as `crop_image` has
+    them; instance_prompt and class_prompt. Without torch, so that Ray Data's tasks start soon.
     """
     columns = {"position": batch["position"]}
     for kind in KINDS:
@@ -77,6 +80,9 @@ def load_crops(batch, resolution, seed):
             crop_image(path, resolution, seed_for(f"{kind} crop", seed, int(position)))
             for path, position in zip(batch[kind], batch["position"], strict=True)
         ]
-        columns[f"{kind}_image"] = np.stack([image for image, _ in crops])
-        columns[f"{kind}_key"] = np.array([key for _, key in crops])
+        images, keys, sizes = zip(*crops, strict=True)
+        columns[f"{kind}_image"] = np.stack(images)
+        columns[f"{kind}_key"] = np.array(keys)
+        columns[f"{kind}_size"] = np.array(sizes)
+        columns[f"{kind}_prompt"] = batch[f"{kind}_prompt"]
     return columns

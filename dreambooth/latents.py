@@ -18,9 +18,9 @@ PIXELS_PER_PASS = 512 * 512  # through the VAE: more would need more memory than
 
 
 @torch.no_grad()
-def encode(vae, images, in_float16=None):
-    """Mean and standard deviation of the posterior of `images` (N, 3, R, R), scaled so that latents
-    have about unit variance: (N, 2, C, h, w), float32.
+def encode(vae, images, family, in_float16=None):
+    """Mean and standard deviation of the posterior of `images` (N, 3, R, R), scaled by `family` so
+    that latents have about unit variance: (N, 2, C, h, w), float32.
 
     On a CPU one image at a time: so the last bits do not depend on which images come together. On a
     GPU, unless `in_float16` says otherwise, matrix products and convolutions run in float16, which
@@ -29,14 +29,14 @@ def encode(vae, images, in_float16=None):
     """
     on_gpu = images.device.type == "cuda"
     if in_float16 is None:
-        in_float16 = on_gpu
+        in_float16 = on_gpu and family.vae_in_float16(vae)
     images_per_pass = max(1, PIXELS_PER_PASS // images[0, 0].numel()) if on_gpu else 1
     with torch.autocast(images.device.type, torch.float16) if in_float16 else nullcontext():
         posteriors = [vae.encode(part).latent_dist for part in images.split(images_per_pass)]
     if in_float16 and not all_finite([p.parameters for p in posteriors]):
-        return encode(vae, images, in_float16=False)
+        return encode(vae, images, family, in_float16=False)
     stacked = [torch.stack([p.mean.float(), (p.logvar.float() / 2).exp()], 1) for p in posteriors]
-    return torch.cat(stacked) * vae.config.scaling_factor
+    return family.scale(vae, torch.cat(stacked))
 
 
 def all_finite(tensors):
@@ -44,9 +44,10 @@ def all_finite(tensors):
     return bool(torch.cat(tensors).isfinite().all())
 
 
-def encode_batches(vae, batches, device):
-    """Replace the images of each of `batches` by their posteriors: yields dicts of posteriors
-    (2B, 2, C, h, w), on `device`, and positions.
+def encode_batches(vae, batches, family, prompts, device):
+    """Replace the images of each of `batches` by their posteriors, and their prompts by what the
+    denoiser needs of them: yields dicts of posteriors (2B, 2, C, h, w), on `device`, conditions,
+    and positions.
 
     Each crop is encoded once, when the first step that trains on it asks for its batch.
     """
@@ -55,9 +56,10 @@ def encode_batches(vae, batches, device):
         new = {key: i for i, key in enumerate(batch["keys"]) if key not in posterior_of}
         if new:
             images = batch["images"][list(new.values())].to(device)
-            posterior_of.update(zip(new, encode(vae, images), strict=True))
+            posterior_of.update(zip(new, encode(vae, images, family), strict=True))
         posteriors = torch.stack([posterior_of[key] for key in batch["keys"]])
-        yield {"posteriors": posteriors, "positions": batch["positions"]}
+        conditions = family.conditions(prompts, batch)
+        yield {"posteriors": posteriors, "conditions": conditions, "positions": batch["positions"]}
 
 
 def sample_posterior(posteriors, noise):

@@ -12,14 +12,14 @@ from dreambooth.latents import sample_posterior
 
 
 def training_loss(
-    denoiser, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps,
+    denoiser, scheduler, posteriors, conditions, posterior_noise, noise, timesteps,
     prior_loss_weight, snr_gamma=None,
 ):  # fmt: skip
     """The loss of one batch, a scalar, and its halves, as in `prior_preserving_loss`.
 
     Shapes: posteriors (2B, 2, C, h, w), mean and standard deviation of each image's latents;
-    prompt_ids (2, L), the instance and the class prompt; posterior_noise and noise (2B, C, h, w);
-    timesteps (2B,).
+    posterior_noise and noise (2B, C, h, w); timesteps (2B,). `conditions`: the prompts, as the
+    denoiser's family has them.
     """
     # Sample each image's latents from its posterior.
     latents = sample_posterior(posteriors, posterior_noise)  # (2B, C, h, w)
@@ -28,7 +28,7 @@ def training_loss(
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
 
     # Predict the noise from noisy latents and prompts; on a GPU in bfloat16.
-    model_pred = denoiser(noisy_latents, timesteps, prompt_ids)
+    model_pred = denoiser(noisy_latents, timesteps, conditions)
 
     # The instance half learns the subject, the class half preserves the prior.
     prediction_type = scheduler.config.prediction_type

@@ -18,45 +18,35 @@ from pathlib import Path
 
 import optimi
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
-from transformers import CLIPTextModel
 
 from dreambooth.cli import UserError, hide_progress_bars
+from dreambooth.families import family_of
 from dreambooth.files import pipeline_dir
 from dreambooth.seeds import seed_for
-
-LORA_TARGETS = {  # the projections of attention
-    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
-    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
-}
-LORA_MORE_TARGETS = [  # of the U-Net: its feed-forward layers and convolutions
-    "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv",
-]  # fmt: skip
 
 
 class Denoiser(torch.nn.Module):
     """Text encoder and U-Net as one module, so that DDP sees one forward pass and one set of
-    gradients. With `autocast`, their matrix products and convolutions run in bfloat16."""
+    gradients; without the text encoder where a family encodes its prompts once. With `autocast`,
+    matrix products and convolutions run in bfloat16."""
 
-    def __init__(self, text_encoder, unet, autocast):
+    def __init__(self, family, text_encoder, unet, autocast):
         super().__init__()
+        self.family = family
         self.text_encoder = text_encoder
         self.unet = unet
         self.autocast = autocast
 
-    def forward(self, noisy_latents, timesteps, prompt_ids):
-        """The U-Net's prediction. A prompt is encoded once, however many images in a row share it.
+    def forward(self, noisy_latents, timesteps, conditions):
+        """The U-Net's prediction, (2B, C, h, w).
 
-        Shapes: noisy_latents (2B, C, h, w), timesteps (2B,), prompt_ids (P, L), each for 2B / P
-        images. Returns (2B, C, h, w).
+        Shapes: noisy_latents (2B, C, h, w), timesteps (2B,); `conditions` as the family has them.
         """
-        images_per_prompt = len(noisy_latents) // len(prompt_ids)
         with torch.autocast(noisy_latents.device.type, torch.bfloat16, enabled=self.autocast):
-            encoder_hidden_states = self.text_encoder(prompt_ids)[0]  # (P, L, D)
-            encoder_hidden_states = encoder_hidden_states.repeat_interleave(images_per_prompt, 0)
-            return self.unet(noisy_latents, timesteps, encoder_hidden_states).sample
+            return self.family.predict(self, noisy_latents, timesteps, conditions)
 
 
 def load_models(args, device, autocast=None):
@@ -89,12 +79,16 @@ def load_models(args, device, autocast=None):
             raise UserError(f"{args.model_dir}/{part} has no weights for {missing}")
         return model
 
+    family = family_of(args.model_dir)
     vae = load(AutoencoderKL, "vae").eval().requires_grad_(False)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.param_dtype]
-    text_dtype = dtype if args.train_text_encoder else torch.float32
-    text_encoder = load(CLIPTextModel, "text_encoder", text_dtype)
-    unet = load(UNet2DConditionModel, "unet", dtype)
-    denoiser = Denoiser(text_encoder, unet, autocast).train()
+    trains_text_encoder = pipeline_dir.trains_text_encoder(args)
+    text_encoder = None
+    if family.text_encoder_class:
+        text_dtype = dtype if trains_text_encoder else torch.float32
+        text_encoder = load(family.text_encoder_class, "text_encoder", text_dtype)
+    unet = load(family.denoiser_class, "unet", dtype)
+    denoiser = Denoiser(family, text_encoder, unet, autocast).train()
     if device.type == "cuda":  # on a CPU it costs a few per cent
         unet.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
@@ -103,11 +97,12 @@ def load_models(args, device, autocast=None):
         add_lora(denoiser, args)
         if autocast:
             cast_frozen_to_bf16(denoiser)
-    elif not args.train_text_encoder:
+    elif text_encoder and not trains_text_encoder:
         text_encoder.requires_grad_(False)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        text_encoder.activation_checkpointing_enable()
+        if text_encoder:
+            text_encoder.activation_checkpointing_enable()
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # would split the blocks where DDP's buckets end
         unet.compile_repeated_blocks()
@@ -122,12 +117,12 @@ def load_models(args, device, autocast=None):
 def add_lora(denoiser, args):
     """Freeze the denoiser and add trainable LoRA matrices of `args.lora_rank` (Hu et al. 2021,
     arXiv 2106.09685), with a scale of 1 (`lora_alpha` is the rank)."""
-    rank = args.lora_rank
+    rank, family = args.lora_rank, denoiser.family
     denoiser.requires_grad_(False)
-    for part in LORA_TARGETS if args.train_text_encoder else ["unet"]:
-        targets = LORA_TARGETS[part]
+    for part in family.lora_targets if pipeline_dir.trains_text_encoder(args) else ["unet"]:
+        targets = family.lora_targets[part]
         if part == "unet" and args.lora_layers == "all":
-            targets = targets + LORA_MORE_TARGETS
+            targets = targets + family.lora_more_targets
         settings = {"lora_alpha": rank, "init_lora_weights": "gaussian", "target_modules": targets}
         getattr(denoiser, part).add_adapter(LoraConfig(r=rank, **settings))
 

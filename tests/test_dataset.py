@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreambooth import dataset
 from dreambooth.cli import UserError
+from dreambooth.images import KINDS
 from tests.without_ray import Rows
 
 
@@ -69,8 +70,17 @@ def test_without_class_images_the_instance_images_come_in_the_same_order():
     instances = names("photos/i", 5)
     with_class = dataset.pair_images(instances, names("c", 9), 13, seed=3)
     without = dataset.pair_images(instances, [], 13, seed=3)
-    assert without == [{k: v for k, v in row.items() if k != "class"} for row in with_class]
+    of_class = {"class", "class_prompt"}
+    assert without == [{k: v for k, v in row.items() if k not in of_class} for row in with_class]
     assert {row["instance"] for row in without} == {str(Path.cwd() / name) for name in instances}
+
+
+def test_an_image_with_a_caption_has_its_own_prompt_in_every_pair():
+    """The others have that of their half."""
+    captions = {str(Path.cwd() / "i1"): 2, str(Path.cwd() / "c0"): 3}
+    pairs = dataset.pair_images(names("i", 3), names("c", 4), 20, 0, captions)
+    prompts = {Path(row[kind]).name: row[f"{kind}_prompt"] for row in pairs for kind in KINDS}
+    assert prompts == {"i0": 0, "i1": 2, "i2": 0, "c0": 3, "c1": 1, "c2": 1, "c3": 1}
 
 
 def test_collate_puts_the_instance_half_first():
@@ -80,12 +90,18 @@ def test_collate_puts_the_instance_half_first():
         "position": np.array([6, 7]),
         "instance_image": np.tile(colours, (2, 1, 4, 4)),
         "instance_key": np.array(["i0", "i1"]),
+        "instance_prompt": np.array([0, 2]),
+        "instance_size": np.array([[4, 6, 0, 1], [4, 6, 0, 2]]),
         "class_image": np.full((2, 3, 4, 4), 255, np.uint8),
         "class_key": np.array(["c0", "c1"]),
+        "class_prompt": np.array([1, 1]),
+        "class_size": np.array([[4, 4, 0, 0], [5, 4, 1, 0]]),
     }
     collated = dataset.collate(batch)
     assert collated["keys"] == ["i0", "i1", "c0", "c1"]
     assert collated["positions"] == [6, 7]
+    assert collated["prompts"] == [0, 2, 1, 1]
+    assert collated["sizes"].tolist() == [[4, 6, 0, 1], [4, 6, 0, 2], [4, 4, 0, 0], [5, 4, 1, 0]]
     expected = torch.ones(4, 3, 4, 4)
     expected[:2] = torch.tensor([-1, -0.6, 1]).view(3, 1, 1)
     torch.testing.assert_close(collated["images"], expected, rtol=0, atol=1e-6)

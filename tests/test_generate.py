@@ -11,6 +11,7 @@ from dreambooth import image_generator
 from dreambooth.cli import UserError
 from dreambooth.files import atomic, generated_images
 from dreambooth.files.photos import find_images
+from dreambooth.image_generator import with_defaults
 
 
 @pytest.fixture
@@ -67,25 +68,30 @@ def test_the_contact_sheet_has_a_row_for_each_prompt(generated):
     assert size == (5 * 198 + 6, 2 * (192 + 26 + 6) + 6)
 
 
-def test_a_plan_has_all_that_an_image_depends_on(generate_args, lora_dir):
+def test_a_plan_has_all_that_an_image_depends_on(generate_args, broken_model_dir, lora_dir):
     """Each setting changes every record; how the plan is carried out changes none."""
-    (record,) = generate.plan(generate_args("out"))
+
+    def plan(folder, **changes):
+        return generate.plan(with_defaults(generate_args(folder, **changes)))
+
+    (record,) = plan("out")
     assert record["file"] == "000-0000-seed0.png"
     changes = {
-        "model_dir": lora_dir,  # a plan takes its fingerprint alone
+        "model_dir": broken_model_dir,
         "lora_weights_dir": lora_dir,
         "lora_scale": 0.5,
         "scheduler": "model",
         "num_inference_steps": 3,
         "guidance_scale": 1,
+        "resolution": 32,
         "seed": 1,
         "prompts": ["photo of a house"],
     }
     for name, value in changes.items():
-        (changed,) = generate.plan(generate_args("out", **{name: value}))
+        (changed,) = plan("out", **{name: value})
         assert {**changed, "file": None} != {**record, "file": None}, name
     for name, value in {"use_ray_data": True, "num_workers": 2, "batch_size": 1}.items():
-        assert generate.plan(generate_args("elsewhere", **{name: value})) == [record]
+        assert plan("elsewhere", **{name: value}) == [record]
 
 
 def test_an_image_depends_on_its_prompt_and_not_on_the_prompts_place(

@@ -207,17 +207,18 @@ def test_on_a_cpu_a_batch_is_always_of_the_same_size(generator, records, monkeyp
         assert image.shape == (3, 64, 64)
     assert sizes == [16, 16]
     for side, batch_size in ((64, 16), (96, 7), (256, 1), (512, 1)):
-        monkeypatch.setattr(pipeline_dir, "resolution", lambda folder, side=side: (side, 8))
-        assert image_generator.cpu_batch_size("model") == batch_size
+        assert image_generator.cpu_batch_size(side) == batch_size
 
 
 def test_on_a_gpu_the_batch_size_follows_from_the_free_memory(monkeypatch):
-    """For a model of 512 pixels: 1.07 GB per image, at least one and at most 16."""
-    monkeypatch.setattr(pipeline_dir, "resolution", lambda folder: (512, 8))
+    """For images of 512 pixels: 1.07 GB each, at least one and at most 16; and of larger ones no
+    more than the VAE's widest layer can index with 32 bits."""
     for gigabytes, batch_size in ((80, 16), (17.2, 16), (5, 4), (0.1, 1)):
         free = int(gigabytes * 1e9)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 0))
-        assert image_generator.batch_size_that_fits("model") == batch_size
+        assert image_generator.batch_size_that_fits(512) == batch_size
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 0))
+    assert image_generator.batch_size_that_fits(768) * 768 * 768 * 256 < 2**31
 
 
 def test_a_gpu_that_cannot_be_used_is_an_error_and_not_the_cpu(generate_args, monkeypatch):

@@ -35,7 +35,7 @@ def test_the_digest_is_of_the_files_contents_in_their_order(flat_image):
 @pytest.mark.parametrize("size", [(200, 100), (100, 201), (31, 50)])
 def test_the_shorter_side_becomes_the_resolution(flat_image, size):
     """Scaled down or up, in landscape or portrait format; one colour stays that colour."""
-    crop, _ = images.crop_image(flat_image("a.png", (0, 51, 255), size=size), 64, seed=0)
+    crop, _, _ = images.crop_image(flat_image("a.png", (0, 51, 255), size=size), 64, seed=0)
     assert crop.shape == (3, 64, 64)
     assert crop.dtype == np.uint8
     assert (crop == np.array([0, 51, 255])[:, None, None]).all()
@@ -45,7 +45,7 @@ def test_resizing_is_antialiased(tmp_path):
     """A fine chequerboard of black and white becomes grey, not a pattern."""
     board = np.indices((512, 512)).sum(0) % 2 * 255
     Image.fromarray(board.astype(np.uint8)).save(tmp_path / "board.png")
-    crop, _ = images.crop_image(tmp_path / "board.png", 64, seed=0)
+    crop, _, _ = images.crop_image(tmp_path / "board.png", 64, seed=0)
     assert np.abs(crop.astype(int) - 127.5).max() < 6
 
 
@@ -61,12 +61,13 @@ def test_crops_follow_from_the_seed_and_lie_inside_the_image(ramp):
     """The left edge can be at any of the columns 0 to 32; equal keys are equal crops."""
     places = set()
     for seed in range(40):
-        crop, key = images.crop_image(ramp, 64, seed)
-        again, _ = images.crop_image(ramp, 64, seed)
+        crop, key, size = images.crop_image(ramp, 64, seed)
+        again, _, _ = images.crop_image(ramp, 64, seed)
         assert np.array_equal(crop, again)
         left = int(crop[0, 0, 0])
         assert (crop[0] == np.arange(left, left + 64)).all()
         places.add((key, left))
+        assert size == (64, 96, 0, left)  # of the photo: height and width; of the crop: top, left
     keys = {key for key, _ in places}
     edges = {left for _, left in places}
     assert len(keys) == len(edges) == len(places) > 16
@@ -77,12 +78,16 @@ def test_a_pairs_crops_depend_on_its_position_and_not_on_its_batch(ramp):
     """The two images of a pair are cropped apart; without class images there is no class column."""
     positions = np.arange(20)
     batch = {"position": positions, "instance": [ramp] * 20, "class": [ramp] * 20}
+    batch.update(instance_prompt=positions % 3, class_prompt=positions % 2)
     whole = images.load_crops(batch, 64, seed=1)
     assert whole["instance_image"].shape == whole["class_image"].shape == (20, 3, 64, 64)
     assert list(whole["instance_key"]) != list(whole["class_key"])
-    part = {"position": positions[7:9], "instance": [ramp] * 2}
+    assert np.array_equal(whole["class_prompt"], positions % 2)
+    part = {"position": positions[7:9], "instance": [ramp] * 2, "instance_prompt": [0, 1]}
     alone = images.load_crops(part, 64, seed=1)
-    assert set(alone) == {"position", "instance_image", "instance_key"}
+    columns = {"instance_image", "instance_key", "instance_size", "instance_prompt"}
+    assert set(alone) == {"position", *columns}
+    assert np.array_equal(alone["instance_size"], whole["instance_size"][7:9])
     assert np.array_equal(alone["instance_image"], whole["instance_image"][7:9])
     other = images.load_crops(batch, 64, seed=2)
     assert list(other["instance_key"]) != list(whole["instance_key"])

@@ -1,9 +1,12 @@
 """Images to latents, once; noise and timesteps that follow from a pair's position alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from dreambooth import latents
+from dreambooth.families import StableDiffusion
 from dreambooth.images import crop_image
 
 SHAPE = (4, 8, 8)  # of one image's latents
@@ -86,10 +89,12 @@ def pass_sizes(vae):
 def test_a_posterior_does_not_depend_on_the_images_beside_it(vae, pass_sizes):
     """Not in its last bit: on a CPU the VAE takes one image per pass."""
     images = random_images(3)
-    together = latents.encode(vae, images)
+    together = latents.encode(vae, images, StableDiffusion())
     assert pass_sizes == [1, 1, 1]
     for i in range(3):
-        assert torch.equal(latents.encode(vae, images[i : i + 1]), together[i : i + 1])
+        assert torch.equal(
+            latents.encode(vae, images[i : i + 1], StableDiffusion()), together[i : i + 1]
+        )
 
 
 def test_each_crop_is_encoded_once_when_a_step_asks_for_it(vae, pass_sizes):
@@ -105,9 +110,14 @@ def test_each_crop_is_encoded_once_when_a_step_asks_for_it(vae, pass_sizes):
             read.append(own)
             yield {"images": pool[own], "keys": [f"image{i}" for i in own], "positions": own[:2]}
 
-    encoded = latents.encode_batches(vae, batches(), torch.device("cpu"))
+    family = SimpleNamespace(
+        scale=StableDiffusion().scale,
+        vae_in_float16=lambda vae: True,
+        conditions=lambda prompts, batch: (prompts, batch["keys"]),
+    )
+    encoded = latents.encode_batches(vae, batches(), family, "prompts", torch.device("cpu"))
     assert read == []
-    expected = [latents.encode(vae, image[None])[0] for image in pool]
+    expected = [latents.encode(vae, image[None], StableDiffusion())[0] for image in pool]
     pass_sizes.clear()
     for own in numbers:
         batch = next(encoded)
@@ -122,7 +132,7 @@ def test_the_posterior_is_the_one_that_diffusers_samples_from(vae):
     """Mean and standard deviation, scaled; a sample is mean + standard deviation * noise."""
     vae.register_to_config(scaling_factor=0.5)
     images = random_images(4)
-    posteriors = latents.encode(vae, images)
+    posteriors = latents.encode(vae, images, StableDiffusion())
     assert posteriors.shape == (4, 2, 4, 16, 16)
     assert posteriors.dtype == torch.float32
     assert not posteriors.requires_grad
@@ -139,8 +149,8 @@ def test_float16_changes_a_posterior_by_less_than_a_hundredth_of_its_own_noise(v
     photos = (root / "images" / "lego-car").glob("*.jpg")
     images = torch.stack([torch.tensor(crop_image(path, 64, 0)[0]) for path in photos])
     images = images / 127.5 - 1
-    expected = latents.encode(vae, images, in_float16=False)
-    found = latents.encode(vae, images, in_float16=True)
+    expected = latents.encode(vae, images, StableDiffusion(), in_float16=False)
+    found = latents.encode(vae, images, StableDiffusion(), in_float16=True)
     assert found.dtype == torch.float32
     assert not torch.equal(found, expected)
     noise = expected[:, 1].mean()
@@ -152,6 +162,6 @@ def test_what_float16_cannot_hold_is_encoded_in_float32(vae):
     with torch.no_grad():
         vae.encoder.conv_in.weight *= 1e6
     images = random_images(2)
-    found = latents.encode(vae, images, in_float16=True)
-    assert torch.equal(found, latents.encode(vae, images, in_float16=False))
+    found = latents.encode(vae, images, StableDiffusion(), in_float16=True)
+    assert torch.equal(found, latents.encode(vae, images, StableDiffusion(), in_float16=False))
     assert found.isfinite().all()

@@ -127,7 +127,7 @@ class Spy:
     """A stand-in for the denoiser: it keeps its inputs and predicts zero."""
 
     def __call__(self, *inputs):
-        self.noisy_latents, self.timesteps, self.prompt_ids = inputs
+        self.noisy_latents, self.timesteps, self.conditions = inputs
         return torch.zeros_like(self.noisy_latents)
 
 
@@ -143,13 +143,13 @@ def test_a_step_by_hand(scheduler, prediction_type, snr_gamma):
     posterior_noise, noise = latents.sample_noise(0, range(32), (4, 8, 8), "cpu")
     timesteps = latents.sample_timesteps(0, range(32), 1000)
     timesteps[0] = 0
-    prompt_ids = torch.arange(6).view(2, 3)
+    conditions = {"prompt_ids": torch.arange(6).view(2, 3)}
     spy = Spy()
     loss, halves = training_loss(
-        spy, scheduler, posteriors, prompt_ids, posterior_noise, noise, timesteps, 0.25, snr_gamma
+        spy, scheduler, posteriors, conditions, posterior_noise, noise, timesteps, 0.25, snr_gamma
     )
     assert torch.equal(spy.timesteps, timesteps)
-    assert torch.equal(spy.prompt_ids, prompt_ids)
+    assert spy.conditions is conditions
 
     clean = (posteriors[:, 0] + posteriors[:, 1] * posterior_noise).double()
     a = scheduler.alphas_cumprod.double()[timesteps].view(-1, 1, 1, 1)

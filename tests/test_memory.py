@@ -119,7 +119,8 @@ def plan_for(args, num_workers, resolution):
     return TrainingPlan(
         instance_paths=[],
         class_paths=["class.png"] if args.prior_loss_weight else [],
-        prompt_ids=[],
+        prompts=[],
+        captions={},
         resolution=resolution,
         pairs_per_step=args.train_batch_size * passes * num_workers,
         num_steps=1,

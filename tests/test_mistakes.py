@@ -103,7 +103,6 @@ def test_a_pickle_is_accepted_if_it_is_of_weights_and_runs_no_code(pickled, tmp_
     folder = pickled.parents[1]
     torch.save(WEIGHTS, pickled, _use_new_zipfile_serialization=zipped)
     pipeline_dir.check_model_dir(folder)
-    assert pickled in pipeline_dir.weight_files(folder)  # it was looked at
     content = {**WEIGHTS, "more": RunsCode(tmp_path / "ran")}
     torch.save(content, pickled, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=f"{pickled} is damaged, or holds code") as error:
@@ -177,14 +176,16 @@ def test_run_sh_refuses_a_class_that_pocket_does_not_know(
 
 
 def test_run_sh_gives_each_subject_its_folder_and_shares_class_images(
-    run_sh, tmp_path, assert_one_line
+    run_sh, tmp_path, flat_image, assert_one_line
 ):
-    """It says where, and then stops at photos of another kind."""
-    folder = tmp_path / "red car"
-    folder.mkdir()
-    (folder / "a.psd").write_bytes(b"8BPS")
-    result = run_sh(INSTANCE_DIR=str(folder))
-    assert_one_line(result, "a.psd: .psd cannot be read")
+    """It says where, and then stops at files of the user's, which it would replace."""
+    for name in ("a.png", "b.png", "c.png"):
+        flat_image(name, 0, folder=tmp_path / "red car")
+    own = tmp_path / "data" / "subjects" / "red car" / "images-own"
+    own.mkdir(parents=True)
+    (own / "notes.txt").write_text("mine")
+    result = run_sh(INSTANCE_DIR=str(tmp_path / "red car"))
+    assert_one_line(result, "images-own holds other files (notes.txt)")
     line = result.stdout.splitlines()[2]
-    assert f"results go to {tmp_path}/data/subjects/red car and replace earlier ones there" in line
+    assert f"results go to {own.parent} and replace earlier ones there" in line
     assert line.endswith(f"class images to {tmp_path}/data/images-reg/pocket-car")

@@ -6,7 +6,9 @@ import optimi
 import pytest
 import torch
 import torch.distributed
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import CLIPTextModel
 
 from dreambooth import latents, models
 from dreambooth.loss import training_loss
@@ -15,12 +17,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def random_inputs(num_images=2):
-    """Latents, timesteps and the token ids of two prompts."""
+    """Latents, timesteps and two prompts, each for half of the images."""
     generator = torch.Generator().manual_seed(0)
     noisy_latents = torch.randn(num_images, 4, 16, 16, generator=generator)
     timesteps = torch.linspace(10, 900, num_images).long()
     prompt_ids = torch.randint(0, 500, (2, 48), generator=generator)
-    return noisy_latents, timesteps, prompt_ids
+    return noisy_latents, timesteps, {"prompt_ids": prompt_ids, "counts": [num_images // 2] * 2}
 
 
 def set_second_matrices(denoiser):
@@ -96,7 +98,7 @@ def test_on_a_gpu_the_forward_pass_is_bfloat16(train_args, monkeypatch, use_lora
     def on_cpu(load):
         return lambda *args, **kwargs: load(*args, **{**kwargs, "device_map": "cpu"})
 
-    for cls in (models.AutoencoderKL, models.CLIPTextModel, models.UNet2DConditionModel):
+    for cls in (AutoencoderKL, CLIPTextModel, UNet2DConditionModel):
         monkeypatch.setattr(cls, "from_pretrained", on_cpu(cls.from_pretrained))
     scheduler = MagicMock()
     scheduler.alphas_cumprod.to.return_value = torch.ones(1000)
@@ -113,23 +115,26 @@ def test_on_a_gpu_the_forward_pass_is_bfloat16(train_args, monkeypatch, use_lora
 
 def test_each_prompt_is_encoded_once_however_many_images_share_it(load_models):
     """Six images and two prompts: prediction and gradients as with one prompt for each image."""
-    noisy_latents, timesteps, prompt_ids = random_inputs(num_images=6)
+    noisy_latents, timesteps, together = random_inputs(num_images=6)
+    ids = together["prompt_ids"].repeat_interleave(3, 0)
+    uneven = {"prompt_ids": together["prompt_ids"][[0, 1, 1]], "counts": [3, 1, 2]}
     _, denoiser, _ = load_models()
     encoded = []
     denoiser.text_encoder.register_forward_pre_hook(
         lambda module, inputs: encoded.append(len(inputs[0]))
     )
     results = []
-    for ids in (prompt_ids, prompt_ids.repeat_interleave(3, 0)):
-        prediction = denoiser(noisy_latents, timesteps, ids)
+    for conditions in (together, uneven, {"prompt_ids": ids, "counts": [1] * 6}):
+        prediction = denoiser(noisy_latents, timesteps, conditions)
         (prediction * torch.linspace(-1, 1, 6).view(6, 1, 1, 1)).sum().backward()
         gradient = [p.grad.flatten() for p in denoiser.text_encoder.encoder.parameters()]
         denoiser.zero_grad()
         results.append((prediction.detach(), torch.cat(gradient)))
-    assert encoded == [2, 6]
-    (prediction, gradient), (expected, expected_gradient) = results
-    torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
-    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    assert encoded == [2, 3, 6]
+    *found, (expected, expected_gradient) = results
+    for prediction, gradient in found:
+        torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
+        assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
@@ -229,7 +234,7 @@ def test_frozen_layers_in_bfloat16_change_no_bit_of_the_loss(load_models):
             denoiser,
             scheduler,
             posteriors=torch.ones(2, 2, 4, 16, 16),
-            prompt_ids=torch.arange(96).view(2, 48),
+            conditions={"prompt_ids": torch.arange(96).view(2, 48), "counts": [1, 1]},
             posterior_noise=noise,
             noise=noise.flip(0),
             timesteps=torch.tensor([10, 900]),
@@ -288,10 +293,11 @@ def test_with_several_workers_a_block_is_compiled_as_one_graph(
         for block in unet.down_blocks:
             block.compile(backend=note)
 
-    monkeypatch.setattr(models.UNet2DConditionModel, "compile_repeated_blocks", compile_blocks)
+    monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", compile_blocks)
     _, denoiser, _ = load_models(compile=True)
     ddp = DistributedDataParallel(denoiser, bucket_cap_mb=0.5)
-    ddp(torch.zeros(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, 48, dtype=torch.long))
+    conditions = {"prompt_ids": torch.zeros(2, 48, dtype=torch.long), "counts": [1, 1]}
+    ddp(torch.zeros(2, 4, 16, 16), torch.zeros(2), conditions)
     assert len(graphs) == 3
     torch._dynamo.reset()
 
@@ -313,12 +319,12 @@ def share_moved(load_models):
         start = [p.detach().clone() for p in layers]
         optimizer = build(list(denoiser.parameters()))
         posteriors = torch.rand(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        _, _, prompt_ids = random_inputs()
+        _, _, conditions = random_inputs()
         for step in range(4):  # on one pair, with other noise in each step
             noise = latents.sample_noise(0, [step], (4, 16, 16), "cpu")
             timesteps = latents.sample_timesteps(0, [step], 1000)
             loss, _ = training_loss(
-                denoiser, scheduler, posteriors, prompt_ids, *noise, timesteps, 1.0
+                denoiser, scheduler, posteriors, conditions, *noise, timesteps, 1.0
             )
             loss.backward()
             optimizer.step()

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreambooth import latents
+from dreambooth.families import StableDiffusion
 from dreambooth.loss import training_loss
 
 
@@ -51,6 +52,7 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
     images = {
         "images": torch.rand(4, 3, 64, 64),
         "keys": ["i", "i", "c", "d"],
+        "prompts": [0, 0, 1, 1],
         "positions": [0, 1],
     }
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, Operations() as operations:
@@ -58,16 +60,16 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
         move_to_gpu(denoiser, mode)
         scheduler.alphas_cumprod = mode.from_tensor(scheduler.alphas_cumprod).to("cuda")
         device = torch.device("cuda")
-        (batch,) = latents.encode_batches(vae, [images], device)
+        prompts = {"prompt_ids": torch.zeros(2, 48, dtype=torch.long, device=device)}
+        (batch,) = latents.encode_batches(vae, [images], denoiser.family, prompts, device)
         assert batch["posteriors"].device.type == "cuda"
         assert batch["posteriors"].dtype == torch.float32
         assert operations.results["convolution"] == {("cuda", torch.float16)}
         noise = torch.randn(4, 4, 16, 16, device=device)
         timesteps = latents.sample_timesteps(0, batch["positions"], 1000).to(device)
-        prompt_ids = torch.zeros(2, 48, dtype=torch.long, device=device)
         operations.results.clear()
         loss, _ = training_loss(
-            denoiser, scheduler, batch["posteriors"], prompt_ids, noise, noise, timesteps,
+            denoiser, scheduler, batch["posteriors"], batch["conditions"], noise, noise, timesteps,
             prior_loss_weight=1.0, snr_gamma=5.0,
         )  # fmt: skip
     assert loss.device.type == "cuda"
@@ -86,7 +88,7 @@ def test_where_float16_is_not_finite_the_vae_runs_again_in_float32(
     monkeypatch.setattr(latents, "all_finite", lambda tensors: False)
     with FakeTensorMode() as mode, Operations() as operations:
         move_to_gpu(vae, mode)
-        posteriors = latents.encode(vae, torch.rand(1, 3, 64, 64, device="cuda"))
+        posteriors = latents.encode(vae, torch.rand(1, 3, 64, 64, device="cuda"), StableDiffusion())
     assert posteriors.dtype == torch.float32
     both = {("cuda", torch.float16), ("cuda", torch.float32)}
     assert operations.results["convolution"] == both
@@ -103,5 +105,5 @@ def test_the_vae_takes_few_pixels_per_pass(load_models, bfloat16_gpu, monkeypatc
         for pixels_per_pass, passes in ((3 * 64 * 64 - 1, [2, 2, 1]), (1, [1] * 5)):
             sizes.clear()
             monkeypatch.setattr(latents, "PIXELS_PER_PASS", pixels_per_pass)
-            assert latents.encode(vae, images).shape == (5, 2, 4, 16, 16)
+            assert latents.encode(vae, images, StableDiffusion()).shape == (5, 2, 4, 16, 16)
             assert sizes == passes

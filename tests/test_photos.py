@@ -2,7 +2,9 @@
 subject."""
 
 import errno
+import json
 import struct
+import unicodedata
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -395,7 +397,7 @@ def test_a_phones_photos_are_trained_on(tmp_path, train_here, capsys):
         image.save(buffer, "JPEG", quality=95, icc_profile=PROFILES["Display P3"])
         (folder / name).write_bytes(buffer.getvalue())
     paths = [str(path) for path in photos.find_images(folder)]
-    batch = {"instance": np.array(paths), "position": np.arange(3)}
+    batch = {"instance": np.array(paths), "instance_prompt": np.zeros(3), "position": np.arange(3)}
     pixels = load_crops(batch, resolution=64, seed=0)["instance_image"].astype(int)
     assert np.abs(pixels - np.array([255, 0, 0])[:, None, None]).max() <= 6
     without = {"prior_loss_weight": 0, "class_images_dir": False, "class_prompt": False}
@@ -460,3 +462,62 @@ def test_a_folder_or_a_photo_that_may_not_be_read_is_one_line(flat_image, tmp_pa
     monkeypatch.setattr(Path, "iterdir", denied)
     with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Permission denied"):
         photos.find_images(tmp_path)
+
+
+@pytest.fixture
+def captioned(flat_image, tmp_path):
+    """A folder of two photos, one with a name that is not ASCII, and a function that writes files
+    beside them: captioned(a="a.txt's text", metadata=[{...}]) returns what is read."""
+    names = ["a.png", unicodedata.normalize("NFD", "caf\u00e9.png")]
+    paths = [flat_image(name, 0, folder=tmp_path / "photos") for name in names]
+
+    def read(metadata=None, **texts):
+        for stem, text in texts.items():
+            (tmp_path / "photos" / f"{stem}.txt").write_text(text, encoding="utf-8")
+        if metadata is not None:
+            lines = "\n".join(m if isinstance(m, str) else json.dumps(m) for m in metadata)
+            (tmp_path / "photos" / "metadata.jsonl").write_text(lines, encoding="utf-8")
+        return photos.read_captions(tmp_path / "photos", photos.find_images(tmp_path / "photos"))
+
+    read.paths = paths
+    return read
+
+
+def test_captions_are_read_from_either_file(captioned):
+    """A line break at the end of a .txt is none of the caption; names match in either Unicode
+    normalization; more fields and a byte order mark do no harm; both files may agree."""
+    a, cafe = captioned.paths
+    assert captioned() == {}
+    assert captioned(a="photo of unqtkn car, red\r\n") == {a: "photo of unqtkn car, red"}
+    rows = [{"file_name": "caf\u00e9.png", "text": "at night", "seed": 3}]
+    rows.append({"file_name": "a.png", "text": "photo of unqtkn car, red"})
+    assert captioned(metadata=rows) == {a: "photo of unqtkn car, red", cafe: "at night"}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "texts", "message"),
+    [
+        ([{"file_name": "b.png", "text": "x"}], {}, "line 1: there is no image 'b.png'"),
+        (["{"], {}, "line 1: no"),
+        (["[]"], {}, "line 1: no"),
+        ([{"file_name": "a.png"}], {}, "line 1: no"),
+        ([{"file_name": "a.png", "text": " "}], {}, "line 1: an empty caption"),
+        ([{"file_name": "a.png", "text": 7}], {}, "line 1: an empty caption"),
+        (None, {"a": "\n"}, "a.txt: an empty caption"),
+        ([{"file_name": "a.png", "text": "x"}], {"a": "y"}, "a.png: .* different captions"),
+    ],
+)
+def test_captions_that_cannot_be_meant_are_one_line(captioned, metadata, texts, message):
+    with pytest.raises(UserError, match=message) as error:
+        captioned(metadata, **texts)
+    assert "\n" not in str(error.value)
+
+
+def test_copied_photos_keep_their_captions(captioned, tmp_path):
+    captioned(a="photo of unqtkn car, red")
+    photos.copy_images(tmp_path / "photos", tmp_path / "own")
+    copies = photos.find_images(tmp_path / "own")
+    captions = photos.read_captions(tmp_path / "own", copies)
+    assert {path.name: text for path, text in captions.items()} == {
+        "a.png": "photo of unqtkn car, red"
+    }

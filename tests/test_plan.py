@@ -49,10 +49,8 @@ def test_images_prompts_and_directories(
     assert found.class_paths == sorted(class_dir.iterdir())
     assert found.image_dirs == sorted([str(instance_dir), str(class_dir)])
     assert (found.has_class_half, found.images_per_pair) == (True, 2)
-    assert [len(ids) for ids in found.prompt_ids] == [48, 48]  # padded to the model's length
-    tokenizer = pipeline_dir.load_tokenizer(model_dir)
-    prompts = tokenizer.batch_decode(found.prompt_ids, skip_special_tokens=True)
-    assert prompts == ["photo of unqtkn car", "photo of a car"]
+    assert found.prompts == ["photo of unqtkn car", "photo of a car"]
+    assert found.captions == {}
     images = "5 instance and 4 class images at 64 px"
     assert str(found) == f"{images}, 3 steps of 1 pairs, 1 worker(s)"
     assert found.report_dir == tmp_path / "out.report"
@@ -71,7 +69,7 @@ def test_without_prior_preservation_there_is_no_class_half(check_and_plan):
     found = check_and_plan(**flags, max_train_steps=100, train_batch_size=2)
     assert (found.has_class_half, found.images_per_pair) == (False, 1)
     assert found.class_paths == []
-    assert len(found.prompt_ids) == 1
+    assert found.prompts == ["photo of unqtkn car"]
     assert found.num_steps == 10
 
 

@@ -434,13 +434,13 @@ def step(load_models):
         for size in sizes:
             positions = list(range(start, start + size))
             rows = (positions + [4 + i for i in positions])[: kinds * size]  # instance half first
-            batches.append({"posteriors": posteriors[rows], "positions": positions})
+            conditions = {"prompt_ids": prompt_ids[:kinds], "counts": [size] * kinds}
+            batch = {"posteriors": posteriors[rows], "positions": positions}
+            batches.append({**batch, "conditions": conditions})
             start += size
         args = SimpleNamespace(seed=3, prior_loss_weight=weight, snr_gamma=5.0)
         denoiser.zero_grad()
-        losses = train.forward_backward(
-            wrapped, scheduler, iter(batches), prompt_ids[:kinds], len(sizes), args
-        )
+        losses = train.forward_backward(wrapped, scheduler, iter(batches), len(sizes), args)
         gradients = [p.grad.flatten() for p in denoiser.parameters() if p.grad is not None]
         return losses, torch.cat(gradients)
 

@@ -81,6 +81,9 @@ def find_existing(folder, planned):
         record = read_record(file) if FILE_NAME.fullmatch(file.name) else None
         if record is None:
             continue
+        if "resolution" not in record:  # of an earlier version
+            with Image.open(file) as image:
+                record["resolution"] = image.width
         expected = planned.get(file.name)
         if expected is None:  # another index or seed of a planned prompt, or another prompt
             prompt = prompts.get(_prompt_number(file.name), record.get("prompt"))

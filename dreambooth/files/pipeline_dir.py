@@ -111,6 +111,11 @@ def family_of(index, where):
     return FAMILIES[pipeline]
 
 
+def pipeline_class(model_dir):
+    """The name of the pipeline's class."""
+    return _read_json(Path(model_dir) / INDEX)["_class_name"]
+
+
 def family(model_dir):
     """The `Family` of a directory that `check_model_dir` has passed."""
     return family_of(_read_json(Path(model_dir) / INDEX), model_dir)
@@ -307,6 +312,12 @@ def num_parameters(model_dir):
     return numbers
 
 
+def trains_text_encoder(args):
+    """Whether a run tunes the text encoder: as --train_text_encoder says, else as is usual."""
+    given = args.train_text_encoder
+    return family(args.model_dir).trains_text_encoder if given is None else given
+
+
 def num_trained(sizes, train_text_encoder=True):
     """Of the numbers of parameters `sizes`, as `num_parameters` gives them, those that full
     fine-tuning trains."""
@@ -327,6 +338,15 @@ def resolution(model_dir, flag="--model_dir"):
         pixels = _side(vae.get("sample_size")) or 512
         latents = max(1, pixels // pixels_per_latent)
     return latents * pixels_per_latent, pixels_per_latent
+
+
+def check_resolution(model_dir, given):
+    """The side of images in pixels: --resolution as `given`, or if that is None the model's own."""
+    side, pixels_per_latent = resolution(model_dir)
+    side = side if given is None else given
+    if side < pixels_per_latent or side % pixels_per_latent:
+        raise UserError(f"--resolution {side}: this model takes multiples of {pixels_per_latent}")
+    return side
 
 
 def _side(size):

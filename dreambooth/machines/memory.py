@@ -92,7 +92,7 @@ def check_device(args, plan, num_workers, torch_device):
         pairs=pairs_per_pass * plan.images_per_pair / 2,
         keeps_gradients=num_workers > 1 or accumulation_steps > 1,
         resolution=plan.resolution,
-        **relative(sizes, args.train_text_encoder),
+        **relative(sizes, pipeline_dir.trains_text_encoder(args)),
     )
     gib = device.free_memory(torch_device)
     if needed(given, job) > gib:

@@ -26,6 +26,7 @@ LICENCES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
 }
 CARD, IMAGE = CARD_FILES
 OPTIONAL_PARTS = {"safety_checker", "feature_extractor", "image_encoder"}  # which are left out
@@ -48,13 +49,13 @@ TEXT = """
 The base model's licence holds for this model as well. The photos' subject may have rights of its
 own: mind what you publish.
 """
-LOAD_PIPELINE = """from diffusers import StableDiffusionPipeline
+LOAD_PIPELINE = """from diffusers import {pipeline}
 
-pipeline = StableDiffusionPipeline.from_pretrained("{name}")
+pipeline = {pipeline}.from_pretrained("{name}")
 pipeline("{prompt}").images[0]"""
-LOAD_LORA = """from diffusers import StableDiffusionPipeline
+LOAD_LORA = """from diffusers import {pipeline}
 
-pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+pipeline = {pipeline}.from_pretrained("{base}")
 pipeline.load_lora_weights("{name}")
 pipeline("{prompt}").images[0]"""
 
@@ -83,37 +84,41 @@ def save_lora(denoiser, output_dir):
 
 
 def _write_pipeline(denoiser, model_dir, folder):
-    """Tokenizer and scheduler are copied byte for byte, so that older versions of the libraries
+    """Tokenizers and scheduler are copied byte for byte, so that older versions of the libraries
     load the result if they load the original."""
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL
+    import transformers
     from safetensors.torch import load_file, save_file
 
     model_dir = Path(model_dir)
     family = pipeline_dir.family(model_dir)
+    index = pipeline_dir.read_config(model_dir / pipeline_dir.INDEX, "--model_dir")
     for part in (*family.tokenizers, "scheduler"):
         atomic.copy_files(model_dir / part, folder / part)
-    variant = pipeline_dir.weights(model_dir, "vae").variant
-    vae = AutoencoderKL.from_pretrained(
-        model_dir, subfolder="vae", dtype=torch.float32, variant=variant
-    )
-    for part, model in (("vae", vae), ("unet", denoiser.unet)):
+    for part in family.models:
+        model = getattr(denoiser, part, None)
+        if model is None:
+            library = {"diffusers": diffusers, "transformers": transformers}[index[part][0]]
+            variant = pipeline_dir.weights(model_dir, part).variant
+            model = getattr(library, index[part][1]).from_pretrained(
+                model_dir, subfolder=part, dtype=torch.float32, variant=variant
+            )
         model.save_pretrained(folder / part)
-    denoiser.text_encoder.save_pretrained(folder / "text_encoder")
-    weights = folder / "text_encoder" / "model.safetensors"
-    save_file(_with_hub_names(load_file(weights)), weights, metadata={"format": "pt"})
-    index = pipeline_dir.read_config(model_dir / pipeline_dir.INDEX, "--model_dir")
+    for part in family.text_encoders:
+        for file in (folder / part).glob("*.safetensors"):
+            save_file(_with_hub_names(load_file(file)), file, metadata={"format": "pt"})
     absent = dict.fromkeys(index.keys() & OPTIONAL_PARTS, [None, None])
-    kept = {name: value for name, value in index.items() if name.startswith("_")}
-    kept.update((part, index[part]) for part in family.parts)
-    index = {**kept, **absent, "requires_safety_checker": False}
-    text = json.dumps(index, indent=2) + "\n"
+    kept = {name: value for name, value in index.items() if name not in OPTIONAL_PARTS}
+    if "requires_safety_checker" in index or "safety_checker" in index:
+        absent["requires_safety_checker"] = False
+    text = json.dumps({**kept, **absent}, indent=2) + "\n"
     (folder / pipeline_dir.INDEX).write_text(text, encoding="utf-8")
     atomic.apply_umask(folder)
 
 
 def _write_lora(denoiser, folder):
-    from diffusers import StableDiffusionPipeline
+    import diffusers
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
@@ -121,13 +126,13 @@ def _write_lora(denoiser, folder):
     for part in ("unet", "text_encoder"):
         model = getattr(denoiser, part)
         if hasattr(model, "peft_config"):
-            layers[part] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
-            layers[part] = {_with_one_layout(k): v for k, v in layers[part].items()}
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=layers["unet"],
-        text_encoder_lora_layers=_with_hub_names(layers.get("text_encoder", {})),
-    )
+            matrices = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+            layers[part] = {_with_one_layout(k): v for k, v in matrices.items()}
+    of_text_encoder = {}
+    if "text_encoder" in layers:
+        of_text_encoder["text_encoder_lora_layers"] = _with_hub_names(layers["text_encoder"])
+    pipeline = getattr(diffusers, denoiser.family.pipeline_class)
+    pipeline.save_lora_weights(folder, unet_lora_layers=layers["unet"], **of_text_encoder)
     atomic.apply_umask(folder)
 
 
@@ -140,8 +145,9 @@ def _with_one_layout(name):
 def _with_hub_names(text_encoder_weights):
     """The weights under the names that the Hub's files have and every loader knows: transformers 5
     leaves out their first part, and older versions would silently start from random weights."""
+    known = ("text_model.", "text_projection.")
     return {
-        f"text_model.{name.removeprefix('text_model.')}": weight
+        name if name.startswith(known) else f"text_model.{name}": weight
         for name, weight in text_encoder_weights.items()
     }
 
@@ -170,12 +176,14 @@ def build_card(name, record, has_image):
     lora = flags["use_lora"]
     base = record["model"]
     on_hub = "/" in base
+    pipeline = record.get("pipeline", "StableDiffusionPipeline")
+    family = pipeline_dir.FAMILIES[pipeline]
     data = ModelCardData(
         base_model=base if on_hub else None,
         license=LICENCES.get(base),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "stable-diffusion", "dreambooth"]
+        tags=["text-to-image", "diffusers", *family.tags, "dreambooth"]
         + (["lora"] if lora else []),
         instance_prompt=prompt,
         widget=[{"text": prompt, "output": {"url": IMAGE}}] if has_image else None,
@@ -183,12 +191,12 @@ def build_card(name, record, has_image):
     code = LOAD_LORA if lora else LOAD_PIPELINE
     text = TEXT.format(
         name=name,
-        kind="A LoRA" if lora else "A Stable Diffusion model",
+        kind="A LoRA" if lora else f"A {family.name.partition(' 1.x')[0]} model",
         prompt=prompt,
         class_prompt=f"- class prompt: {class_prompt}\n" if class_prompt else "",
         num_photos=len(record["instance_paths"]),
         image=f"\n![before, above, and after]({IMAGE})\n" if has_image else "",
-        code=code.format(name=name, base=base, prompt=prompt),
+        code=code.format(pipeline=pipeline, name=name, base=base, prompt=prompt),
         base=base,
         revision=f", revision {record['revision']}" if record["revision"] else "",
         plan=record["plan"],

@@ -2,6 +2,7 @@
 a user can get wrong in them."""
 
 import math
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from dreambooth import images
 from dreambooth.cli import UserError, check_at_least, warn
 from dreambooth.files import atomic, pipeline_dir
-from dreambooth.files.photos import find_images, warn_if_few
+from dreambooth.files.photos import find_images, read_captions, warn_if_few
 
 LR_SCHEDULERS = [
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -44,7 +45,8 @@ class TrainingPlan:
 
     instance_paths: list
     class_paths: list  # [] without prior preservation
-    prompt_ids: list  # token ids of instance and class prompt, 2 x L; or of the former, 1 x L
+    prompts: list  # distinct: the instance prompt, the class prompt if there is one, captions
+    captions: dict  # the number of the prompt of each image that has a caption, by its path
     resolution: int  # pixels
     pairs_per_step: int  # of all workers and forward passes
     num_steps: int
@@ -85,13 +87,20 @@ class TrainingPlan:
         flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         return {
             **flags,
+            "train_text_encoder": pipeline_dir.trains_text_encoder(args),
             "model": pipeline_dir.fingerprint(args.model_dir),
             "instance images": images.digest(self.instance_paths),
             "class images": images.digest(self.class_paths),
+            "captions": self.caption_texts(),
             "resolution": self.resolution,
             "pairs per step": self.pairs_per_step,
             "steps": self.num_steps,
         }
+
+    def caption_texts(self):
+        """The images' names and captions; None without any."""
+        texts = [[Path(path).name, self.prompts[n]] for path, n in self.captions.items()]
+        return texts or None
 
     def __str__(self):
         return (
@@ -104,17 +113,16 @@ class TrainingPlan:
 def make_plan(args):
     """The `TrainingPlan` for flags that `check_flags` has passed. Reads the tokenizer and each
     image: a UserError names one that cannot be read, or a prompt that is too long."""
-    prompts = [args.instance_prompt]
+    resolution = pipeline_dir.check_resolution(args.model_dir, args.resolution)
+    prompts, captions = [args.instance_prompt], {}
+    instance_paths, class_paths = find_images(args.instance_images_dir, report=True), []
     if preserves_prior(args):
         prompts.append(args.class_prompt)
-    pipeline_dir.check_prompts(args.model_dir, prompts + args.preview_prompts)
-    resolution = check_resolution(args)
-    instance_paths = find_images(args.instance_images_dir, report=True)
-    class_paths = find_images(args.class_images_dir) if preserves_prior(args) else []
-    images.check_images(instance_paths + class_paths, resolution)
+        class_paths = find_images(args.class_images_dir)
     warn_of_likely_mistakes(prompts, instance_paths)
-
-    tokenizer = pipeline_dir.load_tokenizer(args.model_dir)
+    add_captions(args, prompts, captions, instance_paths, class_paths)
+    pipeline_dir.check_prompts(args.model_dir, prompts + args.preview_prompts)
+    images.check_images(instance_paths + class_paths, resolution)
 
     # Each step takes the next pairs: one stream, which goes on from epoch to epoch.
     _, most = args.num_workers
@@ -126,9 +134,8 @@ def make_plan(args):
     return TrainingPlan(
         instance_paths=instance_paths,
         class_paths=class_paths,
-        prompt_ids=tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length
-        ).input_ids,
+        prompts=prompts,
+        captions=captions,
         resolution=resolution,
         pairs_per_step=pairs_per_step,
         num_steps=num_steps,
@@ -137,6 +144,25 @@ def make_plan(args):
         run_dir=run_dir(args),
         report_dir=report_dir(args.output_dir),
     )
+
+
+def add_captions(args, prompts, captions, instance_paths, class_paths):
+    """Add the captions of the images to `prompts`, and their numbers to `captions`: a caption
+    stands in place of the folder's prompt."""
+    of_instance = read_captions(args.instance_images_dir, instance_paths)
+    own_words = set(args.instance_prompt.lower().split())
+    for path, text in of_instance.items():
+        if own_words - set(re.findall(r"[^\s,.;:]+", text.lower())):
+            warn(f"the caption of {path} lacks words of --instance_prompt: {text!r}")
+    of_class = read_captions(args.class_images_dir, class_paths) if class_paths else {}
+    of_class = {path: text for path, text in of_class.items() if text != args.class_prompt}
+    if of_class:
+        first = next(iter(of_class.values()))
+        print(f"{len(of_class)} class images have captions of their own, such as {first!r}")
+    for path, text in [*of_instance.items(), *of_class.items()]:
+        if text not in prompts:
+            prompts.append(text)
+        captions[str(Path(path).absolute())] = prompts.index(text)
 
 
 def preserves_prior(args):
@@ -164,10 +190,18 @@ def check_flags(args):
     mistake."""
     check_numbers(args)
     pipeline_dir.check_model_dir(args.model_dir)
+    check_text_encoder(args)
     check_output_dir(args)
     find_images(args.instance_images_dir)
     if preserves_prior(args):
         check_class(args)
+
+
+def check_text_encoder(args):
+    """Not every family's text encoder can be tuned here."""
+    family = pipeline_dir.family(args.model_dir)
+    if args.train_text_encoder and not family.trains_text_encoder:
+        raise UserError(f"--train_text_encoder: {family.name}'s text encoders are not trained here")
 
 
 def check_class(args):
@@ -243,24 +277,12 @@ def check_space_for_checkpoints(args, sizes):
     8 in bfloat16."""
     if args.checkpointing_steps == 0:
         return
-    trained = pipeline_dir.num_trained(sizes, args.train_text_encoder)
+    trained = pipeline_dir.num_trained(sizes, pipeline_dir.trains_text_encoder(args))
     num_bytes = {"fp32": 12, "bf16": 8}[args.param_dtype] * trained
     what = f"{args.checkpoints_total_limit} + 1 checkpoints (none with --checkpointing_steps 0)"
     existing = run_dir(args).glob("*step_*/state.pt")  # also unfinished ones
     needed = (args.checkpoints_total_limit + 1) * num_bytes
     atomic.check_space(run_dir(args), needed, what, existing)
-
-
-def check_resolution(args):
-    """The side of training images in pixels: --resolution, or the model's own."""
-    resolution, pixels_per_latent = pipeline_dir.resolution(args.model_dir)
-    if args.resolution is not None:
-        resolution = args.resolution
-    if resolution < pixels_per_latent or resolution % pixels_per_latent:
-        raise UserError(
-            f"--resolution {resolution}: this model takes multiples of {pixels_per_latent}"
-        )
-    return resolution
 
 
 def warn_of_likely_mistakes(prompts, instance_paths):

@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from dreambooth.files import generated_images
+from dreambooth.files import generated_images, pipeline_dir
 
 FOLDER = "previews"
 FILM_STRIP = "film-strip.png"
@@ -40,16 +40,18 @@ class Previews:
     """Generates a preview of each of `args.preview_prompts` before the first step, every
     `args.preview_every` steps, and after the last: on rank 0."""
 
-    def __init__(self, args, plan, vae, denoiser, log):
+    def __init__(self, args, plan, vae, denoiser, prompts, log):
         self.enabled = log.enabled
         self.prompts = args.preview_prompts if args.preview_every and log.enabled else []
         self.every = args.preview_every
         self.num_steps = plan.num_steps
         self.folder = plan.report_dir
         self.seed = args.seed
+        self.resolution = plan.resolution // 8 * 8  # diffusers' pipelines take no others
         self.model_dir = args.model_dir
         self.vae = vae
         self.denoiser = denoiser
+        self.inputs = prompts.get("previews")  # where a family encodes its prompts once
         self.log = log
         self.pipeline = None  # built when first needed
 
@@ -97,8 +99,10 @@ class Previews:
         autocast = torch.autocast(device, torch.bfloat16, enabled=self.denoiser.autocast)
         with torch.no_grad(), autocast:
             images = self.pipeline(
-                prompt,
+                **(self.inputs[prompt] if self.inputs else {"prompt": prompt}),
                 generator=noise_generator(record, attempt=0),
+                height=self.resolution,
+                width=self.resolution,
                 num_inference_steps=NUM_INFERENCE_STEPS,
                 guidance_scale=GUIDANCE_SCALE,
                 output_type="pt",
@@ -109,8 +113,9 @@ class Previews:
         """A pipeline of the models that are being trained: no weight is copied."""
         from dreambooth.image_generator import load_pipeline
 
-        denoiser = self.denoiser
-        parts = {"vae": self.vae, "text_encoder": denoiser.text_encoder, "unet": denoiser.unet}
+        parts = {"vae": self.vae, "unet": self.denoiser.unet}
+        for name in pipeline_dir.family(self.model_dir).text_encoders:
+            parts[name] = getattr(self.denoiser, name, None)  # None where prompts are encoded
         return load_pipeline(self.model_dir, scheduler="dpm", **parts)
 
 

@@ -277,6 +277,7 @@ class RunRecord:
             "flags": vars(args),
             "model": name,
             "revision": revision,
+            "pipeline": pipeline_dir.pipeline_class(args.model_dir),
             "plan": str(plan),
             "num_steps": plan.num_steps,
             "instance_paths": [str(path) for path in plan.instance_paths],

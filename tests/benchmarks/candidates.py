@@ -27,9 +27,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train
 from dreambooth import dataset, latents, models
-from dreambooth.files import atomic, pipeline_dir
+from dreambooth.files import atomic
 from dreambooth.files.photos import find_images
 from dreambooth.pocket import render
 from dreambooth.seeds import seed_for
@@ -135,38 +134,29 @@ class OtherImages:
 
     def __init__(self, args, prompts):
         self.paths = [other_images(args, prompt, NUM_OTHER_IMAGES) for prompt in prompts]
-        tokenizer = pipeline_dir.load_tokenizer(args.model_dir)
-        length = tokenizer.model_max_length
-        tokens = tokenizer(prompts, padding="max_length", max_length=length)
-        self.prompt_ids = torch.tensor(tokens.input_ids)
-        self.originals = dataset.pair_images, train.forward_backward
+        self.prompts = prompts
+        self.originals = dataset.pair_images, subjects.make_plan
 
     def patches(self):
         return [
             patch.object(dataset, "pair_images", self.pair_images),
-            patch.object(train, "forward_backward", self.forward_backward),
+            patch.object(subjects, "make_plan", self.make_plan),
         ]
+
+    def make_plan(self, args):
+        """With these prompts behind the two of the run."""
+        plan = self.originals[1](args)
+        plan.prompts += self.prompts
+        return plan
 
     def pair_images(self, *args):
         pairs = self.originals[0](*args)
         for n, pair in enumerate(pairs[OTHER_EVERY - 1 :: OTHER_EVERY]):
-            paths = self.paths[n % len(self.paths)]
+            which = n % len(self.paths)
+            paths = self.paths[which]
             pair["class"] = str(paths[n // len(self.paths) % len(paths)])
+            pair["class_prompt"] = 2 + which
         return pairs
-
-    def forward_backward(self, denoiser, scheduler, batches, prompt_ids, num_passes, args):
-        """As in train.py, with a prompt for each image."""
-        losses = 0.0
-        for _ in range(num_passes):
-            batch = next(batches)
-            positions = batch["positions"]
-            own = prompt_ids.repeat_interleave(len(positions), 0)  # (2B, L)
-            for i, position in enumerate(positions):
-                if position % OTHER_EVERY == OTHER_EVERY - 1:
-                    which = position // OTHER_EVERY % len(self.prompt_ids)
-                    own[len(positions) + i] = self.prompt_ids[which]
-            losses += self.originals[1](denoiser, scheduler, iter([batch]), own, 1, args)
-        return losses / num_passes
 
 
 def other_images(args, prompt, count):

@@ -106,7 +106,7 @@ def on_fake_tensors(side):
                     tensors[name] = tensor if tensor is None else fake(tensor)
         side.parameters = [p for p in side.denoiser.parameters() if p.requires_grad]
         side.scheduler.alphas_cumprod = fake(side.scheduler.alphas_cumprod)
-        side.prompt_ids = fake(side.prompt_ids)
+        side.conditions = tree_map_only(torch.Tensor, fake, side.conditions)
         side.posteriors = fake(side.posteriors)
         side.pixels = fake(side.pixels)
         side.optimizer = models.build_optimizer(side.parameters, side.settings)

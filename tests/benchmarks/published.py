@@ -81,8 +81,8 @@ class Plain:
         self.denoiser = denoiser.to(torch.bfloat16, memory_format=torch.contiguous_format)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), settings.lr)
         self.pixels = pixels.to(device, torch.bfloat16)
-        images_per_prompt = len(pixels) // 2
-        self.prompt_ids = prompt_ids.repeat_interleave(images_per_prompt, 0).to(device)
+        prompt_ids = prompt_ids.repeat_interleave(len(pixels) // 2, 0).to(device)  # one per image
+        self.conditions = {"prompt_ids": prompt_ids, "counts": [1] * len(prompt_ids)}
 
     def step(self):
         posterior = self.vae.encode(self.pixels).latent_dist
@@ -90,7 +90,7 @@ class Plain:
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
-        model_pred = self.denoiser(noisy_latents, timesteps, self.prompt_ids)
+        model_pred = self.denoiser(noisy_latents, timesteps, self.conditions)
         instance_error, class_error = (model_pred.float() - noise.float()).square().chunk(2)
         loss = instance_error.mean() + class_error.mean()
         loss.backward()

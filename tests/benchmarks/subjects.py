@@ -60,16 +60,17 @@ def train_here(args, on_step=None):
     denoiser.
     """
     plan = make_plan(args)
-    pairs_per_pass, num_passes = plan.divide(1)
+    pairs_per_pass, accumulation_steps = plan.divide(1)
     device = torch.device("cpu")
     vae, denoiser, scheduler = models.load_models(args, device)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
-    prompt_ids = torch.tensor(plan.prompt_ids)
-    batches = latents.encode_batches(vae, read_batches(plan, pairs_per_pass, args.seed), device)
+    prompts = denoiser.family.encode_prompts(args, plan.prompts, device)
+    batches = read_batches(plan, pairs_per_pass, args.seed)
+    batches = latents.encode_batches(vae, batches, denoiser.family, prompts, device)
     for step in range(plan.num_steps):
-        train.forward_backward(denoiser, scheduler, batches, prompt_ids, num_passes, args)
+        train.forward_backward(denoiser, scheduler, batches, accumulation_steps, args)
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -82,7 +83,8 @@ def train_here(args, on_step=None):
 def read_batches(plan, pairs_per_pass, seed):
     """What Ray Data hands to the only worker: a batch for each forward pass."""
     num_pairs = plan.num_steps * plan.pairs_per_step
-    pairs = dataset.pair_images(plan.instance_paths, plan.class_paths, num_pairs, seed)
+    folders = plan.instance_paths, plan.class_paths
+    pairs = dataset.pair_images(*folders, num_pairs, seed, plan.captions)
     for start in range(0, num_pairs, pairs_per_pass):
         rows = pairs[start : start + pairs_per_pass]
         columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}

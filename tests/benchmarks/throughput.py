@@ -106,11 +106,12 @@ class Ours:
             self.optimizer = torch.optim.AdamW(self.parameters, settings.lr)
         num_pairs = len(pixels) // 2
         self.positions = list(range(num_pairs))
-        self.prompt_ids = prompt_ids.to(device)
+        prompt_ids, counts = prompt_ids.to(device), [num_pairs, num_pairs]
         if "prompts encoded once" in off:
-            self.prompt_ids = self.prompt_ids.repeat_interleave(num_pairs, 0)
+            prompt_ids, counts = prompt_ids.repeat_interleave(num_pairs, 0), [1] * len(pixels)
+        self.conditions = {"prompt_ids": prompt_ids, "counts": counts}
         self.pixels = pixels.to(device)
-        self.posteriors = latents.encode(self.vae, self.pixels)
+        self.posteriors = latents.encode(self.vae, self.pixels, self.denoiser.family)
         self.encode_each_step = "cached latents" in off
 
     def step(self):
@@ -122,7 +123,7 @@ class Ours:
 
     def forward_backward(self):
         if self.encode_each_step:
-            self.posteriors = latents.encode(self.vae, self.pixels)
+            self.posteriors = latents.encode(self.vae, self.pixels, self.denoiser.family)
         posteriors = self.posteriors
         posterior_noise, noise = latents.sample_noise(
             0, self.positions, posteriors.shape[2:], posteriors.device
@@ -130,7 +131,7 @@ class Ours:
         timesteps = latents.sample_timesteps(0, self.positions, 1000)
         timesteps = timesteps.to(posteriors.device, non_blocking=True)
         loss, _ = training_loss(
-            self.denoiser, self.scheduler, posteriors, self.prompt_ids, posterior_noise, noise,
+            self.denoiser, self.scheduler, posteriors, self.conditions, posterior_noise, noise,
             timesteps, 1.0,
         )  # fmt: skip
         loss.backward()

@@ -1,0 +1,134 @@
+"""What the model families compute in their own ways, by the class of the pipeline. Their facts
+(parts, limits, defaults) are in files/pipeline_dir.py; what is not here is the same for all.
+
+Letters: P prompts of a run; R rows of images with the same prompt; 2B images in a batch; L tokens
+in a prompt; D width of its embedding; N images; C, h, w channels, height and width of latents.
+"""
+
+import itertools
+
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from dreambooth.files import pipeline_dir
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x and 2.x: the text encoder is part of every step, trained or not."""
+
+    pipeline_class = "StableDiffusionPipeline"
+    denoiser_class = UNet2DConditionModel
+    text_encoder_class = CLIPTextModel
+    lora_targets = {  # the projections of attention
+        "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+        "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    }
+    lora_more_targets = [  # of the U-Net: its feed-forward layers and convolutions
+        "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut",
+        "conv",
+    ]  # fmt: skip
+
+    def vae_in_float16(self, vae):
+        """Whether a GPU encodes images in float16, where that does not overflow."""
+        return True
+
+    def scale(self, vae, posteriors):
+        """Means and standard deviations (N, 2, C, h, w) of the VAE's posteriors as those of latents
+        with about unit variance."""
+        return posteriors * vae.config.scaling_factor
+
+    def encode_prompts(self, args, prompts, device):
+        """What `conditions` needs of a run's P prompts, tensors by name: here their token ids."""
+        tokenizer = pipeline_dir.load_tokenizer(args.model_dir)
+        length = {"padding": "max_length", "max_length": tokenizer.model_max_length}
+        ids = tokenizer(prompts, **length).input_ids
+        return {"prompt_ids": torch.tensor(ids, device=device)}  # (P, L)
+
+    def conditions(self, prompts, batch):
+        """What `predict` needs beside the noisy latents of a batch: the token ids of each prompt
+        once for all the images in a row that have it, and how many these are."""
+        runs = [
+            (prompt, len(list(images))) for prompt, images in itertools.groupby(batch["prompts"])
+        ]
+        rows = [prompt for prompt, _ in runs]
+        return {"prompt_ids": prompts["prompt_ids"][rows], "counts": [n for _, n in runs]}  # (R, L)
+
+    def predict(self, denoiser, noisy_latents, timesteps, conditions):
+        """What the U-Net predicts (2B, C, h, w); noisy_latents (2B, C, h, w), timesteps (2B,)."""
+        states = denoiser.text_encoder(conditions["prompt_ids"])[0]  # (R, L, D)
+        states = repeat(states, conditions["counts"])  # (2B, L, D)
+        return denoiser.unet(noisy_latents, timesteps, states).sample
+
+    def sampler_inputs(self, pipeline, prompt, device):
+        """The arguments with which `pipeline` generates one image of `prompt`, tensors (1, ...)."""
+        embeds, negative = pipeline.encode_prompt(prompt, device, 1, True)
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952): two frozen text encoders, whose
+    embeddings are computed once, and the size and the crop of each image as a condition."""
+
+    pipeline_class = "StableDiffusionXLPipeline"
+    text_encoder_class = None
+
+    def vae_in_float16(self, vae):
+        return not vae.config.force_upcast
+
+    def scale(self, vae, posteriors):
+        mean, std = vae.config.latents_mean, vae.config.latents_std
+        if mean is not None and std is not None:
+            mean, std = (
+                posteriors.new_tensor(values).view(1, 1, -1, 1, 1) for values in (mean, std)
+            )
+            shift = mean * posteriors.new_tensor([1, 0]).view(1, 2, 1, 1, 1)  # of the mean alone
+            posteriors = (posteriors - shift) / std
+        return posteriors * vae.config.scaling_factor
+
+    def encode_prompts(self, args, prompts, device):
+        """The embeddings of the prompts; and, for previews, all that is sampled with, by prompt.
+        The encoders leave memory."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        pipeline = pipeline_dir.load_pipeline(args.model_dir, dtype, unet=None, vae=None).to(device)
+        with torch.no_grad():
+            inputs = [self.sampler_inputs(pipeline, prompt, device) for prompt in prompts]
+            previews = {p: self.sampler_inputs(pipeline, p, device) for p in args.preview_prompts}
+        return {
+            "states": torch.cat([i["prompt_embeds"] for i in inputs]).float(),  # (P, L, D)
+            "pooled": torch.cat([i["pooled_prompt_embeds"] for i in inputs]).float(),  # (P, D)
+            "previews": previews,
+        }
+
+    def conditions(self, prompts, batch):
+        """Beside embeddings, of each image height and width, top and left of its crop, and height
+        and width of that: rows before columns."""
+        states, pooled, rows = prompts["states"], prompts["pooled"], batch["prompts"]
+        target = torch.full((len(rows), 2), batch["images"].shape[-1])
+        time_ids = torch.cat([batch["sizes"], target], 1)  # (2B, 6)
+        added = {"text_embeds": pooled[rows], "time_ids": time_ids.to(states.device, torch.float32)}
+        return {"states": states[rows], "added": added}
+
+    def predict(self, denoiser, noisy_latents, timesteps, conditions):
+        states, added = conditions["states"], conditions["added"]
+        return denoiser.unet(noisy_latents, timesteps, states, added_cond_kwargs=added).sample
+
+    def sampler_inputs(self, pipeline, prompt, device):
+        names = ["prompt_embeds", "negative_prompt_embeds"]
+        names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+        return dict(zip(names, pipeline.encode_prompt(prompt, None, device, 1, True), strict=True))
+
+
+FAMILIES = {family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL)}
+
+
+def family_of(model_dir):
+    """The family of a pipeline directory."""
+    return FAMILIES[pipeline_dir.pipeline_class(model_dir)]()
+
+
+def repeat(rows, counts):
+    """Row i of `rows` (R, ...) counts[i] times in a row."""
+    if len(set(counts)) == 1:
+        return rows.repeat_interleave(counts[0], 0)
+    return rows.repeat_interleave(torch.tensor(counts, device=rows.device), 0)
