@@ -16,7 +16,7 @@ from dreambooth.machines import device, memory
 from dreambooth.machines.memory import BF16, CHECKPOINTING, COUNTED, LORA, Job, choose, needed
 from dreambooth.run.plan import TrainingPlan
 from tests.benchmarks.counting import count_gib
-from tests.benchmarks.throughput import sd14_side
+from tests.benchmarks.throughput import counted_side
 
 # GiB that are free on a card of so many GB: less than its name says, as measured by nobody here.
 FREE = {80: 78.5, 48: 44, 24: 22, 16: 14.6, 12: 11.3, 8: 7.4, 6: 5.5}
@@ -72,7 +72,7 @@ def test_the_documents_have_the_same_numbers(readme, root):
 
 def test_the_numbers_are_those_that_are_counted():
     """One of them, on fake tensors. (RESULTS.md has the command that counts them all.)"""
-    gib = count_gib(sd14_side([]), keep_gradients=True)
+    gib = count_gib(counted_side("sd14", []), keep_gradients=True)
     assert round(gib, 1) == COUNTED[()].kept
 
 

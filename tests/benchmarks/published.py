@@ -48,7 +48,7 @@ import ray.train
 from ray.train.torch import TorchTrainer, get_device
 
 import train
-from dreambooth import models
+from dreambooth import families, models
 from dreambooth.files import pipeline_dir as directory
 from dreambooth.files.photos import find_images
 from dreambooth.images import crop_image
@@ -65,24 +65,31 @@ def settings_for(pipeline_dir, output_dir, *flags):
     return train.parse_args([str(word) for word in (*paths, *prompts, *flags)])
 
 
-def tokenize_prompts(pipeline_dir):
-    """The ids of PROMPTS, (2, L)."""
+def conditions_of(pipeline_dir, num_images):
+    """PROMPTS, each for half of the images of a batch, as the denoiser takes them."""
     tokenizer = directory.load_tokenizer(pipeline_dir)
     length = tokenizer.model_max_length
-    return torch.tensor(tokenizer(list(PROMPTS), padding="max_length", max_length=length).input_ids)
+    ids = tokenizer(list(PROMPTS), padding="max_length", max_length=length).input_ids
+    return {"prompt_ids": torch.tensor(ids), "counts": [num_images // 2] * 2}
+
+
+def one_for_each_image(conditions):
+    """The same, with each prompt as often as there are images with it."""
+    ids = families.repeat(conditions["prompt_ids"], conditions["counts"])
+    return {"prompt_ids": ids, "counts": [1] * len(ids)}
 
 
 class Plain:
     """The step of the published example."""
 
-    def __init__(self, settings, pixels, prompt_ids, device):
+    def __init__(self, settings, pixels, conditions, device):
         vae, denoiser, self.scheduler = models.load_models(settings, device, autocast=False)
         self.vae = vae.to(torch.bfloat16)
         self.denoiser = denoiser.to(torch.bfloat16, memory_format=torch.contiguous_format)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), settings.lr)
         self.pixels = pixels.to(device, torch.bfloat16)
-        prompt_ids = prompt_ids.repeat_interleave(len(pixels) // 2, 0).to(device)  # one per image
-        self.conditions = {"prompt_ids": prompt_ids, "counts": [1] * len(prompt_ids)}
+        self.conditions = one_for_each_image(conditions)
+        self.conditions["prompt_ids"] = self.conditions["prompt_ids"].to(device)
 
     def step(self):
         posterior = self.vae.encode(self.pixels).latent_dist
@@ -103,7 +110,7 @@ def train_fn(config):
     """What its worker runs."""
     settings = argparse.Namespace(**config)
     torch.manual_seed(0)  # the published one had no seed
-    prompt_ids = tokenize_prompts(settings.model_dir)
+    conditions = conditions_of(settings.model_dir, 2 * settings.train_batch_size)
     device = get_device()
     side = None
     step = 0
@@ -114,7 +121,7 @@ def train_fn(config):
         for batch in batches:
             pixels = torch.cat([batch["image"], batch["image_1"]]).float()
             if side is None:
-                side = Plain(settings, pixels, prompt_ids, device)
+                side = Plain(settings, pixels, conditions, device)
             side.pixels = pixels.to(device, torch.bfloat16)
             side.step()
             step += 1

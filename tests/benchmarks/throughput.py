@@ -4,9 +4,9 @@ one run. (jobs.py compares whole jobs.)
     python tests/benchmarks/throughput.py --model pocket
     python tests/benchmarks/throughput.py --model sd14             # on a GPU; Ray may be missing
     python tests/benchmarks/throughput.py --model sd14 --count     # on any machine: memory and
-                                                                   # arithmetic of a step
+    python tests/benchmarks/throughput.py --model sdxl --count     # arithmetic of a step
 
-"sd14" is Stable Diffusion 1.4's architecture with random weights.
+"sd14" and "sdxl" are the architectures of Stable Diffusion 1.4 and SDXL with random weights.
 
 Each side trains its own copy of the model. On a CPU the sides take turns, so that a busy machine
 slows them alike; on a GPU one side at a time is in memory. "plain" is the published step: bfloat16
@@ -22,9 +22,11 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -32,10 +34,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks.counting import GIB, META, count_gib, count_tflop, without_weights
-from tests.benchmarks.published import Plain, settings_for, tokenize_prompts
+from tests.benchmarks.published import Plain, conditions_of, one_for_each_image, settings_for
 
 # isort: split
-from dreambooth import latents, models
+from dreambooth import families, latents, models
 from dreambooth.cli import ArgumentParser, hide_progress_bars
 from dreambooth.files import pipeline_dir as directory
 from dreambooth.loss import training_loss
@@ -72,6 +74,42 @@ def new_sd14_models():
     return vae, text_encoder, unet
 
 
+def new_sdxl_models():
+    """VAE and U-Net of SDXL's architecture: 84 and 2567 M. Its text encoders have left the GPU."""
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    vae, _, _ = new_sd14_models()
+    return vae, unet
+
+
+def prompts_of_sd14(num_images, device):
+    ids = torch.empty(2, 77, dtype=torch.long, device=device)
+    return {"prompt_ids": ids, "counts": [num_images // 2] * 2}
+
+
+def prompts_of_sdxl(num_images, device):
+    added = {"text_embeds": (num_images, 1280), "time_ids": (num_images, 6)}
+    added = {name: torch.empty(shape, device=device) for name, shape in added.items()}
+    return {"states": torch.empty(num_images, 77, 2048, device=device), "added": added}
+
+
+COUNTED = {  # family, models, prompts, and resolution
+    "sd14": (families.StableDiffusion, new_sd14_models, prompts_of_sd14, 512),
+    "sdxl": (families.StableDiffusionXL, new_sdxl_models, prompts_of_sdxl, 1024),
+}
+
+
 def pipeline_of(model, folder):
     """The pipeline directory of a --model: sd14 is made in `folder`."""
     return build_sd14(Path(folder) / "sd14") if model == "sd14" else POCKET_DIR
@@ -95,7 +133,7 @@ class Ours:
 
     keep_gradients = False
 
-    def __init__(self, settings, pixels, prompt_ids, device, off=(), autocast=None):
+    def __init__(self, settings, pixels, conditions, device, off=(), autocast=None):
         self.settings = settings
         self.vae, self.denoiser, self.scheduler = models.load_models(settings, device, autocast)
         if "channels_last" in off:
@@ -106,10 +144,9 @@ class Ours:
             self.optimizer = torch.optim.AdamW(self.parameters, settings.lr)
         num_pairs = len(pixels) // 2
         self.positions = list(range(num_pairs))
-        prompt_ids, counts = prompt_ids.to(device), [num_pairs, num_pairs]
+        self.conditions = tree_map_only(torch.Tensor, lambda t: t.to(device), conditions)
         if "prompts encoded once" in off:
-            prompt_ids, counts = prompt_ids.repeat_interleave(num_pairs, 0), [1] * len(pixels)
-        self.conditions = {"prompt_ids": prompt_ids, "counts": counts}
+            self.conditions = one_for_each_image(self.conditions)
         self.pixels = pixels.to(device)
         self.posteriors = latents.encode(self.vae, self.pixels, self.denoiser.family)
         self.encode_each_step = "cached latents" in off
@@ -138,10 +175,10 @@ class Ours:
 
 
 def build_inputs(args, pipeline_dir, device):
-    """What both sides take: the pixels of a batch, the two prompts, and the device."""
+    """What both sides take: the pixels of a batch, the prompts, and the device."""
     resolution, _ = directory.resolution(pipeline_dir)
     pixels = torch.rand(2 * args.batch_size, 3, resolution, resolution) * 2 - 1
-    return pixels, tokenize_prompts(pipeline_dir), device
+    return pixels, conditions_of(pipeline_dir, len(pixels)), device
 
 
 def list_sides(args, pipeline_dir, device):
@@ -266,22 +303,25 @@ def print_arithmetic(side, seconds, device):
     )
 
 
-def sd14_side(flags, num_pairs=2, off=()):
-    """Our side with `flags` and Stable Diffusion 1.4, on the meta device: for counting."""
+def counted_side(model, flags, num_pairs=2, off=()):
+    """Our side with `flags` and a model of COUNTED, on the meta device."""
+    family, new_models, prompts, side = COUNTED[model]
     settings = settings_for(POCKET_DIR, "-", *flags)  # its noise schedule is the same
-    pixels = torch.empty(2 * num_pairs, 3, 512, 512, device=META)
-    prompt_ids = torch.empty(2, 77, dtype=torch.long, device=META)
-    with without_weights(new_sd14_models):
-        return Ours(settings, pixels, prompt_ids, META, off=off, autocast=True)
+    settings.train_text_encoder = model == "sd14"
+    pixels = torch.empty(2 * num_pairs, 3, side, side, device=META)
+    conditions = prompts(2 * num_pairs, META)
+    with without_weights(new_models), patch.object(models, "family_of", lambda folder: family()):
+        return Ours(settings, pixels, conditions, META, off=off, autocast=True)
 
 
-def count_steps(num_pairs):
+def count_steps(model, num_pairs):
     """Print the arithmetic of our step, and the memory that it takes on a single GPU and on each of
     several: the numbers of dreambooth/machines/memory.py and RESULTS.md."""
     cases = [(flags, ()) for flags in [[], *OPTIONS, ["--gradient_accumulation_steps=2"]]]
-    cases.append(([], FEATURES))
+    if model == "sd14":
+        cases.append(([], FEATURES))
     for flags, off in cases:
-        side = sd14_side(flags, num_pairs, off)
+        side = counted_side(model, flags, num_pairs, off)
         tflop = count_tflop(side)
         alone = count_gib(side, keep_gradients=False)
         several = count_gib(side, keep_gradients=True)
@@ -297,7 +337,7 @@ def count_steps(num_pairs):
 
 def main(args):
     if args.count:
-        count_steps(args.batch_size)
+        count_steps(args.model, args.batch_size)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(num_cores())
@@ -310,13 +350,13 @@ def main(args):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     parser.add_argument(
-        "--model", choices=["pocket", "sd14"], default="pocket", help="sd14 for a GPU"
+        "--model", choices=["pocket", "sd14", "sdxl"], default="pocket", help="sd14: for a GPU"
     )
     parser.add_argument("--batch_size", type=int, default=2, help="pairs per step and worker")
     parser.add_argument(
         "--count",
         action="store_true",
-        help="count memory and arithmetic of a step of sd14, on any machine, and time nothing",
+        help="count memory and arithmetic of a step of sd14 or sdxl, and time nothing",
     )
 
     group = parser.add_argument_group("steps")
