@@ -2,7 +2,7 @@
 # From photos of a subject to images of it in new places.
 #
 #   ./run.sh          all of it: with Stable Diffusion 1.4 on GPUs, else with the pocket model
-#   LORA=1 ./run.sh   the same with LoRA
+#   LORA=1 ./run.sh   the same with LoRA; MODEL=sdxl ./run.sh: with Stable Diffusion XL
 #   ./run.sh test     the tests
 #
 # Each variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
@@ -33,6 +33,30 @@ use_stable_diffusion() {
   PAIRS=${PAIRS:-2} STEPS=${STEPS:-200}
   CLASS_FLAGS=${CLASS_FLAGS:-}
   SAMPLE_FLAGS=${SAMPLE_FLAGS:-}
+}
+
+use_stable_diffusion_xl() {
+  [[ "$ORIG_MODEL_NAME" == stabilityai/stable-diffusion-xl-base-1.0 ]] && XL=462165984030d82259a11f4367a4eed129e94a7b
+  ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-${XL:?set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use}}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---lr 2e-6}
+  LORA_FLAGS=${LORA_FLAGS:---lora_rank 16 --lr 1e-4}
+  PAIRS=${PAIRS:-1} STEPS=${STEPS:-500}
+  use_stable_diffusion
+}
+
+# MODEL is a short name for ORIG_MODEL_NAME.
+choose_model() {
+  local name
+  case "${MODEL:-}" in
+    "") return ;;
+    pocket) name=pocket ;;
+    sd) name=CompVis/stable-diffusion-v1-4 ;;
+    sdxl) name=stabilityai/stable-diffusion-xl-base-1.0 ;;
+    *) echo "error: MODEL=$MODEL: must be pocket, sd or sdxl" >&2; exit 2 ;;
+  esac
+  [[ "${ORIG_MODEL_NAME:-$name}" == "$name" ]] ||
+    { echo "error: MODEL=$MODEL and ORIG_MODEL_NAME=$ORIG_MODEL_NAME disagree: set one of them" >&2; exit 2; }
+  ORIG_MODEL_NAME=$name
 }
 
 # Where everything goes. On several nodes, DATA_PREFIX is on shared storage. Each subject has a folder,
@@ -70,12 +94,17 @@ main() {
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
+  choose_model
   if ((NUM_GPUS == 0)); then
     echo "no CUDA GPU here: using the embedded pocket model, unless ORIG_MODEL_NAME is set"
     ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
   fi
   ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
-  if [[ "$ORIG_MODEL_NAME" == pocket ]]; then use_pocket; else use_stable_diffusion; fi
+  case "$ORIG_MODEL_NAME" in
+    pocket) use_pocket ;;
+    *xl* | *XL*) use_stable_diffusion_xl ;;
+    *) use_stable_diffusion ;;
+  esac
   PREVIEW_EVERY=${PREVIEW_EVERY:-100}
   check_number 1 PAIRS STEPS NUM_WORKERS
   check_number 0 NUM_GPUS NUM_CLASS_IMAGES PREVIEW_EVERY

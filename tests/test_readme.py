@@ -32,7 +32,11 @@ FLAGS_OF_OTHERS = {  # pip, ray and TensorBoard
     "--help", "--quiet", "--disable-pip-version-check", "--logdir", "--address", "--generate",
     "--runtime-env-json",
 }  # fmt: skip
-NOT_HERE = {"images/dog", "train_dreambooth.py"}  # what step 2 downloads, and a script of diffusers
+NOT_HERE = {
+    "tom.txt",
+    "images/dog",
+    "train_dreambooth.py",
+}  # what step 2 downloads, and a script of diffusers
 COLUMNS_ON_OTHERS = {"diffusers", "in place of", "the published example"}
 FLAG = r"(?<![\w/-])--[a-z][\w-]*"
 
@@ -115,16 +119,16 @@ def test_each_flag_named_belongs_to_some_script(text, root):
 
 
 def recipes(run_sh, name):
-    """The defaults of one of run.sh's variables: one for pocket, one for Stable Diffusion."""
+    """The defaults of one of run.sh's variables: for pocket and for Stable Diffusion 1.4."""
     found = re.findall(rf"^ *{name}=\$\{{{name}:-(.*?)\}}(?: |$)", run_sh, re.MULTILINE)
-    assert len(found) == 2, name
-    return found
+    assert len(found) >= 2, name
+    return found[:2]
 
 
 def test_recipes_of_the_readme_and_of_benchmarks_are_those_of_run_sh(readme, run_sh):
     """For one worker, with 200 class images."""
     readme = " ".join(readme.replace("\\\n", " ").split())
-    sizes = re.findall(r"PAIRS:-(\d+)\} STEPS=\${STEPS:-(\d+)\}", run_sh)
+    sizes = re.findall(r"PAIRS:-(\d+)\} STEPS=\${STEPS:-(\d+)\}", run_sh)[:2]
     of_all = []
     for name in ("TRAIN_FLAGS", "LORA_FLAGS"):
         for flags, (pairs, steps) in zip(recipes(run_sh, name), sizes, strict=True):

@@ -2,6 +2,7 @@
 are. Where a test says how much memory they have, the choice of flags is real."""
 
 import shlex
+import re
 import subprocess
 import sys
 
@@ -211,3 +212,59 @@ def test_run_sh_explains_itself(root):
     assert "./run.sh test" in done.stdout
     refused = subprocess.run([root / "run.sh", "tset"], capture_output=True, text=True)
     assert refused.returncode == 2
+
+
+def test_a_model_has_a_short_name(run_story):
+    """MODEL=sdxl; with another ORIG_MODEL_NAME it is one line."""
+    _, commands = run_story(1, 79, MODEL="sdxl")
+    assert (
+        "--model_name stabilityai/stable-diffusion-xl-base-1.0 --revision 46216598403"
+        in (commands["cache_model.py"][0])
+    )
+    assert "--train_batch_size 1 --num_epochs 3 --max_train_steps 500" in commands["train.py"][0]
+    for variables in ({"MODEL": "sdxl", "ORIG_MODEL_NAME": "pocket"}, {"MODEL": "dalle"}):
+        done, _ = run_story(1, 79, **variables)
+        assert done.returncode == 2
+        assert re.fullmatch(r"error: MODEL=.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", ["NUM_CLASS_IMAGES", "PREVIEW_EVERY", "STEPS", "NUM_WORKERS"])
+def test_a_number_that_is_none_is_refused_at_once(run_story, name):
+    for value in ("many", "-1", "08", ""):
+        if value:
+            done, commands = run_story(1, 79, **{name: value})
+            assert done.returncode == 2
+            assert f"error: {name}={value}: must be a whole number" in done.stderr
+            assert commands == {}
+
+
+def test_without_class_images_there_is_no_prior(run_story):
+    _, commands = run_story(0, NUM_CLASS_IMAGES="0")
+    (sample,) = commands["generate.py"]
+    assert "images-new" in sample
+    assert commands["train.py"][0].endswith(" --prior_loss_weight 0")
+
+
+def test_cheap_checks_come_before_dear_steps(run_story):
+    """The photos are looked at, and the flags of train.py parsed, before anything is downloaded."""
+    _, commands = run_story(1, 79, INSTANCE_DIR="images/lego-car", MORE_FLAGS="--seed 3")
+    names = list(commands)
+    assert names.index("dreambooth.files.photos") < names.index("cache_model.py")
+    assert names.index("-c") < names.index("cache_model.py")
+    assert commands["-c"][0].endswith("--class_prompt photo of a dog --seed 3")
+
+
+def test_run_sh_works_through_a_link_and_with_a_relative_python(root, tmp_path):
+    link = tmp_path / "story"
+    link.symlink_to(root / "run.sh")
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        [link], cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "bin/python", "MODEL": "pocket", "STEPS": "0",
+             "NUM_GPUS": "0"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: STEPS=0: must be a whole number of at least 1")

@@ -15,8 +15,8 @@ from dreambooth.machines import device, gpus
 
 
 class Counted(NamedTuple):
-    """GiB of weights, gradients, optimizer and activations at the peak of a step of Stable
-    Diffusion 1.4 with two pairs of 512 px per forward pass."""
+    """GiB of weights, gradients, optimizer and activations at the peak of a step with two pairs per
+    forward pass."""
 
     one_gpu: float
     kept: float  # where gradients stay: on each of several GPUs, or with gradient accumulation
@@ -27,8 +27,9 @@ CHECKPOINTING = "--gradient_checkpointing"
 BF16 = "--param_dtype bf16"
 LORA = "--use_lora"
 
-# Counted on fake tensors by tests/benchmarks/throughput.py --model sd14 --count, and measured on no
-# GPU. The order is that in which to try them: the first ones train the same in more time.
+# Counted on fake tensors by tests/benchmarks/throughput.py --count: sd14 at 512, sdxl at 1024 px;
+# and measured on no GPU. The order is that in which to try them: the first ones train the same in
+# more time.
 COUNTED = {
     (): Counted(17.8, 21.5, 2.35),
     (CHECKPOINTING,): Counted(15.0, 17.6, 0.43),
@@ -37,11 +38,34 @@ COUNTED = {
     (LORA,): Counted(6.6, 6.6, 2.17),
     (CHECKPOINTING, LORA): Counted(3.3, 3.3, 0.51),
 }
+COUNTED_XL = {
+    (): Counted(66.3, 75.9, 16.3),
+    (CHECKPOINTING,): Counted(39.9, 46.0, 0.7),
+    (BF16,): Counted(52.0, 56.7, 16.3),
+    (CHECKPOINTING, BF16): Counted(25.7, 27.5, 0.8),
+    (LORA,): Counted(34.0, 34.1, 14.4),
+    (CHECKPOINTING, LORA): Counted(7.8, 7.9, 1.3),
+}
 CHOICES = [flags for flags in COUNTED if flags != (BF16,)]  # without checkpointing it gains little
 PAIRS = 2  # as counted; run.sh's recipe has as many on one GPU, and one on each of several
 RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds
 LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL
-SD14 = {"unet": 860e6, "text_encoder": 123e6}  # parameters
+
+
+class Reference(NamedTuple):
+    """What was counted, and for what model: pixels, and parameters of U-Net and of all trained."""
+
+    counted: dict
+    resolution: int
+    unet: float
+    trained: float
+
+
+SD14 = Reference(COUNTED, 512, 860e6, 983e6)
+REFERENCES = {
+    "StableDiffusionPipeline": SD14,
+    "StableDiffusionXLPipeline": Reference(COUNTED_XL, 1024, 2567e6, 2567e6),
+}
 
 
 class Job(NamedTuple):
@@ -50,16 +74,17 @@ class Job(NamedTuple):
     pairs: int = PAIRS  # per forward pass
     keeps_gradients: bool = False
     resolution: int = 512  # pixels
-    unet: float = 1.0  # parameters of the U-Net; Stable Diffusion 1.4 has 1
+    unet: float = 1.0  # parameters of the U-Net; the reference has 1
     trained: float = 1.0  # parameters of what is trained, likewise
+    reference: Reference = SD14
 
 
 def needed(flags, job):
     """GiB of free GPU memory that `job` needs with `flags`, a key of COUNTED."""
-    counted = COUNTED[flags]
+    counted = job.reference.counted[flags]
     two_pairs = counted.kept if job.keeps_gradients else counted.one_gpu
     fixed = two_pairs - PAIRS * counted.per_pair
-    activations = job.pairs * counted.per_pair * (job.resolution / 512) ** 2
+    activations = job.pairs * counted.per_pair * (job.resolution / job.reference.resolution) ** 2
     return RESERVE * (fixed * job.trained + activations * job.unet) + LIBRARIES
 
 
@@ -92,7 +117,7 @@ def check_device(args, plan, num_workers, torch_device):
         pairs=pairs_per_pass * plan.images_per_pair / 2,
         keeps_gradients=num_workers > 1 or accumulation_steps > 1,
         resolution=plan.resolution,
-        **relative(sizes, pipeline_dir.trains_text_encoder(args)),
+        **relative(args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)),
     )
     gib = device.free_memory(torch_device)
     if needed(given, job) > gib:
@@ -102,10 +127,11 @@ def check_device(args, plan, num_workers, torch_device):
         )
 
 
-def relative(sizes, train_text_encoder=True):
+def relative(model_dir, sizes, trains_text_encoder):
     """The fields of a `Job` that say how large a model is, of its numbers of parameters."""
-    trained = pipeline_dir.num_trained(sizes, train_text_encoder)
-    return {"unet": sizes["unet"] / SD14["unet"], "trained": trained / sum(SD14.values())}
+    reference = REFERENCES[pipeline_dir.pipeline_class(model_dir)]
+    trained = pipeline_dir.num_trained(sizes, trains_text_encoder) / reference.trained
+    return {"unet": sizes["unet"] / reference.unet, "trained": trained, "reference": reference}
 
 
 def choose_for_gpus(free, job, given):
@@ -140,7 +166,9 @@ def main(args):
         return
     resolution, _ = pipeline_dir.resolution(args.model_dir)
     keeps_gradients = args.num_workers > 1
-    job = Job(keeps_gradients=keeps_gradients, resolution=resolution, **relative(sizes))
+    trains_text_encoder = pipeline_dir.family(args.model_dir).trains_text_encoder
+    size = relative(args.model_dir, sizes, trains_text_encoder)
+    job = Job(keeps_gradients=keeps_gradients, resolution=resolution, **size)
     flags, why = choose_for_gpus(free, job, given)
     print(why, file=sys.stderr)
     print(flags)
