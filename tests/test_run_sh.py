@@ -1,8 +1,8 @@
 """What run.sh runs: with a stand-in for Python that notes the commands and says which GPUs there
 are. Where a test says how much memory they have, the choice of flags is real."""
 
-import shlex
 import re
+import shlex
 import subprocess
 import sys
 
