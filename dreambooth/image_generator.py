@@ -41,6 +41,8 @@ class ImageGenerator:
         self.padded_size = cpu_batch_size(args.resolution) if self.device == "cpu" else None
         if self.device == "cpu":
             warn_if_slow(args)
+        elif args.compile:
+            device.check_compiler("--compile")
         self.folder = Path(args.output_dir)
         self.family = family_of(args.model_dir)
         self.inputs = {}  # of the pipeline, by prompt
@@ -50,6 +52,8 @@ class ImageGenerator:
             apply_lora(self.pipeline, args.lora_weights_dir, args.lora_scale)
         self.pipeline.unet.to(memory_format=torch.channels_last)
         self.pipeline.to(self.device)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # what another model has left, as with --compare_to
         given = self.padded_size or args.batch_size  # sized once the weights have their memory
         self.batch_size = given or batch_size_that_fits(args.resolution)
         if args.compile:

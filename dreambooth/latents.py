@@ -73,15 +73,17 @@ def sample_noise(seed, positions, latent_shape, device):
     add to the latents; two tensors (2B, C, h, w), instance half first.
 
     A pair's noise follows from the run's seed and the pair's position in the run alone: it does not
-    depend on how pairs are dealt to workers, batches and accumulation. `latent_shape`: (C, h, w).
+    depend on how pairs are dealt to workers, batches and accumulation, nor on the device, as it is
+    drawn on the CPU. `latent_shape`: (C, h, w).
     """
-    generator = torch.Generator(device)
+    generator = torch.Generator()
     noise = []
     for position in positions:
         generator.manual_seed(seed_for("noise", seed, position))
         shape = (2, 2, *latent_shape)  # two kinds of noise for each of two images
-        noise.append(torch.randn(shape, generator=generator, device=device))
-    posterior_noise, latent_noise = torch.stack(noise, dim=2).flatten(1, 2)
+        noise.append(torch.randn(shape, generator=generator))
+    noise = torch.stack(noise, dim=2).flatten(1, 2).to(device, non_blocking=True)
+    posterior_noise, latent_noise = noise
     return posterior_noise, latent_noise
 
 

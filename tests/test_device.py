@@ -8,17 +8,20 @@ import torch
 from dreambooth.cli import UserError
 from dreambooth.machines import cluster, device, gpus
 
+BUILDS = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"  # those of the wheel that requirements.txt names
+
 
 @pytest.fixture
 def pretend(monkeypatch):
     """Let torch find so many GPUs: pretend(2, usable=False) as with an old driver, which counts
     them and cannot start CUDA."""
 
-    def gpus(count, usable=True, capability=(8, 0), free_gib=(22,)):
+    def gpus(count, usable=True, capability=(8, 0), free_gib=(22,), builds=BUILDS):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: usable and count > 0)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)  # by emulation
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", builds.split)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Tesla T4")
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free_gib[gpu] * 2**30, 0))
 
@@ -62,6 +65,50 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(pretend, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     with pytest.raises(UserError, match="^CUDA_VISIBLE_DEVICES=7 names no GPU"):
         device.pick_device()
+
+
+def test_a_card_without_kernels_is_refused_before_the_first_one(pretend):
+    """Of the same major capability and no smaller minor one, or from PTX; ROCm's list is empty."""
+    for capability in ((7, 5), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1)):
+        pretend(1, capability=capability)
+        device.check_driver()
+    for capability, builds in (
+        ((7, 0), BUILDS),
+        ((6, 1), BUILDS),
+        ((8, 0), "sm_86 sm_90"),
+        ((11, 0), BUILDS),
+        ((9, 0), "sm_80 compute_100"),
+    ):
+        pretend(1, capability=capability, builds=builds)
+        with pytest.raises(UserError, match=r"^GPU 0, Tesla T4 .* CUDA_VISIBLE_DEVICES"):
+            device.pick_device()
+    for capability, builds in (((7, 0), ""), ((9, 0), "sm_80 compute_80"), ((9, 0), "sm_90a")):
+        pretend(1, capability=capability, builds=builds)
+        assert device.pick_device() == "cuda"
+
+
+def test_the_free_memory_of_a_container_is_its_own(monkeypatch):
+    """It may be less than the machine's; page cache that can be dropped counts as free."""
+    files = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 31457280 kB\n",
+        "/sys/fs/cgroup/memory.max": f"{16 * 2**30}\n",
+        "/sys/fs/cgroup/memory.current": f"{10 * 2**30}\n",
+        "/sys/fs/cgroup/memory.stat": f"anon 5\ninactive_file {2 * 2**30}\n",
+    }
+
+    def read_text(path, encoding):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(device.Path, "read_text", read_text)
+    assert device.host_memory() == 8
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert device.host_memory() == 30
+    del files["/sys/fs/cgroup/memory.max"]
+    assert device.host_memory() == 30
+    files.clear()  # not Linux
+    assert device.host_memory() is None
 
 
 def test_bfloat16_is_a_question_of_the_card_and_not_of_emulation(pretend):

@@ -22,6 +22,20 @@ def test_each_image_has_noise_of_its_own():
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
 
 
+def test_noise_is_drawn_on_the_cpu_for_every_device(monkeypatch):
+    """A run that is resumed on another kind of device goes on with its own noise."""
+    original, drawn_on = torch.randn, []
+
+    def randn(*args, generator, **kwargs):
+        drawn_on.append(generator.device.type)
+        return original(*args, generator=generator, **kwargs)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    noise = latents.sample_noise(0, range(3), SHAPE, "meta")
+    assert drawn_on == ["cpu"] * 3
+    assert [(n.device.type, n.shape) for n in noise] == [("meta", (6, *SHAPE))] * 2
+
+
 def test_noise_and_timesteps_of_a_pair_follow_from_seed_and_position_alone():
     """However pairs are dealt to workers and batches; and whatever version of these scripts resumes
     a run."""

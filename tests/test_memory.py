@@ -98,13 +98,21 @@ def test_flags_that_are_given_stay():
 
 def test_more_pairs_or_pixels_or_parameters_need_more():
     for flags in COUNTED:
-        base = needed(flags, Job())
-        per_pair = needed(flags, Job(pairs=3)) - base
+        base = needed(flags, Job(pairs=4))
+        per_pair = needed(flags, Job(pairs=5)) - base
         assert per_pair > 0
-        assert needed(flags, Job(pairs=8)) - base == pytest.approx(6 * per_pair)
-        assert needed(flags, Job(resolution=1024)) - base == pytest.approx(6 * per_pair)
-        assert needed(flags, Job(trained=2)) > base
-        assert needed(flags, Job(unet=2)) > base
+        assert needed(flags, Job(pairs=8)) - base == pytest.approx(4 * per_pair)
+        larger = needed(flags, Job(pairs=4, resolution=1024)) - base
+        assert larger == pytest.approx(12 * per_pair)
+        assert needed(flags, Job(pairs=4, trained=2)) > base
+        assert needed(flags, Job(pairs=4, unet=2)) > base
+
+
+def test_a_preview_between_two_steps_needs_no_less_than_an_image():
+    """One pair with --gradient_checkpointing and --use_lora takes less than the preview's image."""
+    flags = (CHECKPOINTING, LORA)
+    one, none = needed(flags, Job(pairs=1)), needed(flags, Job(pairs=0))
+    assert one == none > memory.RESERVE * memory.PREVIEW * 512**2 + memory.LIBRARIES
 
 
 def test_stable_diffusion_is_as_large_as_counted(sd14_dir):
@@ -185,6 +193,33 @@ def test_without_a_gpu_time_is_what_is_said_and_without_bfloat16_nothing_trains(
     assert check(0, torch_device="cpu").startswith("warning: no GPU: a step takes minutes")
     with pytest.raises(UserError, match="^Tesla T4 .* has no bfloat16"):
         check(80, capability=7)
+
+
+def test_what_the_machine_may_not_hold_when_it_saves_is_a_warning(check, monkeypatch):
+    """The result is gathered in the machine's memory: 1,066 M parameters in float32, and 4 GiB."""
+    for free, warned in ((7.0, True), (8.1, False), (None, False)):
+        monkeypatch.setattr(device, "host_memory", lambda free=free: free)
+        line = "7.0 GiB of this machine's memory are free, the run may need 8.0"
+        assert (line in check(80)) == warned
+
+
+@pytest.mark.parametrize("missing", ["a C compiler", "Python's headers"])
+def test_what_triton_compiles_is_refused_before_anything_starts(
+    check, flags_for, sd14_dir, monkeypatch, tmp_path, missing
+):
+    """Without a compiler it failed at the first step of the optimizer, after all class images."""
+    monkeypatch.delenv("CC", raising=False)
+    if missing == "a C compiler":
+        monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path))
+    for flags in ({"param_dtype": "bf16"}, {"compile": True}):
+        with pytest.raises(UserError, match=f"^--(param_dtype bf16|compile) needs {missing}"):
+            check(80, **flags)
+    assert check(80) == ""
+    with pytest.raises(UserError, match=f"^{BF16} needs {missing}.*apt install gcc python3-dev"):
+        flags_for(sd14_dir, "--gib", "14")  # for which run.sh would choose it
 
 
 def test_the_flags_are_those_of_train(train_argv):

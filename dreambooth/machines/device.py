@@ -5,6 +5,11 @@ Without Ray, which counts GPUs and does not try them.
 
 import os
 import platform
+import re
+import shutil
+import sysconfig
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -30,9 +35,11 @@ def unusable_gpu():
 
 def check_driver():
     """UserError: there is a GPU that this PyTorch cannot use, and all would silently run on the
-    CPU. `torch.cuda.device_count` asks the driver's management library, which an old driver
-    answers; only `torch.cuda.is_available` starts CUDA."""
+    CPU, or fail at the first kernel. `torch.cuda.device_count` asks the driver's management
+    library, which an old driver answers; only `torch.cuda.is_available` starts CUDA."""
     if torch.cuda.is_available():
+        for gpu in range(torch.cuda.device_count()):
+            check_kernels(gpu)
         return
     if torch.cuda.device_count():
         raise UserError(f"there is a GPU, but {unusable_gpu()}")
@@ -42,6 +49,60 @@ def check_driver():
             f"CUDA_VISIBLE_DEVICES={visible} names no GPU of this machine: unset it to use all"
             f" GPUs, or {USE_THE_CPU}"
         )
+
+
+def check_kernels(gpu):
+    """UserError: this PyTorch was built without kernels for a GPU. One for sm_XY runs on cards of
+    the same major compute capability and the same minor or a greater one; PTX for compute_XY on all
+    greater ones. (ROCm's builds list neither.)"""
+    capability = torch.cuda.get_device_capability(gpu)
+    builds = re.findall(r"(sm|compute)_(\d+?)(\d)a?\b", " ".join(torch.cuda.get_arch_list()))
+    for kind, major, minor in builds:
+        built_for = int(major), int(minor)
+        same_major = kind == "compute" or built_for[0] == capability[0]
+        if same_major and built_for <= capability:
+            return
+    if builds:
+        name = torch.cuda.get_device_name(gpu)
+        raise UserError(
+            f"GPU {gpu}, {name} (compute capability {capability[0]}.{capability[1]}), is not among"
+            f" those that this PyTorch has kernels for ({' '.join(torch.cuda.get_arch_list())}):"
+            f" name other GPUs in CUDA_VISIBLE_DEVICES, or {USE_THE_CPU}"
+        )
+
+
+def check_compiler(flag):
+    """UserError: `flag` makes Triton build kernels, and there is no C compiler, or no Python.h."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if compiler is None or not header.exists():
+        missing = "a C compiler" if compiler is None else f"Python's headers ({header})"
+        raise UserError(
+            f"{flag} needs {missing}: apt install gcc python3-dev, or leave it out (LoRA needs less"
+            " memory, too)"
+        )
+
+
+def host_memory():
+    """GiB of this machine's, or container's, memory that are free; None where that is not known."""
+    try:
+        free = 1024 * fields("/proc/meminfo")["MemAvailable:"]
+    except (OSError, KeyError):
+        return None
+    with suppress(OSError, KeyError, ValueError):  # no group, or "max": no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (
+            int((group / name).read_text(encoding="utf-8"))
+            for name in ("memory.max", "memory.current")
+        )
+        free = min(free, limit - used + fields(group / "memory.stat")["inactive_file"])
+    return free / GIB
+
+
+def fields(path):
+    """The numbers of one of the kernel's files, by name, each on its line."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return {line.split()[0]: int(line.split()[1]) for line in lines}
 
 
 def pick_device():
@@ -57,7 +118,8 @@ def check_bfloat16(gpu):
     if major < 8:
         raise UserError(
             f"{torch.cuda.get_device_name(gpu)} (compute capability {major}.{minor}) has no"
-            f" bfloat16, which training needs: use an Ampere card (8.0) or newer, or {USE_THE_CPU}"
+            " bfloat16, which training needs: name an Ampere card (8.0) or newer in"
+            f" CUDA_VISIBLE_DEVICES, or {USE_THE_CPU}"
         )
 
 

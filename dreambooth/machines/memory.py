@@ -50,6 +50,8 @@ CHOICES = [flags for flags in COUNTED if flags != (BF16,)]  # without checkpoint
 PAIRS = 2  # as counted; run.sh's recipe has as many on one GPU, and one on each of several
 RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds
 LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL
+HOST_LIBRARIES = 4.0  # GiB of the machine's memory: Python's, Ray's and CUDA's
+PREVIEW = 4096 / 2**30  # GiB per pixel, for one image with guidance and its decoding
 
 
 class Reference(NamedTuple):
@@ -85,6 +87,7 @@ def needed(flags, job):
     two_pairs = counted.kept if job.keeps_gradients else counted.one_gpu
     fixed = two_pairs - PAIRS * counted.per_pair
     activations = job.pairs * counted.per_pair * (job.resolution / job.reference.resolution) ** 2
+    activations = max(activations, PREVIEW * job.resolution**2)  # between two steps
     return RESERVE * (fixed * job.trained + activations * job.unet) + LIBRARIES
 
 
@@ -104,6 +107,8 @@ def check_device(args, plan, num_workers, torch_device):
         device.warn_if_slow(sizes, "a step")
         return
     device.check_bfloat16(torch_device)
+    if args.param_dtype == "bf16" or args.compile:
+        device.check_compiler(BF16 if args.param_dtype == "bf16" else "--compile")
     if sum(sizes.values()) < device.LARGE:
         return
     given = {
@@ -112,6 +117,7 @@ def check_device(args, plan, num_workers, torch_device):
         LORA: args.use_lora,
     }
     given = tuple(flag for flag, is_given in given.items() if is_given)
+    warn_of_host_memory(sizes)
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
     job = Job(
         pairs=pairs_per_pass * plan.images_per_pair / 2,
@@ -125,6 +131,13 @@ def check_device(args, plan, num_workers, torch_device):
             f"training may need {needed(given, job):.1f} GiB of GPU memory, and {gib:.1f} are free;"
             f" {CHECKPOINTING}, {BF16} and {LORA} need less (README, Memory)"
         )
+
+
+def warn_of_host_memory(sizes):
+    """Warn where the result, in float32, may not fit the machine's memory when it is saved."""
+    needed, free = 4 * sum(sizes.values()) / device.GIB + HOST_LIBRARIES, device.host_memory()
+    if free is not None and free < needed:
+        warn(f"{free:.1f} GiB of this machine's memory are free, the run may need {needed:.1f}")
 
 
 def relative(model_dir, sizes, trains_text_encoder):
@@ -142,6 +155,8 @@ def choose_for_gpus(free, job, given):
         return " ".join(given), why
     gib = min(free)
     flags = choose(gib, job, given)
+    if BF16 in flags and BF16 not in given:
+        device.check_compiler(BF16)
     why = f"{len(free)} x {gib:.1f} GiB of GPU memory free, training needs {needed(given, job):.1f}"
     if needed(flags, job) > gib:
         need = f"{needed(flags, job):.1f}"

@@ -34,7 +34,7 @@ CURVES = [
     ("Gradient norm", {"grad_norm": ""}),
     ("Learning rate", {"lr": ""}),
     ("Images per second", {"images_per_s": ""}),
-    ("Peak GPU memory, GiB", {"peak_gib": ""}),
+    ("Peak GPU memory, GiB", {"peak_gib": "tensors", "reserved_gib": "reserved"}),
 ]
 COLOURS = ["#1f5fa8", "#b3541e"]
 

@@ -38,6 +38,7 @@ TAGS = {  # under which TensorBoard shows the metrics
     "lr": "learning rate",
     "images_per_s": "images per second",
     "peak_gib": "peak memory, GiB",
+    "reserved_gib": "reserved memory, GiB",
 }
 SECONDS_BETWEEN_LOOKS = 0.5  # of the bar of several workers at their metrics
 
@@ -127,7 +128,7 @@ class TrainingLog:
         row = {"step": step, **dict(zip(LOSSES, means, strict=False))}
         row.update(grad_norm=grad_norm, lr=lr, images_per_s=self._images_per_s(step))
         if self.device.type == "cuda":
-            row["peak_gib"] = peak_gib(self.device)
+            row["peak_gib"], row["reserved_gib"] = peak_gib(self.device)
         if self.events:
             self._write(row)
         for number, values in enumerate(losses, start=step + 1 - len(losses)):
@@ -210,10 +211,11 @@ def wait_for(device):
 
 
 def peak_gib(device):
-    """The most memory that tensors have taken on a GPU."""
+    """The most memory that tensors have taken on a GPU, and that torch has reserved for them."""
     import torch
 
-    return torch.cuda.max_memory_allocated(device) / 2**30
+    allocated = torch.cuda.max_memory_allocated(device)
+    return allocated / 2**30, torch.cuda.max_memory_reserved(device) / 2**30
 
 
 def mean_of_workers(losses):
