@@ -22,6 +22,7 @@ import torch
 import train
 from dreambooth import models
 from dreambooth.cli import Diverged, Stopped, UserError
+from dreambooth.machines import device
 from dreambooth.run import checkpoints
 
 STATE = {"weights": {"w": torch.arange(6.0)}, "optimizer": {"state": {0: {"step": 3}}}}
@@ -272,6 +273,84 @@ def test_a_restored_run_goes_on_to_the_last_bit(make, monkeypatch, dtype):
     assert len(found) == len(expected) == 5
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(whole.model.weight, first.model.weight)
+
+
+@pytest.mark.parametrize("lacking", ["room", "memory that can be pinned"])
+def test_without_room_for_a_copy_the_step_waits_until_the_state_is_written(
+    make, monkeypatch, lacking
+):
+    """The same file, and no failure."""
+    with_room, without = make(checkpointing_steps=5), make(checkpointing_steps=5)
+    without.folder = without.checkpointer.folder = without.folder.with_name("other")
+    with_room.take_steps(0, 7)
+    with_room.checkpointer.on_train_end()
+    if lacking == "room":
+        monkeypatch.setattr(device, "host_memory", lambda: 1)
+    else:
+        empty_like = MagicMock(side_effect=RuntimeError("CUDA error: out of memory"))
+        monkeypatch.setattr(checkpoints.torch, "empty_like", empty_like)
+    without.take_steps(0, 5)
+    assert checkpoints.find_newest(without.folder) == 5  # before the next step begins
+    without.take_steps(5, 7)
+    without.checkpointer.on_train_end()
+    one, other = (checkpoints.read(run.folder / "step_000005") for run in (with_room, without))
+    pairs = zip(checkpoints.tensors_of(one), checkpoints.tensors_of(other), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not without.checkpointer.buffers
+
+
+def test_room_is_for_the_copy_beside_the_object_store_and_four_gib(monkeypatch):
+    """Of this machine's node; the store may be empty as yet."""
+    nodes = [
+        {"NodeID": "here", "Resources": {"object_store_memory": 7.0 * 2**30}},
+        {"NodeID": "there", "Resources": {"object_store_memory": 70.0 * 2**30}},
+    ]
+    context = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr(checkpoints.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(checkpoints.ray, "get_runtime_context", lambda: context)
+    for running, free, room in (
+        (True, 16.1, True),
+        (True, 15.9, False),
+        (False, 9.1, True),
+        (False, 8.9, False),
+        (True, None, True),
+    ):
+        monkeypatch.setattr(checkpoints.ray, "is_initialized", lambda running=running: running)
+        monkeypatch.setattr(device, "host_memory", lambda free=free: free)
+        assert checkpoints.has_room(5 * 2**30) == room
+
+
+def test_the_buffers_of_a_copy_are_kept_for_the_next_one(make):
+    """To make them took longer than to fill them."""
+    run = make(checkpointing_steps=5)
+    run.take_steps(0, 5)
+    first = [buffer.data_ptr() for buffer in run.checkpointer.buffers]
+    run.take_steps(5, 10)
+    assert [buffer.data_ptr() for buffer in run.checkpointer.buffers] == first
+    run.checkpointer.on_train_end()
+
+
+@pytest.mark.parametrize("maps", [True, False])
+def test_what_is_restored_does_not_depend_on_the_file(make, monkeypatch, maps):
+    """It is mapped, which takes no memory, and then deleted; some file systems map nothing."""
+    run = make(checkpointing_steps=5)
+    run.take_steps(0, 7)
+    run.checkpointer.on_train_end()
+    load = torch.load
+
+    def refusing(*args, mmap=False, **settings):
+        if mmap and not maps:
+            raise RuntimeError("unable to mmap 552 bytes from file: No such device (19)")
+        return load(*args, mmap=mmap, **settings)
+
+    monkeypatch.setattr(torch, "load", refusing)
+    second = make()
+    second.checkpointer.on_train_begin(5)
+    before = [value.clone() for value in second.everything()]
+    file = run.folder / "step_000005" / "state.pt"
+    file.write_bytes(bytes(file.stat().st_size))  # in place, so that a mapping would see it
+    assert all(torch.equal(a, b) for a, b in zip(before, second.everything(), strict=True))
+    assert before[1].any()
 
 
 def test_every_so_many_steps_but_not_after_the_last(make, reports):

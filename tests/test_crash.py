@@ -16,6 +16,7 @@ import generate
 from dreambooth.batch_inference import generate_with_ray
 from dreambooth.cli import UserError
 from dreambooth.files import generated_images
+from dreambooth.image_generator import with_defaults
 from dreambooth.run import export
 
 PROMPTS = ["photo of a car", "photo of a red house, at night"]
@@ -103,6 +104,7 @@ def test_images_are_the_same_with_ray_and_without_and_if_an_actor_is_killed(
     local = generate_args(tmp_path / "local", **flags)
     generate.main(local)
     args = generate_args(tmp_path / "ray", use_ray_data=True, num_workers=2, **flags)
+    args = with_defaults(args)
     generate.check_args(args)
     finished = []
     for record in generate_with_ray(args, generate.plan(args)):

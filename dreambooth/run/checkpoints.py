@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,8 +29,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dreambooth.cli import Diverged, Stopped, UserError
 from dreambooth.files import atomic
+from dreambooth.machines import device
 
 SHORT_RUN = 60  # seconds: by default, runs shorter than this write no checkpoint
+ROOM = 4 * 2**30  # bytes of memory that a copy of the state leaves free
 STEPS_BETWEEN_NOTICES = 10  # steps between two questions whether a node is about to be preempted
 
 
@@ -125,10 +127,10 @@ def write(state, step, folder, limit):
         shutil.rmtree(temporary, ignore_errors=True)
         if not atomic.is_full(error):
             raise
-        needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+        needed = sum(tensor.nbytes for tensor in tensors_of(state)) / 1e9
         raise UserError(
             f"no space for the checkpoint of step {step} in {folder}, which takes"
-            f" {needed / 1e9:.2f} GB: make room and give the same command again"
+            f" {needed:.2f} GB: make room and give the same command again"
         ) from error
     for other in Path(folder).glob("step_*"):
         if other.name >= path.name:  # damaged, as the run went on from an earlier one
@@ -140,11 +142,40 @@ def write(state, step, folder, limit):
     return path
 
 
+def read(path):
+    """What `write` has written at `path`, as tensors that are mapped to the file: each is read when
+    it is used, and none after the file is deleted."""
+    settings = {"map_location": "cpu", "weights_only": True}
+    try:
+        return torch.load(path / "state.pt", mmap=True, **settings)
+    except RuntimeError:  # of a file system that maps no files
+        return torch.load(path / "state.pt", **settings)
+
+
+def tensors_of(state):
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+
+
+def has_room(num_bytes):
+    """Whether this machine's memory holds a copy of the state beside Ray's object store, which may
+    yet be empty. Where that is not known, it is assumed."""
+    free = device.host_memory()
+    if free is None:
+        return True
+    store = 0
+    if ray.is_initialized():
+        here = ray.get_runtime_context().get_node_id()
+        own = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
+        store = sum(resources.get("object_store_memory", 0) for resources in own)
+    return num_bytes + store + ROOM < free * device.GIB
+
+
 class Checkpointer:
     """Loads and saves what changes from step to step: weights, optimizer, learning-rate schedule.
 
-    Every worker keeps one; rank 0's writes the files. A step waits while the state is copied to the
-    CPU's memory; a thread then writes it.
+    Every worker keeps one; rank 0's writes the files. Where the machine has memory for a copy of
+    the state, a step waits for that copy alone, and a thread writes it; elsewhere it waits until
+    the state is written, tensor by tensor.
     """
 
     def __init__(self, args, plan, denoiser, optimizer, lr_schedule, rank):
@@ -164,6 +195,7 @@ class Checkpointer:
         self.started = time.monotonic()
         self.thread = ThreadPoolExecutor(1)
         self.writing = None  # a future of the path that is being written
+        self.buffers = []  # of the copy, kept for the next one
         self.reported = True  # whether Ray Train knows of the last checkpoint
         self.noticed = None  # the preemption for which a checkpoint has been written
 
@@ -172,12 +204,15 @@ class Checkpointer:
         it (yet); Ray Train tries again."""
         if not first_step:
             return
-        file = checkpoint_dir(self.folder, first_step) / "state.pt"
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read(checkpoint_dir(self.folder, first_step))
         with torch.no_grad():
             for name, p in self._trained():
                 p.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        for values in self.optimizer.state.values():  # none stays mapped to a file that is deleted
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                    values[name] = value.clone()
         self.lr_schedule.load_state_dict(state["lr_schedule"])
 
     def on_step_end(self, step, **metrics):
@@ -233,28 +268,51 @@ class Checkpointer:
         return [(name, p) for name, p in self.denoiser.named_parameters() if p.requires_grad]
 
     def _state(self):
-        """A copy of all that changes from step to step, in the CPU's memory."""
-        state = {
-            "weights": dict(self._trained()),
+        """All that changes from step to step."""
+        return {
+            "weights": {name: p.detach() for name, p in self._trained()},
             "optimizer": self.optimizer.state_dict(),
             "lr_schedule": self.lr_schedule.state_dict(),
         }
-        return tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), state)
+
+    def _copy(self, state):
+        """`state` in buffers of the CPU's memory; None if there is no room for them."""
+        tensors = tensors_of(state)
+        if len(self.buffers) != len(tensors):
+            self.buffers = []
+            if not has_room(sum(tensor.nbytes for tensor in tensors)):
+                return None
+            try:
+                self.buffers = [
+                    torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                    for tensor in tensors
+                ]
+            except RuntimeError:  # no memory that can be pinned
+                return None
+        for buffer, tensor in zip(self.buffers, tensors, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.cuda.synchronize()
+        buffers = iter(self.buffers)
+        return tree_map_only(torch.Tensor, lambda tensor: next(buffers), state)
 
     def _save(self, step):
-        """Copy the state and start to write it."""
+        """Write the state, or copy it and start to write it."""
         self.reported = False
         if self.rank != 0:
             return
         if self.writing:
             self.writing.result()
         state = self._state()
-        if not all(weight.isfinite().all() for weight in state["weights"].values()):
+        if not torch.nn.utils.get_total_norm(state["weights"].values()).isfinite():
             raise Diverged(
                 f"the weights are not finite after step {step}: lower --lr, with --restart;"
                 " nothing was saved"
             )
-        self.writing = self.thread.submit(write, state, step, self.folder, self.limit)
+        copy = self._copy(state)
+        self.writing = self.thread.submit(write, copy or state, step, self.folder, self.limit)
+        if copy is None:
+            wait([self.writing])
 
     def _report(self):
         """Tell Ray Train of the last checkpoint, once it is written: every worker calls this."""
