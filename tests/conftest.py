@@ -37,6 +37,7 @@ from PIL import Image
 import generate
 import train
 from dreambooth import models
+from dreambooth.image_generator import with_defaults
 from dreambooth.machines import cluster
 from dreambooth.pocket import pretrain, render
 from dreambooth.run import export
@@ -186,6 +187,12 @@ def train_args(train_argv):
 def generate_args(generate_argv):
     """The parsed arguments of generate.py: generate_args(output_dir, seed=1)."""
     return lambda output_dir, **changes: generate.parse_args(generate_argv(output_dir, **changes))
+
+
+@pytest.fixture(scope="session")
+def sampling_args(generate_args):
+    """The same with the model's own settings where none are given."""
+    return lambda output_dir, **changes: with_defaults(generate_args(output_dir, **changes))
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def actors_are(monkeypatch):
     return lambda cls: monkeypatch.setattr(batch_inference, "ImageGenerator", cls)
 
 
-def test_batches_are_those_that_were_counted(generate_args, ray_address, actors_are):
+def test_batches_are_those_that_were_counted(sampling_args, ray_address, actors_are):
     """Ray Data neither splits nor joins them, and keeps the records' order: 37 are 13, 13 and 11.
     (--batch_size is for GPUs: on a CPU a batch would be padded all the same.)"""
 
@@ -58,13 +58,13 @@ def test_batches_are_those_that_were_counted(generate_args, ray_address, actors_
             return batch.assign(batch=uuid4().hex)
 
     actors_are(NoteBatch)
-    args = generate_args("out", num_samples_per_prompt=37, batch_size=4)
+    args = sampling_args("out", num_samples_per_prompt=37, batch_size=4)
     rows = list(generate_with_ray(args, generate.plan(args)))
     assert [row["index"] for row in rows] == list(range(37))
     assert sorted(Counter(row["batch"] for row in rows).values()) == [11, 13, 13]
 
 
-def test_a_worker_that_generates_nothing_is_a_user_error(generate_args, ray_address, actors_are):
+def test_a_worker_that_generates_nothing_is_a_user_error(sampling_args, ray_address, actors_are):
     """What an actor of Ray Data raises reaches the user without its stack trace."""
 
     class Fails:
@@ -75,7 +75,7 @@ def test_a_worker_that_generates_nothing_is_a_user_error(generate_args, ray_addr
             raise UserError("the model generates nothing for 'photo of a car'")
 
     actors_are(Fails)
-    args = generate_args("out")
+    args = sampling_args("out")
     with pytest.raises(UserError, match="^the model generates nothing for 'photo of a car'$"):
         list(generate_with_ray(args, generate.plan(args)))
 
@@ -92,7 +92,7 @@ def test_a_worker_that_generates_nothing_is_a_user_error(generate_args, ray_addr
     ],
 )
 def test_each_gpu_gets_an_actor(
-    generate_args, monkeypatch, tmp_path, resources, num_workers, num_images, expected
+    sampling_args, monkeypatch, tmp_path, resources, num_workers, num_images, expected
 ):
     """With --num_workers fewer of them, and no more than there are batches (fault 9 of the
     published example: with fewer than four samples the batch size was 0, and four GPUs were
@@ -115,7 +115,7 @@ def test_each_gpu_gets_an_actor(
         batch_inference.ray.data, "ActorPoolStrategy", lambda size: SimpleNamespace(size=size)
     )
     changes = {"num_workers": num_workers} if num_workers else {}
-    args = generate_args(tmp_path, num_samples_per_prompt=num_images, **changes)
+    args = sampling_args(tmp_path, num_samples_per_prompt=num_images, **changes)
     list(generate_with_ray(args, generate.plan(args)))
     (call,) = calls
     call["size"] = call.pop("compute").size
@@ -123,7 +123,7 @@ def test_each_gpu_gets_an_actor(
 
 
 def test_each_node_must_see_what_generation_reads_and_writes(
-    generate_args, ray_address, lora_dir, tmp_path, monkeypatch
+    sampling_args, ray_address, lora_dir, tmp_path, monkeypatch
 ):
     """Before a model loads on any of them."""
     checked = []
@@ -133,7 +133,7 @@ def test_each_node_must_see_what_generation_reads_and_writes(
         raise UserError("node b does not see it")
 
     monkeypatch.setattr(batch_inference.cluster, "check_shared_storage", refuse)
-    args = generate_args(tmp_path / "out", use_ray_data=True, lora_weights_dir=lora_dir)
+    args = sampling_args(tmp_path / "out", use_ray_data=True, lora_weights_dir=lora_dir)
     with pytest.raises(UserError, match="node b"):
         next(generate_with_ray(args, generate.plan(args)))
     assert checked == [args.model_dir, args.output_dir, args.lora_weights_dir]

@@ -58,18 +58,19 @@ def test_a_candidate_trains_another_model_and_leaves_nothing_behind(
         shutil.copytree(class_dir, tmp_path / "work" / "class" / f"photo of a {kind}")
     args = train_args(tmp_path / "out", train_batch_size=4, max_train_steps=1, lr=1e-3)
     bench_args = Namespace(model_dir=args.model_dir, work_dir=str(tmp_path / "work"))
-    loss = candidates.train.training_loss
+    loss = benchmark.train.training_loss
     prompts = []
 
-    def training_loss(denoiser, scheduler, posteriors, prompt_ids, *rest):
-        prompts.append(prompt_ids)
-        return loss(denoiser, scheduler, posteriors, prompt_ids, *rest)
+    def training_loss(denoiser, scheduler, posteriors, conditions, *rest):
+        counts = torch.tensor(conditions["counts"])
+        prompts.append(conditions["prompt_ids"].repeat_interleave(counts, 0))
+        return loss(denoiser, scheduler, posteriors, conditions, *rest)
 
     def train():
         trained = benchmark.train_here(args).unet.parameters()
         return torch.cat([p.detach().flatten() for p in trained])
 
-    monkeypatch.setattr(candidates.train, "training_loss", training_loss)
+    monkeypatch.setattr(benchmark.train, "training_loss", training_loss)
     before = train()
     with candidates.changed_training("other_classes", bench_args):
         by_candidate = train()
@@ -77,9 +78,10 @@ def test_a_candidate_trains_another_model_and_leaves_nothing_behind(
     assert by_candidate.isfinite().all()
     assert not torch.equal(by_candidate, before)
     assert torch.equal(after, before)
-    (instance, of_class), of_each_image, _ = prompts
-    house, boat = of_each_image[5], of_each_image[7]
-    assert torch.equal(of_each_image[:4], instance.expand(4, -1))
+    before, of_each_image, _ = prompts
+    instance, of_class, house, boat = before[0], before[4], of_each_image[5], of_each_image[7]
+    assert torch.equal(before, torch.stack([instance] * 4 + [of_class] * 4))
+    assert torch.equal(of_each_image[:4], before[:4])
     assert torch.equal(of_each_image[4], of_class) and torch.equal(of_each_image[6], of_class)
     assert len({tuple(ids.tolist()) for ids in (of_class, house, boat)}) == 3
 

@@ -138,7 +138,7 @@ def test_what_the_scripts_use_is_downloaded_and_nothing_else(hub, download, mode
 @pytest.mark.parametrize(
     ("pipeline", "message"),
     [
-        ("StableDiffusionXLPipeline", "acme/xl is Stable Diffusion XL (StableDiffusionXLPipeline)"),
+        ("StableDiffusion3Pipeline", "acme/sd3 is Stable Diffusion 3 (StableDiffusion3Pipeline); "),
         ("FluxPipeline", "acme/flux is FLUX.1 (FluxPipeline); these scripts take Stable Diffusion"),
         (None, "acme/lora is no diffusers model: it has no model_index.json"),
     ],

@@ -16,7 +16,6 @@ import generate
 from dreambooth.batch_inference import generate_with_ray
 from dreambooth.cli import UserError
 from dreambooth.files import generated_images
-from dreambooth.image_generator import with_defaults
 from dreambooth.run import export
 
 PROMPTS = ["photo of a car", "photo of a red house, at night"]
@@ -95,16 +94,15 @@ def actors():
 
 
 def test_images_are_the_same_with_ray_and_without_and_if_an_actor_is_killed(
-    generate_args, ray_address, digests, lora_dir, tmp_path
+    sampling_args, ray_address, digests, lora_dir, tmp_path
 ):
     """Forty images with a LoRA on two actors, one of which is killed after the first image: to the
     last bit those that are generated without Ray, with the same records. Fault 9 of the published
     example: with Ray Data a LoRA was silently ignored."""
     flags = {"prompts": PROMPTS, "num_samples_per_prompt": 20, "lora_weights_dir": lora_dir}
-    local = generate_args(tmp_path / "local", **flags)
+    local = sampling_args(tmp_path / "local", **flags)
     generate.main(local)
-    args = generate_args(tmp_path / "ray", use_ray_data=True, num_workers=2, **flags)
-    args = with_defaults(args)
+    args = sampling_args(tmp_path / "ray", use_ray_data=True, num_workers=2, **flags)
     generate.check_args(args)
     finished = []
     for record in generate_with_ray(args, generate.plan(args)):

@@ -101,13 +101,14 @@ def use(folder, tmp_path):
         model_dir=str(folder), verbose=False, param_dtype="fp32", train_text_encoder=True,
         use_lora=False, gradient_checkpointing=False, compile=False, seed=0,
         output_dir=str(tmp_path / "images"), lora_weights_dir=None, scheduler="dpm",
-        num_inference_steps=3, guidance_scale=4.0, batch_size=1,
+        num_inference_steps=3, guidance_scale=4.0, resolution=64, batch_size=1,
     )  # fmt: skip
     vae, denoiser, scheduler = models.load_models(args, torch.device("cpu"))
     with torch.no_grad():
         latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
         noisy = scheduler.add_noise(latents, torch.ones_like(latents), torch.tensor([500]))
-        denoiser(noisy, torch.tensor([500]), torch.zeros(1, 48, dtype=torch.long))
+        conditions = {"prompt_ids": torch.zeros(1, 48, dtype=torch.long), "counts": [1]}
+        denoiser(noisy, torch.tensor([500]), conditions)
     record = {"prompt": "photo of a car", "seed": 0, "index": 0, "file": "a.png"}
     for _ in ImageGenerator(args).sample_all([record], 0):
         pass

@@ -11,7 +11,6 @@ from dreambooth import image_generator
 from dreambooth.cli import UserError
 from dreambooth.files import atomic, generated_images
 from dreambooth.files.photos import find_images
-from dreambooth.image_generator import with_defaults
 
 
 @pytest.fixture
@@ -68,11 +67,11 @@ def test_the_contact_sheet_has_a_row_for_each_prompt(generated):
     assert size == (5 * 198 + 6, 2 * (192 + 26 + 6) + 6)
 
 
-def test_a_plan_has_all_that_an_image_depends_on(generate_args, broken_model_dir, lora_dir):
+def test_a_plan_has_all_that_an_image_depends_on(sampling_args, broken_model_dir, lora_dir):
     """Each setting changes every record; how the plan is carried out changes none."""
 
     def plan(folder, **changes):
-        return generate.plan(with_defaults(generate_args(folder, **changes)))
+        return generate.plan(sampling_args(folder, **changes))
 
     (record,) = plan("out")
     assert record["file"] == "000-0000-seed0.png"

@@ -20,7 +20,7 @@ from dreambooth.files import atomic, generated_images
 from dreambooth.files.generated_images import Existing, find_existing
 
 FONT = ImageFont.load_default(size=16)
-SETTINGS = {"model": "abc", "guidance_scale": 7.5}
+SETTINGS = {"model": "abc", "guidance_scale": 7.5, "resolution": 64}
 
 
 def random_image(seed=0):
@@ -148,11 +148,11 @@ def save_as_the_first_version(folder, records):
 
 
 @pytest.fixture
-def earlier(generate_args, tmp_path):
+def earlier(sampling_args, tmp_path):
     """A folder of an earlier version, with three images of one prompt and the seed 0."""
     folder = tmp_path / "new"
     save_as_the_first_version(
-        folder, generate.plan(generate_args(folder, num_samples_per_prompt=3))
+        folder, generate.plan(sampling_args(folder, num_samples_per_prompt=3))
     )
     return folder
 
@@ -173,12 +173,12 @@ def test_images_of_an_earlier_version_are_recognized_and_not_sampled_again(
 
 
 def test_another_seed_and_fewer_images_leave_the_first_ones_as_they_are(
-    earlier, generate_args, digests
+    earlier, generate_args, sampling_args, digests
 ):
     """One line of metadata.jsonl for each image, as Hugging Face's ImageFolder reads it, with all
     that the image depends on; the sheet shows those that were asked for."""
     before = digests(earlier)
-    args = generate_args(earlier, num_samples_per_prompt=2, seed=1)
+    args = sampling_args(earlier, num_samples_per_prompt=2, seed=1)
     generate.main(args)
     new = generate.plan(args)
     generate.main(generate_args(earlier, num_samples_per_prompt=1))

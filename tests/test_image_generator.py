@@ -29,10 +29,10 @@ def generator(generate_args, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def records(generate_args):
+def records(sampling_args):
     """The records of six images of two prompts."""
     prompts = ["photo of a car", "photo of a house, at night"]
-    return generate.plan(generate_args("out", prompts=prompts, num_samples_per_prompt=3))
+    return generate.plan(sampling_args("out", prompts=prompts, num_samples_per_prompt=3))
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +164,10 @@ def memory_for(generator, monkeypatch):
 
 
 def test_batches_that_do_not_fit_the_memory_are_halved(
-    generator, memory_for, generate_args, capsys
+    generator, memory_for, sampling_args, capsys
 ):
     """Ten images: the same ones, none twice, none lost; and each halving is one line."""
-    records = generate.plan(generate_args("out", num_samples_per_prompt=10))
+    records = generate.plan(sampling_args("out", num_samples_per_prompt=10))
     sampled = memory_for(3)
     finished = list(generator.generate(records))
     assert sampled == list(range(10))

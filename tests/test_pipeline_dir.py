@@ -88,22 +88,23 @@ def test_a_truncated_file_is_named(copied, file):
 
 
 def test_models_that_the_scripts_cannot_train_are_refused(copied):
-    """Those of another prediction type than the loss; and SDXL, whose directory has all these
-    files, and a second text encoder."""
+    """Those of another prediction type than the loss, and other families."""
     config = copied / "scheduler" / "scheduler_config.json"
     set_json(config, prediction_type="v_prediction")
     pipeline_dir.check_model_dir(copied)
     set_json(config, prediction_type="sample")
     with pytest.raises(UserError, match="predicts sample"):
         pipeline_dir.check_model_dir(copied)
-    set_json(copied / "model_index.json", _class_name="StableDiffusionXLPipeline")
     for name, model in (
-        ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
+        ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
         ("FluxPipeline", "FLUX"),
     ):
         set_json(copied / "model_index.json", _class_name=name)
         with pytest.raises(UserError, match=f"is {model}.*{name}.; these scripts take Stable"):
             pipeline_dir.check_model_dir(copied)
+    set_json(copied / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    with pytest.raises(UserError, match="tokenizer_2/tokenizer.json is missing"):
+        pipeline_dir.check_model_dir(copied)
 
 
 def test_parts_that_were_not_made_for_each_other_are_refused(copied):
