@@ -225,6 +225,30 @@ def test_a_run_its_result_and_its_images(
         assert digests(tmp_path / "kohya") == after
 
 
+def test_a_run_goes_on_elastically_and_on_two_workers(train_here, xl_dir, tmp_path, monkeypatch):
+    """One worker takes the first of two steps; one or two, as many as there are, the second. The
+    weights are, to rounding, those of a run that nobody stopped."""
+    changes = {"model_dir": xl_dir, "lr": 1e-3, "adam_epsilon": 1e-2, "max_train_steps": 2}
+    alone = {**changes, "num_workers": 1, "gradient_accumulation_steps": 2}
+    expected = weights(train_here(**alone).output_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
+        with pytest.raises(UserError, match="could not be saved"):
+            more = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
+            train_here(tmp_path / "out", **alone, **more)
+    shutil.rmtree(tmp_path / "out.checkpoints" / "step_000002")
+    resumed = train_here(tmp_path / "out", **changes, num_workers="1:2")
+    assert "resuming after step 1" in resumed.stdout
+    update = expected - weights(xl_dir)
+    assert (weights(resumed.output_dir) - expected).norm() < 1e-3 * update.norm()
+
+
+def weights(folder):
+    """Those of a pipeline's U-Net, as one vector."""
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    return torch.cat([p.detach().double().flatten() for p in unet.parameters()])
+
+
 def test_the_image_of_a_trained_lora_is_that_of_the_plain_pipeline(load_models, xl_dir, tmp_path):
     _, denoiser, _ = load_models(xl_dir, use_lora=True)
     torch.manual_seed(0)
