@@ -42,8 +42,7 @@ def build_parser():
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
     layers = ["attention", "all"]
     add("--lora_layers", choices=layers, default=layers[0], help="layers of the U-Net to adapt")
-    tune_help = "tune the text encoder as well (default: on; SDXL's are always frozen)"
-    add("--train_text_encoder", action=on_off, help=tune_help)
+    add("--train_text_encoder", action=on_off, help="tune it, too (default: all but SDXL's)")
 
     add = parser.add_argument_group("images").add_argument
     add("--instance_images_dir", **path, help="photos of the subject")
@@ -62,6 +61,8 @@ def build_parser():
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
     weight_help = "weight of the class loss; 0: no class images, epochs count instance images"
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
+    target_help = "what the class half should predict: the noise, or what the original model does"
+    add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
@@ -103,18 +104,17 @@ def forward_backward(denoiser, scheduler, batches, accumulation_steps, args):
         batch = next(batches)
         posteriors, positions = batch["posteriors"], batch["positions"]
         n = len(posteriors)  # 2B; B without a class half, whose random numbers go unused
-        posterior_noise, noise = latents.sample_noise(
-            args.seed, positions, posteriors.shape[2:], posteriors.device
-        )
-        timesteps = latents.sample_timesteps(
-            args.seed, positions, scheduler.config.num_train_timesteps
-        ).to(posteriors.device, non_blocking=True)
+        seed, shape, device = args.seed, posteriors.shape[2:], posteriors.device
+        posterior_noise, noise = latents.sample_noise(seed, positions, shape, device)
+        num_timesteps = scheduler.config.num_train_timesteps
+        timesteps = latents.sample_timesteps(seed, positions, num_timesteps, device)
         # DDP averages the workers' gradients once per step, in its last backward pass.
         last = i == accumulation_steps - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():
             loss, halves = training_loss(
                 denoiser, scheduler, posteriors, batch["conditions"], posterior_noise[:n],
                 noise[:n], timesteps[:n], args.prior_loss_weight or None, args.snr_gamma,
+                batch["original"],
             )  # fmt: skip
             (loss / accumulation_steps).backward()
         step_losses += torch.cat([loss.detach().view(1), halves]) / accumulation_steps
@@ -149,6 +149,7 @@ def train_fn(config):
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
     prompts = denoiser.family.encode_prompts(args, plan.prompts, device)
+    original = models.load_original(args, denoiser, device)
     log.models_are_loaded(parameters, num_workers)
 
     # Set up what happens once in a while; the data say after which step the run goes on.
@@ -159,7 +160,7 @@ def train_fn(config):
         callback.on_train_begin(first_step)
 
     # Encode each image once, when a step first needs it.
-    batches = latents.encode_batches(vae, batches, denoiser.family, prompts, device)
+    batches = latents.encode_batches(vae, batches, denoiser.family, prompts, device, original)
     for step in range(first_step, plan.num_steps):
         losses = forward_backward(ddp, scheduler, batches, accumulation_steps, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

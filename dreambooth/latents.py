@@ -8,6 +8,7 @@ Letters: B pairs in a batch; R resolution; C, h, w channels, height and width of
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -44,10 +45,11 @@ def all_finite(tensors):
     return bool(torch.cat(tensors).isfinite().all())
 
 
-def encode_batches(vae, batches, family, prompts, device):
+def encode_batches(vae, batches, family, prompts, device, original=None):
     """Replace the images of each of `batches` by their posteriors, and their prompts by what the
     denoiser needs of them: yields dicts of posteriors (2B, 2, C, h, w), on `device`, conditions,
-    and positions.
+    and positions; and `original`, the original model's prediction, as that of the batch's class
+    half, a function of its noisy latents and timesteps.
 
     Each crop is encoded once, when the first step that trains on it asks for its batch.
     """
@@ -58,8 +60,16 @@ def encode_batches(vae, batches, family, prompts, device):
             images = batch["images"][list(new.values())].to(device)
             posterior_of.update(zip(new, encode(vae, images, family), strict=True))
         posteriors = torch.stack([posterior_of[key] for key in batch["keys"]])
-        conditions = family.conditions(prompts, batch)
-        yield {"posteriors": posteriors, "conditions": conditions, "positions": batch["positions"]}
+        of_class = None
+        if original:
+            class_half = {name: column[len(column) // 2 :] for name, column in batch.items()}
+            of_class = partial(original, conditions=family.conditions(prompts, class_half))
+        yield {
+            "posteriors": posteriors,
+            "conditions": family.conditions(prompts, batch),
+            "original": of_class,
+            "positions": batch["positions"],
+        }
 
 
 def sample_posterior(posteriors, noise):
@@ -87,8 +97,9 @@ def sample_noise(seed, positions, latent_shape, device):
     return posterior_noise, latent_noise
 
 
-def sample_timesteps(seed, positions, num_train_timesteps):
-    """A timestep for each image of the pairs at B `positions`, (2B,), instance half first.
+def sample_timesteps(seed, positions, num_train_timesteps, device="cpu"):
+    """A timestep for each image of the pairs at B `positions`, (2B,), instance half first, on
+    `device`.
 
     Each half walks through the timesteps by the golden ratio from a random start: consecutive pairs
     have theirs spread evenly, high and low noise in every step, where independent samples cluster.
@@ -99,4 +110,4 @@ def sample_timesteps(seed, positions, num_train_timesteps):
     starts = torch.rand(2, 1, generator=generator, dtype=torch.float64)
     steps = GOLDEN_RATIO * torch.tensor(positions, dtype=torch.float64)
     fractions = (starts + steps) % 1  # (2, B)
-    return (fractions * num_train_timesteps).long().flatten()
+    return (fractions * num_train_timesteps).long().flatten().to(device, non_blocking=True)

@@ -13,13 +13,16 @@ from dreambooth.latents import sample_posterior
 
 def training_loss(
     denoiser, scheduler, posteriors, conditions, posterior_noise, noise, timesteps,
-    prior_loss_weight, snr_gamma=None,
+    prior_loss_weight, snr_gamma=None, original=None,
 ):  # fmt: skip
     """The loss of one batch, a scalar, and its halves, as in `prior_preserving_loss`.
 
     Shapes: posteriors (2B, 2, C, h, w), mean and standard deviation of each image's latents;
     posterior_noise and noise (2B, C, h, w); timesteps (2B,). `conditions`: the prompts, as the
     denoiser's family has them.
+
+    `original`: what the class half should predict instead of the noise, a function of its noisy
+    latents (B, C, h, w) and timesteps (B,): the original model's own prediction.
     """
     # Sample each image's latents from its posterior.
     latents = sample_posterior(posteriors, posterior_noise)  # (2B, C, h, w)
@@ -34,6 +37,9 @@ def training_loss(
     prediction_type = scheduler.config.prediction_type
     alphas_cumprod = scheduler.alphas_cumprod
     target = get_target(prediction_type, latents, noise, timesteps, alphas_cumprod)
+    if original is not None:
+        own = original(noisy_latents.chunk(2)[1], timesteps.chunk(2)[1])
+        target = torch.cat([target.chunk(2)[0], own])
     weights = None
     if snr_gamma is not None:
         weights = min_snr_weights(prediction_type, timesteps, alphas_cumprod, snr_gamma)

@@ -14,6 +14,7 @@ learning rate of 5e-6 most updates are smaller than half their last digit and ro
 adds it later.
 """
 
+from functools import partial
 from pathlib import Path
 
 import optimi
@@ -21,6 +22,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dreambooth.cli import UserError, hide_progress_bars
 from dreambooth.families import family_of
@@ -64,31 +66,9 @@ def load_models(args, device, autocast=None):
     hide_progress_bars(args.verbose)
     if autocast is None:
         autocast = device.type == "cuda" or args.param_dtype == "bf16"
-
-    def load(cls, part, dtype=torch.float32):
-        variant = pipeline_dir.weights(args.model_dir, part).variant
-        settings = {"dtype": dtype, "device_map": device, "variant": variant}
-        if hasattr(cls, "load_config"):  # one of diffusers' classes; transformers' check themselves
-            pipeline_dir.check_fields(cls, Path(args.model_dir) / part / "config.json")
-        with pipeline_dir.loading(f"{args.model_dir}/{part}"):
-            model, found = cls.from_pretrained(
-                args.model_dir, subfolder=part, output_loading_info=True, **settings
-            )
-        if found["missing_keys"]:
-            missing = sorted(found["missing_keys"])[0]
-            raise UserError(f"{args.model_dir}/{part} has no weights for {missing}")
-        return model
-
-    family = family_of(args.model_dir)
-    vae = load(AutoencoderKL, "vae").eval().requires_grad_(False)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.param_dtype]
-    trains_text_encoder = pipeline_dir.trains_text_encoder(args)
-    text_encoder = None
-    if family.text_encoder_class:
-        text_dtype = dtype if trains_text_encoder else torch.float32
-        text_encoder = load(family.text_encoder_class, "text_encoder", text_dtype)
-    unet = load(family.denoiser_class, "unet", dtype)
-    denoiser = Denoiser(family, text_encoder, unet, autocast).train()
+    vae = load_part(args, AutoencoderKL, "vae", device).eval().requires_grad_(False)
+    denoiser = load_denoiser(args, device, autocast).train()
+    unet, text_encoder = denoiser.unet, denoiser.text_encoder
     if device.type == "cuda":  # on a CPU it costs a few per cent
         unet.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
@@ -97,7 +77,7 @@ def load_models(args, device, autocast=None):
         add_lora(denoiser, args)
         if autocast:
             cast_frozen_to_bf16(denoiser)
-    elif text_encoder and not trains_text_encoder:
+    elif text_encoder and not pipeline_dir.trains_text_encoder(args):
         text_encoder.requires_grad_(False)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -112,6 +92,67 @@ def load_models(args, device, autocast=None):
         if not len(scheduler.alphas_cumprod):
             raise UserError(f"{args.model_dir}/scheduler has no timesteps")
     return vae, denoiser, scheduler
+
+
+def load_part(args, cls, part, device, dtype=torch.float32):
+    """The model `part` of `args.model_dir`."""
+    variant = pipeline_dir.weights(args.model_dir, part).variant
+    settings = {"dtype": dtype, "device_map": device, "variant": variant}
+    if hasattr(cls, "load_config"):  # one of diffusers' classes; transformers' check themselves
+        pipeline_dir.check_fields(cls, Path(args.model_dir) / part / "config.json")
+    with pipeline_dir.loading(f"{args.model_dir}/{part}"):
+        model, found = cls.from_pretrained(
+            args.model_dir, subfolder=part, output_loading_info=True, **settings
+        )
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])[0]
+        raise UserError(f"{args.model_dir}/{part} has no weights for {missing}")
+    return model
+
+
+def load_denoiser(args, device, autocast):
+    """U-Net and text encoder of `args.model_dir`, before anything is trained or frozen."""
+    family = family_of(args.model_dir)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.param_dtype]
+    text_encoder = None
+    if family.text_encoder_class:
+        text_dtype = dtype if pipeline_dir.trains_text_encoder(args) else torch.float32
+        text_class = family.text_encoder_class
+        text_encoder = load_part(args, text_class, "text_encoder", device, text_dtype)
+    unet = load_part(args, family.denoiser_class, "unet", device, dtype)
+    return Denoiser(family, text_encoder, unet, autocast)
+
+
+def load_original(args, denoiser, device):
+    """The model as it was before training: a function of noisy latents, timesteps and conditions
+    that returns what it predicts, as the denoiser does, without gradients. None where no
+    `args.prior_target` asks for it.
+
+    With LoRA that is the denoiser with its matrices switched off; else a frozen model of its own,
+    in bfloat16 where products are.
+    """
+    if args.prior_target == "noise" or not args.prior_loss_weight:
+        return None
+    if args.use_lora:
+        layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+        return partial(predict, denoiser, layers)
+    original = load_denoiser(args, device, denoiser.autocast).requires_grad_(False)
+    if denoiser.autocast:
+        cast_frozen_to_bf16(original)
+    return partial(predict, original, [])
+
+
+@torch.no_grad()
+def predict(denoiser, lora_layers, noisy_latents, timesteps, conditions):
+    """A denoiser's prediction with its `lora_layers` switched off; they are on afterwards, and
+    their matrices require gradients as before."""
+    try:
+        for layer in lora_layers:
+            layer.enable_adapters(False)
+        return denoiser(noisy_latents, timesteps, conditions)
+    finally:
+        for layer in lora_layers:
+            layer.enable_adapters(True)
 
 
 def add_lora(denoiser, args):

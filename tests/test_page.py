@@ -196,3 +196,8 @@ def test_the_page_takes_neither_ray_nor_torch(root):
     """Which take seconds to import."""
     code = "import sys, dreambooth.report.page; sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_a_class_loss_that_begins_at_zero_is_no_sign_of_forgetting():
+    """That of a run whose target is the original model's prediction."""
+    assert page.advice(rows_of(0.0, 0.2), None, prior_target="original") == []

@@ -436,7 +436,7 @@ def step(load_models):
             rows = (positions + [4 + i for i in positions])[: kinds * size]  # instance half first
             conditions = {"prompt_ids": prompt_ids[:kinds], "counts": [size] * kinds}
             batch = {"posteriors": posteriors[rows], "positions": positions}
-            batches.append({**batch, "conditions": conditions})
+            batches.append({**batch, "conditions": conditions, "original": None})
             start += size
         args = SimpleNamespace(seed=3, prior_loss_weight=weight, snr_gamma=5.0)
         denoiser.zero_grad()
@@ -474,7 +474,7 @@ def test_noise_and_timesteps_of_a_step_follow_from_the_seed_and_the_positions(st
     shape, cpu = (4, 16, 16), torch.device("cpu")
     expected = []
     for positions in ([0, 1, 2], [3]):
-        expected += [(3, positions, shape, cpu), (3, positions, 1000)]
+        expected += [(3, positions, shape, cpu), (3, positions, 1000, cpu)]
     assert calls == expected
 
 

@@ -79,6 +79,7 @@ class Job(NamedTuple):
     unet: float = 1.0  # parameters of the U-Net; the reference has 1
     trained: float = 1.0  # parameters of what is trained, likewise
     reference: Reference = SD14
+    original: float = 0.0  # parameters of a frozen copy, for --prior_target original
 
 
 def needed(flags, job):
@@ -88,7 +89,8 @@ def needed(flags, job):
     fixed = two_pairs - PAIRS * counted.per_pair
     activations = job.pairs * counted.per_pair * (job.resolution / job.reference.resolution) ** 2
     activations = max(activations, PREVIEW * job.resolution**2)  # between two steps
-    return RESERVE * (fixed * job.trained + activations * job.unet) + LIBRARIES
+    original = 2 * job.original / device.GIB  # in bfloat16
+    return RESERVE * (fixed * job.trained + activations * job.unet + original) + LIBRARIES
 
 
 def choose(gib, job, given=()):
@@ -119,10 +121,13 @@ def check_device(args, plan, num_workers, torch_device):
     given = tuple(flag for flag, is_given in given.items() if is_given)
     warn_of_host_memory(sizes)
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
+    has_copy = args.prior_target == "original" and plan.has_class_half and not args.use_lora
+    trains_text_encoder = pipeline_dir.family(args.model_dir).trains_text_encoder
     job = Job(
         pairs=pairs_per_pass * plan.images_per_pair / 2,
         keeps_gradients=num_workers > 1 or accumulation_steps > 1,
         resolution=plan.resolution,
+        original=has_copy * pipeline_dir.num_trained(sizes, trains_text_encoder),
         **relative(args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)),
     )
     gib = device.free_memory(torch_device)

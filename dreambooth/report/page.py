@@ -65,10 +65,11 @@ WASHED_OUT = Advice(
 )
 
 
-def advice(rows, relative_contrast):
+def advice(rows, relative_contrast, prior_target="noise"):
     """The `Advice` for which a figure is off, of the lines of metrics.jsonl and of the contrast of
-    the images after, relative to before (None without images)."""
-    found = [FORGETTING] if class_loss_rises(rows) else []
+    the images after, relative to before (None without images). Where the original model is the
+    class half's target, its loss begins at 0 and rises by nature."""
+    found = [FORGETTING] if prior_target == "noise" and class_loss_rises(rows) else []
     if relative_contrast is not None and relative_contrast < MIN_CONTRAST:
         found.append(BLACK if relative_contrast < NO_CONTRAST else WASHED_OUT)
     return found
@@ -212,7 +213,8 @@ def render(folder, images_dir=None):
     record = training_log.read_record(folder)
     rows = training_log.read_metrics(folder)
     pairs = find_pairs(images_dir)
-    found = advice(rows, relative_contrast(pairs))
+    prior_target = record["flags"].get("prior_target", "noise")
+    found = advice(rows, relative_contrast(pairs), prior_target)
     photos = [path for path in record["instance_paths"] if Path(path).exists()]
     template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

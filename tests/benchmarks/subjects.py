@@ -68,7 +68,8 @@ def train_here(args, on_step=None):
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
     prompts = denoiser.family.encode_prompts(args, plan.prompts, device)
     batches = read_batches(plan, pairs_per_pass, args.seed)
-    batches = latents.encode_batches(vae, batches, denoiser.family, prompts, device)
+    original = models.load_original(args, denoiser, device)
+    batches = latents.encode_batches(vae, batches, denoiser.family, prompts, device, original)
     for step in range(plan.num_steps):
         train.forward_backward(denoiser, scheduler, batches, accumulation_steps, args)
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
