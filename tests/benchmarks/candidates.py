@@ -9,6 +9,14 @@ and seeds of subjects.py, whose flags this script takes as well.
     empty_prompt       every tenth class image was generated with the empty prompt, and has it
     noise_offset       noise with an offset of 0.1 per image and channel
     mirror             every second crop of a photo is mirrored
+    mixed              every second class image is one of all classes or of the empty prompt
+    mixed_places       the same, of all classes in all places
+    teacher            --prior_target original, with today's class images
+    teacher_mixed, teacher_places       the images of mixed and mixed_places, and the teacher
+    teacher_photos     no class images: the photos, under the class prompt and those of mixed
+    teacher_denoised   mixed, with images that the original model denoises in 6 steps
+    frozen_text        --no-train_text_encoder
+    teacher_frozen     the images of mixed_places, the teacher, and that
     min_snr            --snr_gamma 5
     fewer_steps        200 steps, not 300
     faster             the same at lr 3e-4, not 2e-4
@@ -39,10 +47,18 @@ TEXT_ENCODER_LR = 0.25  # times --lr
 NOISE_OFFSET = 0.1
 OTHER_EVERY = 10  # pairs
 NUM_OTHER_IMAGES = 40
+TEACHER = "--prior_target original"
 FLAGS = {
     "min_snr": "--snr_gamma 5",
     "fewer_steps": "--max_train_steps 200 --num_epochs 8",
     "faster": "--max_train_steps 200 --num_epochs 8 --lr 3e-4",
+    "teacher": TEACHER,
+    "teacher_mixed": TEACHER,
+    "teacher_places": TEACHER,
+    "teacher_photos": TEACHER,
+    "teacher_denoised": TEACHER,
+    "frozen_text": "--no-train_text_encoder",
+    "teacher_frozen": f"{TEACHER} --no-train_text_encoder",
 }
 
 
@@ -129,11 +145,33 @@ def empty_prompt(args):
     return OtherImages(args, [""]).patches()
 
 
-class OtherImages:
-    """Every tenth class image is one of `prompts`, in turn, and is trained with its prompt."""
+def mixed(args, **settings):
+    prompts = [*(f"photo of a {kind}" for kind in render.CLASSES), ""]
+    return OtherImages(args, prompts, every=2, count=20, **settings).patches()
 
-    def __init__(self, args, prompts):
-        self.paths = [other_images(args, prompt, NUM_OTHER_IMAGES) for prompt in prompts]
+
+def mixed_places(args):
+    prompts = [f"photo of a {kind} {place}" for kind in render.CLASSES for place in render.PLACES]
+    return OtherImages(args, [*prompts, ""], every=2, count=5).patches()
+
+
+def teacher_photos(args):
+    return mixed(args, photos=True)
+
+
+def teacher_denoised(args):
+    return mixed(args, num_inference_steps=6)
+
+
+class OtherImages:
+    """Every so-many-th class image is one of `prompts`, in turn, and is trained with its prompt.
+    With `photos`, all of them are the pair's photo."""
+
+    def __init__(self, args, prompts, every=None, count=NUM_OTHER_IMAGES, photos=False, **settings):
+        self.every, self.photos = every or OTHER_EVERY, photos
+        self.paths = prompts
+        if not photos:
+            self.paths = [other_images(args, prompt, count, **settings) for prompt in prompts]
         self.prompts = prompts
         self.originals = dataset.pair_images, subjects.make_plan
 
@@ -151,19 +189,24 @@ class OtherImages:
 
     def pair_images(self, *args):
         pairs = self.originals[0](*args)
-        for n, pair in enumerate(pairs[OTHER_EVERY - 1 :: OTHER_EVERY]):
+        for n, pair in enumerate(pairs[self.every - 1 :: self.every]):
             which = n % len(self.paths)
             paths = self.paths[which]
-            pair["class"] = str(paths[n // len(self.paths) % len(paths)])
+            if not self.photos:
+                pair["class"] = str(paths[n // len(self.paths) % len(paths)])
             pair["class_prompt"] = 2 + which
+        for pair in pairs if self.photos else ():
+            pair["class"] = pair["instance"]
         return pairs
 
 
-def other_images(args, prompt, count):
+def other_images(args, prompt, count, num_inference_steps=25):
     """`count` images of `prompt` by the original model, as class images are made."""
-    folder = Path(args.work_dir) / "class" / (prompt or "empty prompt")
-    if not folder.is_dir():
+    name = f"{prompt or 'empty prompt'}, {num_inference_steps} steps"
+    folder = Path(args.work_dir) / "class" / name
+    if not folder.is_dir() or len(find_images(folder)) < count:
         flags = ["--model_dir", args.model_dir, "--guidance_scale", "1"]
+        flags += ["--num_inference_steps", str(num_inference_steps)]
         sample = fidelity.Sampler(fidelity.parse_args(flags), args.model_dir)
         images = sample(prompt, count)
 
@@ -172,7 +215,7 @@ def other_images(args, prompt, count):
                 Image.fromarray(image).save(temporary / f"{i:03}.png")
 
         atomic.replace_dir(folder, write)
-    return find_images(folder)
+    return find_images(folder)[:count]
 
 
 CANDIDATES = {
@@ -182,6 +225,13 @@ CANDIDATES = {
     "empty_prompt": empty_prompt,
     "noise_offset": noise_offset,
     "mirror": mirror,
+    "mixed": mixed,
+    "mixed_places": mixed_places,
+    "teacher_mixed": mixed,
+    "teacher_places": mixed_places,
+    "teacher_photos": teacher_photos,
+    "teacher_denoised": teacher_denoised,
+    "teacher_frozen": mixed_places,
 }
 
 
@@ -203,7 +253,7 @@ def main(args):
 
 def parse_args(argv=None):
     parser = subjects.build_parser(__doc__)
-    parser.add_argument("--candidate", choices=[*CANDIDATES, *FLAGS], required=True)
+    parser.add_argument("--candidate", choices=sorted({*CANDIDATES, *FLAGS}), required=True)
     return parser.parse_args(argv)
 
 
