@@ -78,6 +78,8 @@ def check_args(args):
     )
     check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
     pipeline_dir.check_model_dir(args.model_dir)
+    if args.scheduler == "dpm" and pipeline_dir.family(args.model_dir).is_flow:
+        raise UserError("--scheduler dpm is for diffusion models: leave it out")
     if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         raise UserError(f"--resolution {args.resolution}: must be a multiple of 8")
     if args.compare_to:

@@ -106,8 +106,8 @@ def forward_backward(denoiser, scheduler, batches, accumulation_steps, args):
         n = len(posteriors)  # 2B; B without a class half, whose random numbers go unused
         seed, shape, device = args.seed, posteriors.shape[2:], posteriors.device
         posterior_noise, noise = latents.sample_noise(seed, positions, shape, device)
-        num_timesteps = scheduler.config.num_train_timesteps
-        timesteps = latents.sample_timesteps(seed, positions, num_timesteps, device)
+        fractions = latents.sample_fractions(seed, positions)
+        timesteps = scheduler.timesteps_at(fractions).to(device, non_blocking=True)
         # DDP averages the workers' gradients once per step, in its last backward pass.
         last = i == accumulation_steps - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():

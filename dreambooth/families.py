@@ -8,18 +8,31 @@ in a prompt; D width of its embedding; N images; C, h, w channels, height and wi
 import itertools
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel
 
 from dreambooth.files import pipeline_dir
+from dreambooth.schedules import DiffusionSchedule, FlowSchedule
 
 
 class StableDiffusion:
     """Stable Diffusion 1.x and 2.x: the text encoder is part of every step, trained or not."""
 
     pipeline_class = "StableDiffusionPipeline"
+    schedule_class = DiffusionSchedule
+    vae_class = AutoencoderKL
+    part = "unet"  # what is trained
     denoiser_class = UNet2DConditionModel
     text_encoder_class = CLIPTextModel
+    dtype_on_gpu = torch.float16  # of sampling
+    frozen_in_bf16 = False  # whether a GPU loads what is not trained in bfloat16
+    old_lora_names = True  # those of diffusers' own layers, from before PEFT
     lora_targets = {  # the projections of attention
         "unet": ["to_q", "to_k", "to_v", "to_out.0"],
         "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
@@ -28,6 +41,11 @@ class StableDiffusion:
         "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut",
         "conv",
     ]  # fmt: skip
+
+    def lora_targets_of(self, part, model, all_layers):
+        """The layers of `part`, the model `model`, that a LoRA adapts."""
+        more = self.lora_more_targets if all_layers and part == self.part else []
+        return self.lora_targets[part] + more
 
     def vae_in_float16(self, vae):
         """Whether a GPU encodes images in float16, where that does not overflow."""
@@ -119,7 +137,79 @@ class StableDiffusionXL(StableDiffusion):
         return dict(zip(names, pipeline.encode_prompt(prompt, None, device, 1, True), strict=True))
 
 
-FAMILIES = {family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL)}
+class Flux2Klein(StableDiffusionXL):
+    """FLUX.2-klein (Black Forest Labs 2025): a transformer that predicts a flow's velocity of 2 by
+    2 patches of latents, (N, 128, h, w), from the hidden states of a language model."""
+
+    pipeline_class = "Flux2KleinPipeline"
+    schedule_class = FlowSchedule
+    vae_class = AutoencoderKLFlux2
+    part = "transformer"
+    denoiser_class = Flux2Transformer2DModel
+    dtype_on_gpu = torch.bfloat16
+    frozen_in_bf16 = True
+    old_lora_names = False
+    lora_targets = {"transformer": ["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"]}
+    lora_more_targets = [  # of the blocks with two streams
+        "linear_in", "linear_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    ]  # fmt: skip
+
+    def lora_targets_of(self, part, model, all_layers):
+        single = [f"single_transformer_blocks.{i}" for i in range(model.config.num_single_layers)]
+        targets = super().lora_targets_of(part, model, all_layers)
+        return targets + [f"{block}.attn.to_out" for block in single]
+
+    def vae_in_float16(self, vae):
+        return False
+
+    def scale(self, vae, posteriors):
+        """Patches of 2 by 2 latents become channels, then the VAE's running mean and variance, of
+        each, are 0 and 1: (N, 2, 32, 2h, 2w) to (N, 2, 128, h, w)."""
+        flat = Flux2KleinPipeline._patchify_latents(posteriors.flatten(0, 1))
+        mean, std = flat.unflatten(0, (-1, 2)).unbind(1)
+        shift = vae.bn.running_mean.float().view(-1, 1, 1)
+        scale = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt().view(-1, 1, 1)
+        return torch.stack([(mean - shift) / scale, std / scale], 1)
+
+    def encode_prompts(self, args, prompts, device):
+        """On the CPU, as one prompt takes 15 MiB: a batch's are moved to the device."""
+        dtype = self.dtype_on_gpu if device.type == "cuda" else torch.float32
+        parts = {"transformer": None, "vae": None}
+        pipeline = pipeline_dir.load_pipeline(args.model_dir, dtype, **parts).to(device)
+        with torch.no_grad():
+            states = [pipeline.encode_prompt(prompt, device)[0].cpu() for prompt in prompts]
+            previews = {p: self.sampler_inputs(pipeline, p, device) for p in args.preview_prompts}
+        return {"states": torch.cat(states), "previews": previews, "device": device}  # (P, L, D)
+
+    def conditions(self, prompts, batch):
+        return {"states": prompts["states"][batch["prompts"]].to(prompts["device"])}  # (2B, L, D)
+
+    def predict(self, denoiser, noisy_latents, timesteps, conditions):
+        """`timesteps` are sigmas, which the transformer itself multiplies by 1000. Each latent has
+        its row and column as its position, each token of the prompt its number; text that pads a
+        prompt is attended to as well."""
+        height, width = noisy_latents.shape[2:]
+        model, states = denoiser.transformer, conditions["states"]
+        latent_ids = Flux2KleinPipeline._prepare_latent_ids(noisy_latents[:1])
+        text_ids = Flux2KleinPipeline._prepare_text_ids(states[:1])
+        velocity = model(
+            hidden_states=noisy_latents.flatten(2).transpose(1, 2),  # (2B, hw, C), row by row
+            encoder_hidden_states=states,
+            timestep=timesteps,
+            img_ids=latent_ids.to(states.device),
+            txt_ids=text_ids.to(states.device),
+            guidance=torch.ones_like(timesteps) if model.config.guidance_embeds else None,
+        ).sample
+        return velocity.transpose(1, 2).unflatten(2, (height, width))
+
+    def sampler_inputs(self, pipeline, prompt, device):
+        embeds, negative = (pipeline.encode_prompt(text, device)[0] for text in (prompt, ""))
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+
+FAMILIES = {
+    family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL, Flux2Klein)
+}
 
 
 def family_of(model_dir):

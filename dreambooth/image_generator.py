@@ -46,18 +46,19 @@ class ImageGenerator:
         self.folder = Path(args.output_dir)
         self.family = family_of(args.model_dir)
         self.inputs = {}  # of the pipeline, by prompt
-        dtype = torch.float16 if self.device == "cuda" else torch.float32
+        dtype = self.family.dtype_on_gpu if self.device == "cuda" else torch.float32
         self.pipeline = load_pipeline(args.model_dir, dtype, args.scheduler)
         if args.lora_weights_dir:
             apply_lora(self.pipeline, args.lora_weights_dir, args.lora_scale)
-        self.pipeline.unet.to(memory_format=torch.channels_last)
+        denoiser = getattr(self.pipeline, self.family.part)
+        denoiser.to(memory_format=torch.channels_last)
         self.pipeline.to(self.device)
         if self.device == "cuda":
             torch.cuda.empty_cache()  # what another model has left, as with --compare_to
         given = self.padded_size or args.batch_size  # sized once the weights have their memory
         self.batch_size = given or batch_size_that_fits(args.resolution)
         if args.compile:
-            self.pipeline.unet.compile_repeated_blocks()
+            denoiser.compile_repeated_blocks()
 
     def __call__(self, batch):
         """For Ray Data: a data frame of records in, the finished records out."""
@@ -169,7 +170,8 @@ def load_pipeline(model_dir, dtype=None, scheduler="dpm", **parts):
     with pipeline_dir.loading(f"{model_dir}/scheduler"):
         if scheduler == "dpm":
             pipeline.scheduler = build_dpm(pipeline.scheduler.config)
-        pipeline.scheduler.set_timesteps(10)  # fails here, and not after minutes
+        shift = {"mu": 1.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}
+        pipeline.scheduler.set_timesteps(10, **shift)  # fails here, and not after minutes
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -199,9 +201,11 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
         weights = from_peft(weights, file.parent / PEFT_CONFIG, flag)
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        given = [n for n in pipeline.lora_state_dict(dict(weights))[0] if not n.endswith("alpha")]
+        given = pipeline.lora_state_dict(dict(weights))
+        given = given[0] if isinstance(given, tuple) else given  # some return alphas as well
+        given = [name for name in given if not name.endswith("alpha")]
         pipeline.load_lora_weights(dict(weights), adapter_name="subject")
-    parts = ("unet", "text_encoder", "text_encoder_2")
+    parts = ("unet", "transformer", "text_encoder", "text_encoder_2")
     models = [m for m in (getattr(pipeline, part, None) for part in parts) if m is not None]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
     if not loaded:
@@ -224,8 +228,10 @@ def from_peft(weights, config_file, flag):
     if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
         raise UserError(f"{flag}: {config_file.name} has no r and lora_alpha")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    in_unet = any("down_blocks" in name or "mid_block" in name for name in weights)
-    part = "unet" if in_unet else "text_encoder"
+    parts = dict.fromkeys(("down_blocks.", "mid_block.", "up_blocks."), "unet")
+    parts["transformer_blocks.0"] = "transformer"
+    found = [part for layer, part in parts.items() if any(layer in name for name in weights)]
+    part = found[0] if found else "text_encoder"
     return {
         f"{part}.{name.removeprefix(PEFT)}": tensor * scale if ".lora_B." in name else tensor
         for name, tensor in weights.items()

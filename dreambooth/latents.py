@@ -15,6 +15,7 @@ import torch
 from dreambooth.seeds import seed_for
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+MAX_BYTES_ON_DEVICE = 2**28  # of posteriors; a crop of FLUX.2-klein's at 1024 px takes 4 MiB
 PIXELS_PER_PASS = 512 * 512  # through the VAE: more would need more memory than a LoRA's step
 
 
@@ -58,8 +59,11 @@ def encode_batches(vae, batches, family, prompts, device, original=None):
         new = {key: i for i, key in enumerate(batch["keys"]) if key not in posterior_of}
         if new:
             images = batch["images"][list(new.values())].to(device)
-            posterior_of.update(zip(new, encode(vae, images, family), strict=True))
-        posteriors = torch.stack([posterior_of[key] for key in batch["keys"]])
+            encoded = encode(vae, images, family)
+            if (len(posterior_of) + 1) * encoded[0].nbytes > MAX_BYTES_ON_DEVICE:
+                encoded = encoded.cpu()
+            posterior_of.update(zip(new, encoded, strict=True))
+        posteriors = torch.stack([posterior_of[key].to(device) for key in batch["keys"]])
         of_class = None
         if original:
             class_half = {name: column[len(column) // 2 :] for name, column in batch.items()}
@@ -97,11 +101,11 @@ def sample_noise(seed, positions, latent_shape, device):
     return posterior_noise, latent_noise
 
 
-def sample_timesteps(seed, positions, num_train_timesteps, device="cpu"):
-    """A timestep for each image of the pairs at B `positions`, (2B,), instance half first, on
-    `device`.
+def sample_fractions(seed, positions):
+    """For each image of the pairs at B `positions` where in the noise schedule it is trained: (2B,)
+    in [0, 1), float64, instance half first.
 
-    Each half walks through the timesteps by the golden ratio from a random start: consecutive pairs
+    Each half walks through the schedule by the golden ratio from a random start: consecutive pairs
     have theirs spread evenly, high and low noise in every step, where independent samples cluster.
     The gradient is the same on average and less noisy (a low-discrepancy sampler, as in Kingma et
     al. 2021, arXiv 2107.00630).
@@ -110,4 +114,4 @@ def sample_timesteps(seed, positions, num_train_timesteps, device="cpu"):
     starts = torch.rand(2, 1, generator=generator, dtype=torch.float64)
     steps = GOLDEN_RATIO * torch.tensor(positions, dtype=torch.float64)
     fractions = (starts + steps) % 1  # (2, B)
-    return (fractions * num_train_timesteps).long().flatten().to(device, non_blocking=True)
+    return fractions.flatten()

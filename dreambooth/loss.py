@@ -52,16 +52,19 @@ def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
     "epsilon": the noise itself (Ho et al. 2020, arXiv 2006.11239, eq. 14).
     "v_prediction": sqrt(a) noise - sqrt(1 - a) latents, where a is the timestep's cumulative alpha
     (Salimans and Ho 2022, arXiv 2202.00512, appendix D).
+    "flow": noise - latents, the velocity (Lipman et al. 2023, arXiv 2210.02747, eq. 23).
 
     Shapes: latents and noise (2B, C, h, w), timesteps (2B,) integers below T, alphas_cumprod (T,)
-    in float32. Returns (2B, C, h, w). Any other prediction type is a ValueError.
+    in float32 (of a flow None). Returns (2B, C, h, w). Any other prediction type is a ValueError.
     """
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
         a = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return a.sqrt() * noise - (1 - a).sqrt() * latents
-    raise ValueError(f"prediction type {prediction_type!r}: must be epsilon or v_prediction")
+    if prediction_type == "flow":
+        return noise - latents
+    raise ValueError(f"prediction type {prediction_type!r}: must be epsilon, v_prediction or flow")
 
 
 def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import optimi
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -35,12 +34,17 @@ class Denoiser(torch.nn.Module):
     gradients; without the text encoder where a family encodes its prompts once. With `autocast`,
     matrix products and convolutions run in bfloat16."""
 
-    def __init__(self, family, text_encoder, unet, autocast):
+    def __init__(self, family, text_encoder, model, autocast):
         super().__init__()
         self.family = family
         self.text_encoder = text_encoder
-        self.unet = unet
+        self.add_module(family.part, model)
         self.autocast = autocast
+
+    @property
+    def model(self):
+        """The U-Net, or the transformer in its place."""
+        return getattr(self, self.family.part)
 
     def forward(self, noisy_latents, timesteps, conditions):
         """The U-Net's prediction, (2B, C, h, w).
@@ -66,11 +70,11 @@ def load_models(args, device, autocast=None):
     hide_progress_bars(args.verbose)
     if autocast is None:
         autocast = device.type == "cuda" or args.param_dtype == "bf16"
-    vae = load_part(args, AutoencoderKL, "vae", device).eval().requires_grad_(False)
     denoiser = load_denoiser(args, device, autocast).train()
-    unet, text_encoder = denoiser.unet, denoiser.text_encoder
+    model, text_encoder = denoiser.model, denoiser.text_encoder
+    vae = load_part(args, denoiser.family.vae_class, "vae", device).eval().requires_grad_(False)
     if device.type == "cuda":  # on a CPU it costs a few per cent
-        unet.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
     if args.use_lora:
         torch.manual_seed(seed_for("lora", args.seed))
@@ -80,17 +84,15 @@ def load_models(args, device, autocast=None):
     elif text_encoder and not pipeline_dir.trains_text_encoder(args):
         text_encoder.requires_grad_(False)
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
         if text_encoder:
             text_encoder.activation_checkpointing_enable()
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # would split the blocks where DDP's buckets end
-        unet.compile_repeated_blocks()
+        model.compile_repeated_blocks()
     with pipeline_dir.loading(f"{args.model_dir}/scheduler"):
-        scheduler = DDPMScheduler.from_pretrained(args.model_dir, subfolder="scheduler")
-        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-        if not len(scheduler.alphas_cumprod):
-            raise UserError(f"{args.model_dir}/scheduler has no timesteps")
+        schedule_class = denoiser.family.schedule_class
+        scheduler = schedule_class.from_pretrained(args.model_dir, subfolder="scheduler").to(device)
     return vae, denoiser, scheduler
 
 
@@ -119,8 +121,10 @@ def load_denoiser(args, device, autocast):
         text_dtype = dtype if pipeline_dir.trains_text_encoder(args) else torch.float32
         text_class = family.text_encoder_class
         text_encoder = load_part(args, text_class, "text_encoder", device, text_dtype)
-    unet = load_part(args, family.denoiser_class, "unet", device, dtype)
-    return Denoiser(family, text_encoder, unet, autocast)
+    if args.use_lora and family.frozen_in_bf16 and device.type == "cuda":
+        dtype = torch.bfloat16  # at once: in float32 it would be twice as large for a moment
+    model = load_part(args, family.denoiser_class, family.part, device, dtype)
+    return Denoiser(family, text_encoder, model, autocast)
 
 
 def load_original(args, denoiser, device):
@@ -160,12 +164,14 @@ def add_lora(denoiser, args):
     arXiv 2106.09685), with a scale of 1 (`lora_alpha` is the rank)."""
     rank, family = args.lora_rank, denoiser.family
     denoiser.requires_grad_(False)
-    for part in family.lora_targets if pipeline_dir.trains_text_encoder(args) else ["unet"]:
-        targets = family.lora_targets[part]
-        if part == "unet" and args.lora_layers == "all":
-            targets = targets + family.lora_more_targets
+    for part in family.lora_targets if pipeline_dir.trains_text_encoder(args) else [family.part]:
+        model = getattr(denoiser, part)
+        targets = family.lora_targets_of(part, model, args.lora_layers == "all")
         settings = {"lora_alpha": rank, "init_lora_weights": "gaussian", "target_modules": targets}
-        getattr(denoiser, part).add_adapter(LoraConfig(r=rank, **settings))
+        model.add_adapter(LoraConfig(r=rank, **settings))
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def cast_frozen_to_bf16(module):

@@ -102,7 +102,7 @@ class ByHand:
         posterior_noise, noise = latents.sample_noise(
             self.args.seed, positions, posterior.mean.shape[1:], "cpu"
         )
-        timesteps = latents.sample_timesteps(self.args.seed, positions, 1000)
+        timesteps = (latents.sample_fractions(self.args.seed, positions) * 1000).long()
         n = len(pixels)
         posterior_noise, noise, timesteps = posterior_noise[:n], noise[:n], timesteps[:n]
         x = posterior.mean + posterior.std * posterior_noise

@@ -129,7 +129,7 @@ def formula(step, weight):
         posterior = vae.encode(images["images"]).latent_dist
     mean, std = (torch.tensor(v).view(1, 4, 1, 1) for v in (MEAN, STD))
     posterior_noise, noise = latents.sample_noise(args.seed, [3, 8], (4, 16, 16), "cpu")
-    timesteps = latents.sample_timesteps(args.seed, [3, 8], 1000)
+    timesteps = (latents.sample_fractions(args.seed, [3, 8]) * 1000).long()
     x = (posterior.mean + posterior.std * posterior_noise - mean) * 0.7 / std
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     a = torch.cumprod(1 - beta, 0)[timesteps].view(-1, 1, 1, 1).float()

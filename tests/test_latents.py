@@ -49,10 +49,10 @@ def test_noise_and_timesteps_of_a_pair_follow_from_seed_and_position_alone():
     _, other = latents.sample_noise(4, range(32), SHAPE, "cpu")
     assert (every[1].flatten(1) * other.flatten(1)).mean(1).abs().max() < 0.3
 
-    every = latents.sample_timesteps(3, range(32), 1000)
-    assert torch.equal(latents.sample_timesteps(3, [5, 2, 30], 1000), every[rows])
+    every = (latents.sample_fractions(3, range(32)) * 1000).long()
+    assert torch.equal((latents.sample_fractions(3, [5, 2, 30]) * 1000).long(), every[rows])
     assert every[[5, 6, 32 + 5, 32 + 6]].tolist() == [695, 313, 693, 311]
-    assert (every != latents.sample_timesteps(4, range(32), 1000)).sum() > 55
+    assert (every != (latents.sample_fractions(4, range(32)) * 1000).long()).sum() > 55
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -60,7 +60,7 @@ def test_timesteps_of_consecutive_pairs_are_spread_evenly(seed):
     """High and low noise in every step: any eight consecutive pairs have one or more timesteps in
     each quarter, and of a whole run each tenth of the timesteps gets its tenth. (Independent ones
     would miss a quarter in about every third step.)"""
-    timesteps = latents.sample_timesteps(seed, range(1000), 1000)
+    timesteps = (latents.sample_fractions(seed, range(1000)) * 1000).long()
     assert timesteps.dtype == torch.long
     halves = timesteps.view(2, 1000)
     quarters = halves.unfold(1, 8, 1) // 250  # (2, 993, 8)
@@ -74,7 +74,9 @@ def test_timesteps_of_consecutive_pairs_are_spread_evenly(seed):
 
 def test_over_seeds_a_timestep_is_uniform():
     """Mean 499.5, standard deviation 288.7; and the two halves start independently."""
-    first = torch.stack([latents.sample_timesteps(seed, [7], 1000) for seed in range(500)])
+    first = torch.stack(
+        [(latents.sample_fractions(seed, [7]) * 1000).long() for seed in range(500)]
+    )
     first = first.double()  # (500, 2)
     assert (first.mean(0) - 499.5).abs().max() < 4 * 288.7 / 500**0.5
     assert (first.std(0) - 288.7).abs().max() < 30

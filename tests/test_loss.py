@@ -92,7 +92,7 @@ def test_targets_agree_with_diffusers_and_lead_back_to_the_latents(scheduler):
 def test_other_prediction_types_are_refused_by_name(scheduler):
     clean = torch.zeros(2, 1, 1, 1)
     timesteps = torch.tensor([0, 0])
-    with pytest.raises(ValueError, match="'sample': must be epsilon or v_prediction"):
+    with pytest.raises(ValueError, match="'sample': must be epsilon, v_prediction or flow"):
         get_target("sample", clean, clean, timesteps, scheduler.alphas_cumprod)
     with pytest.raises(ValueError, match="'sample': must be epsilon or v_prediction"):
         min_snr_weights("sample", timesteps, scheduler.alphas_cumprod, 5.0)
@@ -141,7 +141,7 @@ def test_a_step_by_hand(scheduler, prediction_type, snr_gamma):
     scheduler.register_to_config(prediction_type=prediction_type)
     posteriors = torch.randn(64, 2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     posterior_noise, noise = latents.sample_noise(0, range(32), (4, 8, 8), "cpu")
-    timesteps = latents.sample_timesteps(0, range(32), 1000)
+    timesteps = (latents.sample_fractions(0, range(32)) * 1000).long()
     timesteps[0] = 0
     conditions = {"prompt_ids": torch.arange(6).view(2, 3)}
     spy = Spy()

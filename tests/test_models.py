@@ -1,7 +1,5 @@
 """What is frozen, what is trained, in which precision, and by which optimizer."""
 
-from unittest.mock import MagicMock
-
 import optimi
 import pytest
 import torch
@@ -12,6 +10,7 @@ from transformers import CLIPTextModel
 
 from dreambooth import latents, models
 from dreambooth.loss import training_loss
+from dreambooth.schedules import DiffusionSchedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -100,9 +99,7 @@ def test_on_a_gpu_the_forward_pass_is_bfloat16(train_args, monkeypatch, use_lora
 
     for cls in (AutoencoderKL, CLIPTextModel, UNet2DConditionModel):
         monkeypatch.setattr(cls, "from_pretrained", on_cpu(cls.from_pretrained))
-    scheduler = MagicMock()
-    scheduler.alphas_cumprod.to.return_value = torch.ones(1000)
-    monkeypatch.setattr(models.DDPMScheduler, "from_pretrained", lambda *args, **kwargs: scheduler)
+    monkeypatch.setattr(DiffusionSchedule, "to", lambda scheduler, device: scheduler)
     args = train_args("out", use_lora=use_lora)
     vae, denoiser, _ = models.load_models(args, torch.device("cuda"))
     assert denoiser.autocast
@@ -322,7 +319,7 @@ def share_moved(load_models):
         _, _, conditions = random_inputs()
         for step in range(4):  # on one pair, with other noise in each step
             noise = latents.sample_noise(0, [step], (4, 16, 16), "cpu")
-            timesteps = latents.sample_timesteps(0, [step], 1000)
+            timesteps = (latents.sample_fractions(0, [step]) * 1000).long()
             loss, _ = training_loss(
                 denoiser, scheduler, posteriors, conditions, *noise, timesteps, 1.0
             )

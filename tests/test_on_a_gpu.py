@@ -66,7 +66,7 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
         assert batch["posteriors"].dtype == torch.float32
         assert operations.results["convolution"] == {("cuda", torch.float16)}
         noise = torch.randn(4, 4, 16, 16, device=device)
-        timesteps = latents.sample_timesteps(0, batch["positions"], 1000).to(device)
+        timesteps = (latents.sample_fractions(0, batch["positions"]) * 1000).long().to(device)
         operations.results.clear()
         loss, _ = training_loss(
             denoiser, scheduler, batch["posteriors"], batch["conditions"], noise, noise, timesteps,

@@ -85,7 +85,7 @@ def test_the_loss_is_that_of_the_formula(make, load_models):
     (batch,) = made.batches()
     x = batch["posteriors"].double()
     posterior_noise, noise = (n.double() for n in latents.sample_noise(3, [5, 6], (4, 16, 16), CPU))
-    timesteps = latents.sample_timesteps(3, [5, 6], 1000)
+    timesteps = (latents.sample_fractions(3, [5, 6]) * 1000).long()
     of_class = {"prompt_ids": batch["conditions"]["prompt_ids"][1:], "counts": [2]}
     loss, halves = training_loss(
         made.denoiser, made.scheduler, x, batch["conditions"], posterior_noise, noise, timesteps,

@@ -468,13 +468,13 @@ def test_noise_and_timesteps_of_a_step_follow_from_the_seed_and_the_positions(st
     def noted(function):
         return lambda *args: calls.append(args) or function(*args)
 
-    for name in ("sample_noise", "sample_timesteps"):
+    for name in ("sample_noise", "sample_fractions"):
         monkeypatch.setattr(latents, name, noted(getattr(latents, name)))
     step([3, 1])
     shape, cpu = (4, 16, 16), torch.device("cpu")
     expected = []
     for positions in ([0, 1, 2], [3]):
-        expected += [(3, positions, shape, cpu), (3, positions, 1000, cpu)]
+        expected += [(3, positions, shape, cpu), (3, positions)]
     assert calls == expected
 
 

@@ -39,6 +39,15 @@ class Family(NamedTuple):
     trains_text_encoder: bool  # by default; where not, it cannot be trained
     sampler: dict  # the defaults of generate.py
     tags: tuple  # of the model card
+    classes: dict  # of diffusers, by part
+    extras: dict = {}  # what the pipeline's class is told beside its models
+    is_flow: bool = False  # the noise schedule: a flow, else a diffusion
+    pixels: int = 512  # the side of its images, where no configuration says it
+    patch: int = 1  # latents on each side that its denoiser takes as one
+    text_field: str = "cross_attention_dim"  # of the denoiser's configuration: the text's width
+    text_layers: int = 1  # of the text encoder, side by side in that width
+    max_tokens: int | None = None  # of a prompt, where text encoders take more
+    has_chat_template: bool = False  # in which the tokenizer puts a prompt
 
     @property
     def models(self):
@@ -50,6 +59,7 @@ class Family(NamedTuple):
         return (*self.tokenizers, *self.models, "scheduler")
 
 
+SD_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 FAMILIES = {
     "StableDiffusionPipeline": Family(
         name="Stable Diffusion 1.x and 2.x",
@@ -59,6 +69,12 @@ FAMILIES = {
         trains_text_encoder=True,
         sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 7.5},
         tags=("stable-diffusion",),
+        classes=SD_CLASSES,
+        extras={
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        },
     ),
     "StableDiffusionXLPipeline": Family(
         name="Stable Diffusion XL",
@@ -68,8 +84,28 @@ FAMILIES = {
         trains_text_encoder=False,
         sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 5.0},
         tags=("stable-diffusion-xl",),
+        classes=SD_CLASSES,
+        extras={"add_watermarker": False},
+    ),
+    "Flux2KleinPipeline": Family(
+        name="FLUX.2-klein",
+        tokenizers=("tokenizer",),
+        text_encoders=("text_encoder",),
+        denoiser="transformer",
+        trains_text_encoder=False,
+        sampler={"scheduler": "model", "num_inference_steps": 50, "guidance_scale": 4.0},
+        tags=("flux2-klein",),
+        classes={"transformer": "Flux2Transformer2DModel", "vae": "AutoencoderKLFlux2"},
+        is_flow=True,
+        pixels=1024,
+        patch=2,
+        text_field="joint_attention_dim",
+        text_layers=3,
+        max_tokens=512,
+        has_chat_template=True,
     ),
 }
+DISTILLED_SAMPLER = {"scheduler": "model", "num_inference_steps": 4, "guidance_scale": 1.0}
 OTHER_MODELS = {  # of pipelines that people bring, by the beginning of the class's name
     "StableDiffusion3": "Stable Diffusion 3",
     "Flux2": "FLUX.2",
@@ -108,6 +144,8 @@ def family_of(index, where):
         model = next((m for start, m in OTHER_MODELS.items() if pipeline.startswith(start)), None)
         model = f"{model} ({pipeline})" if model else f"a {pipeline}"
         raise UserError(f"{where} is {model}; these scripts take {known}")
+    if index.get("is_distilled"):
+        return FAMILIES[pipeline]._replace(sampler=DISTILLED_SAMPLER)
     return FAMILIES[pipeline]
 
 
@@ -119,6 +157,11 @@ def pipeline_class(model_dir):
 def family(model_dir):
     """The `Family` of a directory that `check_model_dir` has passed."""
     return family_of(_read_json(Path(model_dir) / INDEX), model_dir)
+
+
+def is_distilled(model_dir):
+    """Whether a model was made to sample in few steps."""
+    return bool(_read_json(Path(model_dir) / INDEX).get("is_distilled"))
 
 
 class Weights(NamedTuple):
@@ -222,6 +265,11 @@ def check_model_dir(model_dir, flag="--model_dir"):
             check_not_damaged(file, flag)
     if str(scheduler.get("_class_name")).startswith("EDM"):
         raise UserError(f"{flag} {folder} has an EDM noise schedule, which is not supported")
+    if str(scheduler.get("_class_name")).startswith("FlowMatch") != parts.is_flow:
+        raise UserError(
+            f"{flag} {folder}: a {scheduler.get('_class_name')} is not the noise schedule of"
+            f" {parts.name}"
+        )
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(
@@ -236,9 +284,10 @@ def check_widths(family, configs, where):
     """The denoiser must have been made for the text encoders, side by side, and for the VAE."""
     denoiser = configs[family.denoiser]
     widths = [configs[part].get("hidden_size") for part in family.text_encoders]
+    channels = configs["vae"].get("latent_channels", 4)
     pairs = [
-        ("text_encoder", widths, "cross_attention_dim"),
-        ("vae", [configs["vae"].get("latent_channels", 4)], "in_channels"),
+        ("text_encoder", widths * family.text_layers, family.text_field),
+        ("vae", [channels] * family.patch**2, "in_channels"),
     ]
     for part, widths, name in pairs:
         expected = denoiser.get(name)
@@ -318,24 +367,29 @@ def trains_text_encoder(args):
     return family(args.model_dir).trains_text_encoder if given is None else given
 
 
+def denoiser_size(sizes):
+    """Of the numbers of parameters `sizes`, as `num_parameters` gives them, the denoiser's."""
+    return sizes["unet"] if "unet" in sizes else sizes["transformer"]
+
+
 def num_trained(sizes, train_text_encoder=True):
-    """Of the numbers of parameters `sizes`, as `num_parameters` gives them, those that full
-    fine-tuning trains."""
-    return sizes["unet"] + (sizes["text_encoder"] if train_text_encoder else 0)
+    """Likewise, those that full fine-tuning trains."""
+    return denoiser_size(sizes) + (sizes["text_encoder"] if train_text_encoder else 0)
 
 
 def resolution(model_dir, flag="--model_dir"):
     """The side of the model's images, and of the square of pixels that one latent stands for: as
-    the U-Net's sample_size says (of two, the smaller), else the VAE's; else 512."""
-    unet = read_config(Path(model_dir) / "unet" / "config.json", flag)
+    the denoiser's sample_size says (of two, the smaller), else the VAE's; else the family's."""
+    facts = family(model_dir)
+    denoiser = read_config(Path(model_dir) / facts.denoiser / "config.json", flag)
     vae = read_config(Path(model_dir) / "vae" / "config.json", flag)
     blocks = vae.get("block_out_channels")
     if not isinstance(blocks, list) or not blocks:
         raise UserError(f"{flag} {model_dir}: vae/config.json has no block_out_channels")
-    pixels_per_latent = 2 ** (len(blocks) - 1)
-    latents = _side(unet.get("sample_size"))
+    pixels_per_latent = 2 ** (len(blocks) - 1) * facts.patch
+    latents = _side(denoiser.get("sample_size"))
     if latents is None:
-        pixels = _side(vae.get("sample_size")) or 512
+        pixels = _side(vae.get("sample_size")) or facts.pixels
         latents = max(1, pixels // pixels_per_latent)
     return latents * pixels_per_latent, pixels_per_latent
 
@@ -381,7 +435,7 @@ def load_tokenizer(model_dir, part="tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder=part)
     text_encoder = part.replace("tokenizer", "text_encoder")
     config = read_config(Path(model_dir) / text_encoder / "config.json", "--model_dir")
-    limit = config.get("max_position_embeddings")
+    limit = family(model_dir).max_tokens or config.get("max_position_embeddings")
     if isinstance(limit, int) and limit > 0:
         own = tokenizer.model_max_length
         tokenizer.model_max_length = min(own, limit) if type(own) is int and own > 0 else limit
@@ -422,12 +476,9 @@ def load_pipeline(model_dir, dtype=None, **parts):
 
     index = read_config(Path(model_dir) / INDEX, "--model_dir")
     facts = family_of(index, model_dir)
-    for part, cls in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
+    for part, cls in facts.classes.items():
         if part not in parts:
             check_fields(getattr(diffusers, cls), Path(model_dir) / part / "config.json")
-    extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    if facts.text_encoders[1:]:
-        extras = {"add_watermarker": False}
     found = [weights(model_dir, part) for part in facts.models if part not in parts]
     tokenizers = {part: load_tokenizer(model_dir, part) for part in facts.tokenizers}
     with loading(model_dir):
@@ -435,26 +486,39 @@ def load_pipeline(model_dir, dtype=None, **parts):
             model_dir,
             dtype=dtype,
             variant=next((w.variant for w in found if w.variant), None),
-            **{**tokenizers, **extras, **parts},
+            **{**tokenizers, **facts.extras, **parts},
         )
 
 
 def check_prompts(model_dir, prompts):
     """Each of `prompts` must fit the model's tokenizers, else a UserError quotes what would be cut
     off; and for pocket it must name a class that it knows."""
-    for part in family(model_dir).tokenizers:
+    facts = family(model_dir)
+    for part in facts.tokenizers:
         tokenizer = load_tokenizer(model_dir, part)
         limit = tokenizer.model_max_length
+        if facts.has_chat_template:
+            limit -= num_template_tokens(tokenizer)
         for prompt in prompts:
             ids = tokenizer(prompt, verbose=False).input_ids
             if len(ids) > limit:
-                lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
+                end = None if facts.has_chat_template else -1  # CLIP's end of text
+                lost = tokenizer.decode(ids[limit + (end or 0) : end]).strip()
                 raise UserError(
                     f"prompt too long: {prompt!r} has {len(ids)} tokens, the model takes {limit};"
                     f" {lost!r} would be cut off"
                 )
     if fingerprint(model_dir) == fingerprint(classes.POCKET_DIR):
         classes.check_classes(prompts)
+
+
+def num_template_tokens(tokenizer):
+    """The number of tokens that a chat template adds to a prompt."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": ""}],
+        tokenize=False, add_generation_prompt=True, enable_thinking=False,
+    )  # fmt: skip
+    return len(tokenizer(text).input_ids)
 
 
 def lora_file(path, flag="--lora_weights_dir"):

@@ -149,7 +149,8 @@ def relative(model_dir, sizes, trains_text_encoder):
     """The fields of a `Job` that say how large a model is, of its numbers of parameters."""
     reference = REFERENCES[pipeline_dir.pipeline_class(model_dir)]
     trained = pipeline_dir.num_trained(sizes, trains_text_encoder) / reference.trained
-    return {"unet": sizes["unet"] / reference.unet, "trained": trained, "reference": reference}
+    denoiser = pipeline_dir.denoiser_size(sizes)
+    return {"unet": denoiser / reference.unet, "trained": trained, "reference": reference}
 
 
 def choose_for_gpus(free, job, given):

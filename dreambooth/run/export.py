@@ -123,16 +123,18 @@ def _write_lora(denoiser, folder):
     from peft.utils import get_peft_model_state_dict
 
     layers = {}
-    for part in ("unet", "text_encoder"):
+    for part in (denoiser.family.part, "text_encoder"):
         model = getattr(denoiser, part)
-        if hasattr(model, "peft_config"):
-            matrices = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
-            layers[part] = {_with_one_layout(k): v for k, v in matrices.items()}
-    of_text_encoder = {}
-    if "text_encoder" in layers:
-        of_text_encoder["text_encoder_lora_layers"] = _with_hub_names(layers["text_encoder"])
-    pipeline = getattr(diffusers, denoiser.family.pipeline_class)
-    pipeline.save_lora_weights(folder, unet_lora_layers=layers["unet"], **of_text_encoder)
+        if getattr(model, "peft_config", None):
+            matrices = get_peft_model_state_dict(model)
+            if denoiser.family.old_lora_names:
+                matrices = convert_state_dict_to_diffusers(matrices)
+                matrices = {_with_one_layout(name): m for name, m in matrices.items()}
+            layers[f"{part}_lora_layers"] = matrices
+    if "text_encoder_lora_layers" in layers:
+        own = layers["text_encoder_lora_layers"]
+        layers["text_encoder_lora_layers"] = _with_hub_names(own)
+    getattr(diffusers, denoiser.family.pipeline_class).save_lora_weights(folder, **layers)
     atomic.apply_umask(folder)
 
 
@@ -284,7 +286,10 @@ def export_kohya(args):
     atomic.check_writable(output.parent, "the directory of --output,")
     file = pipeline_dir.lora_file(args.lora_dir, "LORA_DIR")
     with pipeline_dir.loading(f"LORA_DIR {file}"):
-        weights = to_kohya(load_file(file))
+        weights = load_file(file)
+        if any(name.startswith("transformer.") for name in weights):
+            raise UserError(f"{file} is a transformer's LoRA, which ComfyUI reads as it is")
+        weights = to_kohya(weights)
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     atomic.replace_file(output, lambda file: save_file(weights, file, metadata={"format": "pt"}))
     print(f"wrote {output}")

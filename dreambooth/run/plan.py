@@ -190,16 +190,23 @@ def check_flags(args):
     mistake."""
     check_numbers(args)
     pipeline_dir.check_model_dir(args.model_dir)
-    check_text_encoder(args)
+    check_family(args)
     check_output_dir(args)
     find_images(args.instance_images_dir)
     if preserves_prior(args):
         check_class(args)
 
 
-def check_text_encoder(args):
-    """Not every family's text encoder can be tuned here."""
+def check_family(args):
+    """Not every family's text encoder can be tuned here, nor every model."""
     family = pipeline_dir.family(args.model_dir)
+    if args.snr_gamma and family.is_flow:
+        raise UserError("--snr_gamma is for diffusion models: leave it out")
+    if pipeline_dir.is_distilled(args.model_dir):
+        warn(
+            "--model_dir is distilled to few steps, which training undoes: train its base model;"
+            " generate.py puts that LoRA on either"
+        )
     if args.train_text_encoder and not family.trains_text_encoder:
         raise UserError(f"--train_text_encoder: {family.name}'s text encoders are not trained here")
 

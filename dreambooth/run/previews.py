@@ -113,10 +113,11 @@ class Previews:
         """A pipeline of the models that are being trained: no weight is copied."""
         from dreambooth.image_generator import load_pipeline
 
-        parts = {"vae": self.vae, "unet": self.denoiser.unet}
-        for name in pipeline_dir.family(self.model_dir).text_encoders:
+        parts = {"vae": self.vae, self.denoiser.family.part: self.denoiser.model}
+        facts = pipeline_dir.family(self.model_dir)
+        for name in facts.text_encoders:
             parts[name] = getattr(self.denoiser, name, None)  # None where prompts are encoded
-        return load_pipeline(self.model_dir, scheduler="dpm", **parts)
+        return load_pipeline(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)
 
 
 def remove_later(folder, step):

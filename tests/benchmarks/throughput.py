@@ -165,7 +165,7 @@ class Ours:
         posterior_noise, noise = latents.sample_noise(
             0, self.positions, posteriors.shape[2:], posteriors.device
         )
-        timesteps = latents.sample_timesteps(0, self.positions, 1000)
+        timesteps = (latents.sample_fractions(0, self.positions) * 1000).long()
         timesteps = timesteps.to(posteriors.device, non_blocking=True)
         loss, _ = training_loss(
             self.denoiser, self.scheduler, posteriors, self.conditions, posterior_noise, noise,
