@@ -121,7 +121,7 @@ def load_denoiser(args, device, autocast):
         text_dtype = dtype if pipeline_dir.trains_text_encoder(args) else torch.float32
         text_class = family.text_encoder_class
         text_encoder = load_part(args, text_class, "text_encoder", device, text_dtype)
-    if args.use_lora and family.frozen_in_bf16 and device.type == "cuda":
+    if args.use_lora and family.frozen_in_bf16 and autocast:
         dtype = torch.bfloat16  # at once: in float32 it would be twice as large for a moment
     model = load_part(args, family.denoiser_class, family.part, device, dtype)
     return Denoiser(family, text_encoder, model, autocast)

@@ -1,6 +1,7 @@
 """FLUX.2-klein, a flow: a tiny model of its architecture, with random weights."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -235,6 +237,31 @@ def test_a_run_its_lora_and_its_images(train_here, generate_args, digests, klein
     assert pipeline_dir.family(distilled).sampler["num_inference_steps"] == 4
     with pytest.raises(UserError, match="is a transformer's LoRA, which ComfyUI reads as it is"):
         run_export("kohya", run.output_dir, "--output", tmp_path / "k.safetensors")
+
+
+def test_a_run_goes_on_elastically_and_on_two_workers(train_here, klein_dir, tmp_path, monkeypatch):
+    """One worker takes the first of two steps; one or two, as many as there are, the second. The
+    LoRA is, to rounding, that of a run that nobody stopped."""
+    changes = {"model_dir": klein_dir, "use_lora": True, "lr": 1e-3, "max_train_steps": 2}
+    changes["adam_epsilon"] = 1e-2
+    alone = {**changes, "num_workers": 1, "gradient_accumulation_steps": 2}
+    expected = trained_matrices(train_here(**alone).output_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
+        with pytest.raises(UserError, match="could not be saved"):
+            more = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
+            train_here(tmp_path / "out", **alone, **more)
+    shutil.rmtree(tmp_path / "out.checkpoints" / "step_000002")
+    resumed = train_here(tmp_path / "out", **changes, num_workers="1:2")
+    assert "resuming after step 1" in resumed.stdout
+    difference = trained_matrices(resumed.output_dir) - expected
+    assert difference.norm() < 1e-3 * expected.norm()
+
+
+def trained_matrices(folder):
+    """Those that are 0 at first, as one vector."""
+    matrices = load_file(folder / pipeline_dir.LORA_FILE)
+    return torch.cat([m.double().flatten() for n, m in matrices.items() if "lora_B" in n])
 
 
 @pytest.mark.parametrize("layers", ["attention", "all"])

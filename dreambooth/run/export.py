@@ -27,6 +27,8 @@ LICENCES = {
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
 }
 CARD, IMAGE = CARD_FILES
 OPTIONAL_PARTS = {"safety_checker", "feature_extractor", "image_encoder"}  # which are left out

@@ -5,8 +5,10 @@ one run. (jobs.py compares whole jobs.)
     python tests/benchmarks/throughput.py --model sd14             # on a GPU; Ray may be missing
     python tests/benchmarks/throughput.py --model sd14 --count     # on any machine: memory and
     python tests/benchmarks/throughput.py --model sdxl --count     # arithmetic of a step
+    python tests/benchmarks/throughput.py --model klein --count --resolution 512
 
-"sd14" and "sdxl" are the architectures of Stable Diffusion 1.4 and SDXL with random weights.
+"sd14", "sdxl" and "klein" are the architectures of Stable Diffusion 1.4, SDXL and FLUX.2-klein 4B with
+random weights.
 
 Each side trains its own copy of the model. On a CPU the sides take turns, so that a busy machine
 slows them alike; on a GPU one side at a time is in memory. "plain" is the published step: bfloat16
@@ -25,7 +27,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    Flux2Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -93,6 +100,19 @@ def new_sdxl_models():
     return vae, unet
 
 
+def new_klein_models():
+    """VAE and transformer of FLUX.2-klein 4B's architecture: 84 and 3876 M. Its text encoder has
+    left the GPU."""
+    transformer = Flux2Transformer2DModel(
+        num_layers=5,
+        num_single_layers=20,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    )
+    return AutoencoderKLFlux2(), transformer
+
+
 def prompts_of_sd14(num_images, device):
     ids = torch.empty(2, 77, dtype=torch.long, device=device)
     return {"prompt_ids": ids, "counts": [num_images // 2] * 2}
@@ -104,9 +124,14 @@ def prompts_of_sdxl(num_images, device):
     return {"states": torch.empty(num_images, 77, 2048, device=device), "added": added}
 
 
+def prompts_of_klein(num_images, device):
+    return {"states": torch.empty(num_images, 512, 7680, dtype=torch.bfloat16, device=device)}
+
+
 COUNTED = {  # family, models, prompts, and resolution
     "sd14": (families.StableDiffusion, new_sd14_models, prompts_of_sd14, 512),
     "sdxl": (families.StableDiffusionXL, new_sdxl_models, prompts_of_sdxl, 1024),
+    "klein": (families.Flux2Klein, new_klein_models, prompts_of_klein, 1024),
 }
 
 
@@ -165,7 +190,7 @@ class Ours:
         posterior_noise, noise = latents.sample_noise(
             0, self.positions, posteriors.shape[2:], posteriors.device
         )
-        timesteps = (latents.sample_fractions(0, self.positions) * 1000).long()
+        timesteps = self.scheduler.timesteps_at(latents.sample_fractions(0, self.positions))
         timesteps = timesteps.to(posteriors.device, non_blocking=True)
         loss, _ = training_loss(
             self.denoiser, self.scheduler, posteriors, self.conditions, posterior_noise, noise,
@@ -303,9 +328,10 @@ def print_arithmetic(side, seconds, device):
     )
 
 
-def counted_side(model, flags, num_pairs=2, off=()):
+def counted_side(model, flags, num_pairs=2, off=(), resolution=None):
     """Our side with `flags` and a model of COUNTED, on the meta device."""
     family, new_models, prompts, side = COUNTED[model]
+    side = resolution or side
     settings = settings_for(POCKET_DIR, "-", *flags)  # its noise schedule is the same
     settings.train_text_encoder = model == "sd14"
     pixels = torch.empty(2 * num_pairs, 3, side, side, device=META)
@@ -314,14 +340,14 @@ def counted_side(model, flags, num_pairs=2, off=()):
         return Ours(settings, pixels, conditions, META, off=off, autocast=True)
 
 
-def count_steps(model, num_pairs):
+def count_steps(model, num_pairs, resolution=None):
     """Print the arithmetic of our step, and the memory that it takes on a single GPU and on each of
     several: the numbers of dreambooth/machines/memory.py and RESULTS.md."""
     cases = [(flags, ()) for flags in [[], *OPTIONS, ["--gradient_accumulation_steps=2"]]]
     if model == "sd14":
         cases.append(([], FEATURES))
     for flags, off in cases:
-        side = counted_side(model, flags, num_pairs, off)
+        side = counted_side(model, flags, num_pairs, off, resolution)
         tflop = count_tflop(side)
         alone = count_gib(side, keep_gradients=False)
         several = count_gib(side, keep_gradients=True)
@@ -337,7 +363,7 @@ def count_steps(model, num_pairs):
 
 def main(args):
     if args.count:
-        count_steps(args.model, args.batch_size)
+        count_steps(args.model, args.batch_size, args.resolution)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(num_cores())
@@ -350,14 +376,15 @@ def main(args):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     parser.add_argument(
-        "--model", choices=["pocket", "sd14", "sdxl"], default="pocket", help="sd14: for a GPU"
+        "--model", choices=["pocket", *COUNTED], default="pocket", help="sd14: for a GPU"
     )
     parser.add_argument("--batch_size", type=int, default=2, help="pairs per step and worker")
     parser.add_argument(
         "--count",
         action="store_true",
-        help="count memory and arithmetic of a step of sd14 or sdxl, and time nothing",
+        help="count memory and arithmetic of a step of sd14, sdxl or klein, and time nothing",
     )
+    parser.add_argument("--resolution", type=int, help="pixels that --count counts at")
 
     group = parser.add_argument_group("steps")
     group.add_argument(
