@@ -127,6 +127,8 @@ main() {
   UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
   CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
+  OTHER_PROMPT=${OTHER_PROMPT:-photo of a house}  # what must not change, beside the class
+  if [[ "$OTHER_PROMPT" == "$CLASS_PROMPT" ]]; then OTHER_PROMPT="photo of a car"; fi
   check_cheaply
   echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
   echo "results go to $SUBJECT_DIR and replace earlier ones there; class images to $IMAGES_REG_DIR"
@@ -166,17 +168,18 @@ main() {
     --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
     "${previews[@]}"
 
-  step 5 "generate the subject in new places, with the original model as well (under a minute)"
+  step 5 "generate the subject in new places, its class, and another class, with the original model as well (under a minute)"
   local scenes prompts=()
   IFS='|' read -ra scenes <<<"$SCENES"
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
+  prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[0]}")
   "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
     --compare_to "$ORIG_MODEL_PATH" --overwrite ${RAY_ADDRESS:+--use_ray_data} $SAMPLE_FLAGS
 
   step 6 "put photos, class images and new images on one sheet, and the run on a page"
   "$PYTHON" -m dreambooth.files.generated_images --output "$SUBJECT_DIR/dreambooth.png" \
     "photos of the subject=$IMAGES_OWN_DIR" ${class_images[@]+"${class_images[@]}"} \
-    "$INSTANCE_PROMPT ${SCENES//|/, }=$IMAGES_NEW_DIR"
+    "$INSTANCE_PROMPT ${SCENES//|/, }; $CLASS_PROMPT; $OTHER_PROMPT, ${scenes[0]}=$IMAGES_NEW_DIR"
   echo "done: $SUBJECT_DIR/dreambooth.png, and the page ($SECONDS s in all)"
   "$PYTHON" -m dreambooth.report.page "$RESULT_DIR.report" --images_dir "$IMAGES_NEW_DIR"
 }
@@ -184,7 +187,7 @@ main() {
 # What costs seconds comes before what costs gigabytes or minutes: the prompts, the photos, the flags.
 check_cheaply() {
   if [[ "$ORIG_MODEL_NAME" == pocket ]]; then
-    "$PYTHON" -m dreambooth.pocket.classes "$CLASS_PROMPT" "$INSTANCE_PROMPT"
+    "$PYTHON" -m dreambooth.pocket.classes "$CLASS_PROMPT" "$INSTANCE_PROMPT" "$OTHER_PROMPT"
   else
     "$PYTHON" -c 'import sys, train; train.parse_args(sys.argv[1:])' --model_dir "$ORIG_MODEL_DIR" \
       --output_dir "$TUNED_MODEL_DIR" --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" \

@@ -56,8 +56,16 @@ def test_the_documents_have_the_same_numbers(readme, root):
     """The README's are the table's, and RESULTS.md has them all."""
     numbers = {float(number) for number in re.findall(r"([\d.]+) GiB", readme)}
     assert len(numbers) >= 4
-    of_one_pair = {round(row.one_gpu - row.per_pair, 1) for row in memory.COUNTED_XL.values()}
-    assert numbers <= of_one_pair | {number for row in COUNTED.values() for number in row[:2]}
+    rows = [*memory.COUNTED_XL.values(), *memory.COUNTED_KLEIN.values()]
+    known = {row.one_gpu - row.per_pair for row in rows}  # one pair
+    known |= {number for row in COUNTED.values() for number in row[:2]}
+    klein = memory.REFERENCES["Flux2KleinPipeline"]
+    reserve, libraries = memory.RESERVE, memory.LIBRARIES
+    for flags in memory.COUNTED_KLEIN:
+        job = Job(pairs=1, resolution=512, reference=klein)
+        known.add((needed(flags, job) - libraries) / reserve)
+    for number in numbers:
+        assert min(abs(number - other) for other in known) < 0.11, number
     results = (root / "tests" / "benchmarks" / "RESULTS.md").read_text()
     for name, flags in {
         "full fine-tuning": (),
@@ -69,6 +77,12 @@ def test_the_documents_have_the_same_numbers(readme, root):
     }.items():
         (row,) = re.findall(rf"^\| {re.escape(name)} \| [\d.]+ \| (.*?) \|$", results, re.MULTILINE)
         assert tuple(map(float, row.split(" | "))) == COUNTED[flags][:2], name
+        name = name.replace("full fine-tuning", "full fine-tuning of FLUX.2-klein")
+        name = name.replace("with ", "klein with ")
+        (row,) = re.findall(
+            rf"^\| {re.escape(name)} \| [\d.]+ \| (.*?) \| [^|]* \|$", results, re.MULTILINE
+        )
+        assert tuple(map(float, row.split(" | "))) == memory.COUNTED_KLEIN[flags][:2], name
 
 
 def test_the_numbers_are_those_that_are_counted():

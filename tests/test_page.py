@@ -4,6 +4,7 @@ figure is off and only there."""
 import argparse
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -146,6 +147,29 @@ def test_images_of_another_prompt_are_not_before_and_after(save_after):
     generated_images.save_image(Image.new("RGB", (64, 64)), record, first[-1])
     assert page.find_pairs(folder) == [second]
     assert page.find_pairs(None) == []
+
+
+def test_prompts_that_do_not_name_the_subject_are_what_must_not_change(report, save_after):
+    """They stand apart, with how far they have moved beside the subject's, and are not on the model
+    card; the identifier tells, wherever it stands."""
+    folder = save_after(Image.new("RGB", (64, 64), "white"))  # 128 of 255 away, on average
+    assert "What must not change" not in write_page(report, folder)
+    record = {"prompt": "photo of a house", "seed": 0, "index": 0}
+    name = generated_images.file_name(2, 0, 0)
+    for place, brightness in ((folder, 100), (folder / "compared", 55)):
+        image = Image.new("RGB", (64, 64), (brightness,) * 3)
+        generated_images.save_image(image, record, place / name)
+    text = write_page(report, folder)
+    assert f"changed {45 / (255 / math.sqrt(2)):.2f} times as much" in text
+    kept = text[text.index("What must not change") : text.index("While it trained")]
+    assert "photo of a house" in kept and "unqtkn" not in kept
+    card = Image.open(report.with_name("tuned") / "before-after.png")
+    assert card.width < 3 * 128 + 200
+
+    flags = {"instance_prompt": "photo of unqtkn car", "class_prompt": "photo of a car"}
+    assert page.names_subject("a drawing of unqtkn car", flags)
+    assert not page.names_subject("photo of a car at night", flags)
+    assert not page.names_subject("photo of a house", {**flags, "class_prompt": None})
 
 
 def test_the_model_card_shows_before_and_after_of_a_finished_run(report, save_after):

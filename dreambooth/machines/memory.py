@@ -27,9 +27,9 @@ CHECKPOINTING = "--gradient_checkpointing"
 BF16 = "--param_dtype bf16"
 LORA = "--use_lora"
 
-# Counted on fake tensors by tests/benchmarks/throughput.py --count: sd14 at 512, sdxl at 1024 px;
-# and measured on no GPU. The order is that in which to try them: the first ones train the same in
-# more time.
+# Counted on fake tensors by tests/benchmarks/throughput.py --count: sd14 at 512, sdxl and klein at
+# 1024 px; and measured on no GPU. The order is that in which to try them: the first ones train the
+# same in more time.
 COUNTED = {
     (): Counted(17.8, 21.5, 2.35),
     (CHECKPOINTING,): Counted(15.0, 17.6, 0.43),
@@ -46,6 +46,14 @@ COUNTED_XL = {
     (LORA,): Counted(34.0, 34.1, 14.4),
     (CHECKPOINTING, LORA): Counted(7.8, 7.9, 1.3),
 }
+COUNTED_KLEIN = {
+    (): Counted(142.9, 157.1, 46.0),
+    (CHECKPOINTING,): Counted(62.1, 70.2, 2.3),
+    (BF16,): Counted(121.3, 128.4, 46.0),
+    (CHECKPOINTING, BF16): Counted(40.5, 44.2, 2.3),
+    (LORA,): Counted(77.6, 77.6, 35.0),
+    (CHECKPOINTING, LORA): Counted(15.2, 15.3, 3.8),
+}
 CHOICES = [flags for flags in COUNTED if flags != (BF16,)]  # without checkpointing it gains little
 PAIRS = 2  # as counted; run.sh's recipe has as many on one GPU, and one on each of several
 RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds
@@ -61,12 +69,14 @@ class Reference(NamedTuple):
     resolution: int
     unet: float
     trained: float
+    text: float = 0.0  # the share of the activations that is the prompt's, at that resolution
 
 
 SD14 = Reference(COUNTED, 512, 860e6, 983e6)
 REFERENCES = {
     "StableDiffusionPipeline": SD14,
     "StableDiffusionXLPipeline": Reference(COUNTED_XL, 1024, 2567e6, 2567e6),
+    "Flux2KleinPipeline": Reference(COUNTED_KLEIN, 1024, 3876e6, 3876e6, text=512 / 4608),
 }
 
 
@@ -87,7 +97,9 @@ def needed(flags, job):
     counted = job.reference.counted[flags]
     two_pairs = counted.kept if job.keeps_gradients else counted.one_gpu
     fixed = two_pairs - PAIRS * counted.per_pair
-    activations = job.pairs * counted.per_pair * (job.resolution / job.reference.resolution) ** 2
+    text = job.reference.text
+    size = text + (1 - text) * (job.resolution / job.reference.resolution) ** 2
+    activations = job.pairs * counted.per_pair * size
     activations = max(activations, PREVIEW * job.resolution**2)  # between two steps
     original = 2 * job.original / device.GIB  # in bfloat16
     return RESERVE * (fixed * job.trained + activations * job.unet + original) + LIBRARIES

@@ -3,8 +3,9 @@
     python -m dreambooth.report.page $TUNED_MODEL_DIR.report --images_dir $IMAGES_NEW_DIR
 
 It shows what the run has logged (metrics, previews, run.json), the images that generate.py has made
-with --compare_to, before and after, and advice where a figure is off. Run it again at any time,
-also while the run trains.
+with --compare_to, before and after, and advice where a figure is off. Images whose prompts do not
+name the subject are shown as what must not change. Run it again at any time, also while the run
+trains.
 """
 
 import base64
@@ -16,7 +17,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import jinja2
-from PIL import Image, ImageStat
+from PIL import Image, ImageChops, ImageStat
 
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
 from dreambooth.files import atomic, generated_images
@@ -175,6 +176,26 @@ def relative_contrast(pairs):
     return sum(contrast(after) for _, _, after in pairs) / before
 
 
+def names_subject(prompt, flags):
+    """Whether `prompt` has the words that the run's instance prompt has and its class prompt has
+    not: the identifier."""
+    identifier = set(flags["instance_prompt"].split()) - set((flags["class_prompt"] or "").split())
+    return identifier <= set(prompt.split())
+
+
+def distance(pairs):
+    """How far the images have moved: the root mean square of the change of their pixels, averaged
+    over `pairs`; None without any."""
+    if not pairs:
+        return None
+    changes = []
+    for _, *paths in pairs:
+        before, after = (open_image(path) for path in paths)
+        squares = ImageStat.Stat(ImageChops.difference(before, after)).rms
+        changes.append(math.sqrt(mean(square**2 for square in squares)))
+    return mean(changes)
+
+
 def film_strips(folder):
     """Each prompt's previews in the order of their steps."""
     strips = []
@@ -212,7 +233,8 @@ def render(folder, images_dir=None):
     """The page's HTML, and the advice on it."""
     record = training_log.read_record(folder)
     rows = training_log.read_metrics(folder)
-    pairs = find_pairs(images_dir)
+    pairs, kept = subjects_and_others(find_pairs(images_dir), record["flags"])
+    moved = distance(pairs)
     prior_target = record["flags"].get("prior_target", "noise")
     found = advice(rows, relative_contrast(pairs), prior_target)
     photos = [path for path in record["instance_paths"] if Path(path).exists()]
@@ -224,10 +246,9 @@ def render(folder, images_dir=None):
         flags=record["flags"],
         advice=found,
         photos=[data_uri(path) for path in photos[:MAX_PHOTOS]],
-        pairs=[
-            {"prompt": prompt, "before": data_uri(before), "after": data_uri(after)}
-            for prompt, before, after in pairs
-        ],
+        pairs=shown(pairs),
+        kept=shown(kept),
+        relative_distance=distance(kept) / moved if kept and moved else None,
         strips=film_strips(folder),
         preview_steps=previews.NUM_INFERENCE_STEPS,
         preview_guidance=previews.GUIDANCE_SCALE,
@@ -235,6 +256,20 @@ def render(folder, images_dir=None):
         facts=facts_of(record),
     )
     return html, found
+
+
+def subjects_and_others(pairs, flags):
+    """Of `find_pairs`, those whose prompts name the run's subject, and the others."""
+    subjects = [pair for pair in pairs if names_subject(pair[0], flags)]
+    return subjects, [pair for pair in pairs if pair not in subjects]
+
+
+def shown(pairs):
+    """`find_pairs` as the template takes them."""
+    return [
+        {"prompt": prompt, "before": data_uri(before), "after": data_uri(after)}
+        for prompt, before, after in pairs
+    ]
 
 
 def write_before_after(pairs, file):
@@ -254,7 +289,7 @@ def main(args):
         raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
     html, found = render(folder, args.images_dir)
     atomic.replace_file(folder / PAGE, lambda file: file.write_text(html, encoding="utf-8"))
-    pairs = find_pairs(args.images_dir)
+    pairs, _ = subjects_and_others(find_pairs(args.images_dir), record["flags"])
     output_dir = Path(record["flags"]["output_dir"])
     if pairs and record["status"] == "finished" and output_dir.is_dir():
         write_before_after(pairs, folder / export.IMAGE)

@@ -7,8 +7,8 @@ one run. (jobs.py compares whole jobs.)
     python tests/benchmarks/throughput.py --model sdxl --count     # arithmetic of a step
     python tests/benchmarks/throughput.py --model klein --count --resolution 512
 
-"sd14", "sdxl" and "klein" are the architectures of Stable Diffusion 1.4, SDXL and FLUX.2-klein 4B with
-random weights.
+"sd14", "sdxl" and "klein" are the architectures of Stable Diffusion 1.4, SDXL and FLUX.2-klein 4B
+with random weights.
 
 Each side trains its own copy of the model. On a CPU the sides take turns, so that a busy machine
 slows them alike; on a GPU one side at a time is in memory. "plain" is the published step: bfloat16
