@@ -222,6 +222,10 @@ def test_a_model_has_a_short_name(run_story):
         in (commands["cache_model.py"][0])
     )
     assert "--train_batch_size 1 --num_epochs 3 --max_train_steps 500" in commands["train.py"][0]
+    _, commands = run_story(1, 22, MODEL="klein", ORIG_MODEL_HASH="abc")
+    assert "--model_name black-forest-labs/FLUX.2-klein-base-4B" in commands["cache_model.py"][-1]
+    assert "--num_samples_per_prompt 48" in commands["generate.py"][-2]
+    assert "--lr 1e-4" in commands["train.py"][-1] and "--use_lora" in commands["train.py"][-1]
     for variables in ({"MODEL": "sdxl", "ORIG_MODEL_NAME": "pocket"}, {"MODEL": "dalle"}):
         done, _ = run_story(1, 79, **variables)
         assert done.returncode == 2

@@ -15,6 +15,7 @@ and seeds of subjects.py, whose flags this script takes as well.
     teacher_mixed, teacher_places       the images of mixed and mixed_places, and the teacher
     teacher_photos     no class images: the photos, under the class prompt and those of mixed
     teacher_denoised   mixed, with images that the original model denoises in 6 steps
+    captions           three of the five photos have a caption that names their place
     frozen_text        --no-train_text_encoder
     teacher_frozen     the images of mixed_places, the teacher, and that
     min_snr            --snr_gamma 5
@@ -155,6 +156,21 @@ def mixed_places(args):
     return OtherImages(args, [*prompts, ""], every=2, count=5).patches()
 
 
+def captions(args):
+    """Each of three photos has a caption that names its place, the other two have none."""
+    original = subjects.Bench.photos
+    places = ("on the grass", "on the road", "on the beach")  # as render.write_photos has them
+
+    def photos(bench, name):
+        folder = original(bench, name)
+        prompt = fidelity.instance_prompt(render.SUBJECTS[name])
+        for number, place in enumerate(places):
+            (folder / f"{number}.txt").write_text(f"{prompt} {place}\n", encoding="utf-8")
+        return folder
+
+    return [patch.object(subjects.Bench, "photos", photos)]
+
+
 def teacher_photos(args):
     return mixed(args, photos=True)
 
@@ -225,6 +241,7 @@ CANDIDATES = {
     "empty_prompt": empty_prompt,
     "noise_offset": noise_offset,
     "mirror": mirror,
+    "captions": captions,
     "mixed": mixed,
     "mixed_places": mixed_places,
     "teacher_mixed": mixed,

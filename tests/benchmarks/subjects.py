@@ -94,14 +94,31 @@ def read_batches(plan, pairs_per_pass, seed):
         yield dataset.collate({name: np.ascontiguousarray(c) for name, c in loaded.items()})
 
 
+class ImagesOnDisk:
+    """A Sampler whose images are kept in `folder` for the next command."""
+
+    def __init__(self, sample, folder):
+        self.sample, self.folder = sample, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, prompt, num_samples=None):
+        count = num_samples or self.sample.num_samples
+        file = self.folder / f"{count} of {prompt}.pickle"
+        if not file.exists():
+            images = pickle.dumps(self.sample(prompt, count))
+            atomic.replace_file(file, lambda path: path.write_bytes(images))
+        return pickle.loads(file.read_bytes())
+
+
 class Bench:
     """Photos, class images, judges and the original model's images, each made when first needed."""
 
     def __init__(self, args):
         self.args = args
         self.work_dir = Path(args.work_dir)
-        self.original = self.sampler(args.model_dir)
-        self.vae = self.original.generator.pipeline.vae
+        sample = self.sampler(args.model_dir)
+        self.original = ImagesOnDisk(sample, self.work_dir / "original")
+        self.vae = sample.generator.pipeline.vae
         self.world = None
         self.judges = {}
 
