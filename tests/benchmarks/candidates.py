@@ -11,8 +11,9 @@ and seeds of subjects.py, whose flags this script takes as well.
     mirror             every second crop of a photo is mirrored
     mixed              every second class image is one of all classes or of the empty prompt
     mixed_places       the same, of all classes in all places
+    ten_prompts        20 class images of the class in each place, and 20 of each other class
     teacher            --prior_target original, with today's class images
-    teacher_mixed, teacher_places       the images of mixed and mixed_places, and the teacher
+    teacher_mixed, teacher_places, teacher_ten   the images of the last three, and the teacher
     teacher_photos     no class images: the photos, under the class prompt and those of mixed
     teacher_denoised   mixed, with images that the original model denoises in 6 steps
     captions           three of the five photos have a caption that names their place
@@ -56,6 +57,7 @@ FLAGS = {
     "teacher": TEACHER,
     "teacher_mixed": TEACHER,
     "teacher_places": TEACHER,
+    "teacher_ten": TEACHER,
     "teacher_photos": TEACHER,
     "teacher_denoised": TEACHER,
     "frozen_text": "--no-train_text_encoder",
@@ -156,6 +158,15 @@ def mixed_places(args):
     return OtherImages(args, [*prompts, ""], every=2, count=5).patches()
 
 
+def ten_prompts(args):
+    def prompts(class_prompt):
+        others = [f"photo of a {kind}" for kind in render.CLASSES]
+        others.remove(class_prompt)
+        return [f"{class_prompt} {place}" for place in render.PLACES] + others
+
+    return OtherImages(args, prompts, every=1, count=20).patches()
+
+
 def captions(args):
     """Each of three photos has a caption that names its place, the other two have none."""
     original = subjects.Bench.photos
@@ -184,11 +195,10 @@ class OtherImages:
     With `photos`, all of them are the pair's photo."""
 
     def __init__(self, args, prompts, every=None, count=NUM_OTHER_IMAGES, photos=False, **settings):
+        """`prompts`: a list, or a function that makes it of the class prompt."""
         self.every, self.photos = every or OTHER_EVERY, photos
-        self.paths = prompts
-        if not photos:
-            self.paths = [other_images(args, prompt, count, **settings) for prompt in prompts]
-        self.prompts = prompts
+        self.prompts_of = prompts if callable(prompts) else lambda class_prompt: prompts
+        self.images = lambda prompt: other_images(args, prompt, count, **settings)
         self.originals = dataset.pair_images, subjects.make_plan
 
     def patches(self):
@@ -200,7 +210,9 @@ class OtherImages:
     def make_plan(self, args):
         """With these prompts behind the two of the run."""
         plan = self.originals[1](args)
-        plan.prompts += self.prompts
+        prompts = self.prompts_of(args.class_prompt)
+        plan.prompts += prompts
+        self.paths = prompts if self.photos else [self.images(prompt) for prompt in prompts]
         return plan
 
     def pair_images(self, *args):
@@ -242,6 +254,8 @@ CANDIDATES = {
     "noise_offset": noise_offset,
     "mirror": mirror,
     "captions": captions,
+    "ten_prompts": ten_prompts,
+    "teacher_ten": ten_prompts,
     "mixed": mixed,
     "mixed_places": mixed_places,
     "teacher_mixed": mixed,
