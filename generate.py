@@ -12,6 +12,7 @@ rounding). A second run of the same command generates only what is missing.
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 
 from tqdm import tqdm
@@ -53,10 +54,12 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help=overwrite_help)
 
     add = parser.add_argument_group("sampler").add_argument
-    scheduler_help = "dpm: DPM-Solver++ with Karras sigmas; model: the model's own (default: dpm)"
+    scheduler_help = (
+        "dpm: DPM-Solver++ with Karras sigmas; model: the model's own (default: dpm; FLUX's: model)"
+    )
     add("--scheduler", choices=["dpm", "model"], help=scheduler_help)
-    add("--num_inference_steps", type=int, help="denoising steps (default: 25)")
-    guidance_help = "strength of the prompt's guidance (default: 7.5; SDXL: 5)"
+    add("--num_inference_steps", type=int, help="denoising steps (default: 25; FLUX: 50)")
+    guidance_help = "strength of the prompt's guidance (default: 7.5; SDXL: 5; FLUX: 4)"
     add("--guidance_scale", type=float, help=guidance_help)
     add("--resolution", type=int, help="side of the images in pixels (default: the model's)")
 
@@ -78,12 +81,15 @@ def check_args(args):
     )
     check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
     pipeline_dir.check_model_dir(args.model_dir)
-    if args.scheduler == "dpm" and pipeline_dir.family(args.model_dir).is_flow:
-        raise UserError("--scheduler dpm is for diffusion models: leave it out")
-    if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
-        raise UserError(f"--resolution {args.resolution}: must be a multiple of 8")
     if args.compare_to:
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")
+    for model_dir in filter(None, (args.model_dir, args.compare_to)):
+        if args.scheduler == "dpm" and pipeline_dir.family(model_dir).is_flow:
+            raise UserError("--scheduler dpm is for diffusion models: leave it out")
+        if args.resolution is not None:
+            step = math.lcm(8, pipeline_dir.resolution(model_dir)[1])
+            if args.resolution < step or args.resolution % step:
+                raise UserError(f"--resolution {args.resolution}: must be a multiple of {step}")
     if args.lora_weights_dir:
         pipeline_dir.lora_file(args.lora_weights_dir)
     if args.prompts_file:
@@ -177,13 +183,12 @@ def main(args):
     """Check the arguments, generate what is missing, and lay it all out on a contact sheet."""
     configure_logs(args.verbose)
     check_args(args)
-    args = with_defaults(args)  # so that the records hold numbers
+    runs = [with_defaults(args)]  # so that the records hold numbers
     folder = Path(args.output_dir)
-    runs = [args]
     if args.compare_to:
         other = {"model_dir": args.compare_to, "lora_weights_dir": None}
-        other["output_dir"] = str(folder / "compared")
-        runs.append(argparse.Namespace(**{**vars(args), **other}))
+        other |= {"output_dir": str(folder / "compared"), "resolution": runs[0].resolution}
+        runs.append(with_defaults(argparse.Namespace(**{**vars(args), **other})))
     plans = [plan(run) for run in runs]
     found = [find_existing(*pair) for pair in zip(runs, plans, strict=True)]  # in both, before any
     images = [generate_missing(*job) for job in zip(runs, plans, found, strict=True)]

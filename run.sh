@@ -49,7 +49,7 @@ use_stable_diffusion_xl() {
 # on a card of 80 TFLOP/s: so there are fewer.
 use_klein() {
   ORIG_MODEL_HASH=${ORIG_MODEL_HASH:?set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use}
-  LORA=${LORA:-1}
+  if [[ -z "$OWN_TRAIN_FLAGS" ]]; then LORA=${LORA:-1}; fi
   LORA_FLAGS=${LORA_FLAGS:---lora_rank 16 --lr 1e-4}
   TRAIN_FLAGS=${TRAIN_FLAGS:---lr 1e-5}
   PAIRS=${PAIRS:-1} STEPS=${STEPS:-500}
@@ -96,7 +96,8 @@ choose_train_flags() {
   if ((NUM_CLASS_IMAGES > 0)); then epochs=$(((epochs + NUM_CLASS_IMAGES - 1) / NUM_CLASS_IMAGES)); fi
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
   if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
-    added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" $added)
+    added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" \
+      --pairs "$PAIRS" $added)
   fi
   if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
   TRAIN_FLAGS="--train_batch_size $pairs --num_epochs $epochs --max_train_steps $STEPS $TRAIN_FLAGS $added"
@@ -168,18 +169,18 @@ main() {
     --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
     "${previews[@]}"
 
-  step 5 "generate the subject in new places, its class, and another class, with the original model as well (under a minute)"
+  step 5 "generate the subject in new places, and what must not change; the original model, too (under a minute)"
   local scenes prompts=()
   IFS='|' read -ra scenes <<<"$SCENES"
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
-  prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[0]}")
+  prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
   "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
     --compare_to "$ORIG_MODEL_PATH" --overwrite ${RAY_ADDRESS:+--use_ray_data} $SAMPLE_FLAGS
 
   step 6 "put photos, class images and new images on one sheet, and the run on a page"
   "$PYTHON" -m dreambooth.files.generated_images --output "$SUBJECT_DIR/dreambooth.png" \
     "photos of the subject=$IMAGES_OWN_DIR" ${class_images[@]+"${class_images[@]}"} \
-    "$INSTANCE_PROMPT ${SCENES//|/, }; $CLASS_PROMPT; $OTHER_PROMPT, ${scenes[0]}=$IMAGES_NEW_DIR"
+    "$INSTANCE_PROMPT ${SCENES//|/, }; $CLASS_PROMPT; $OTHER_PROMPT, ${scenes[${#scenes[@]}-1]}=$IMAGES_NEW_DIR"
   echo "done: $SUBJECT_DIR/dreambooth.png, and the page ($SECONDS s in all)"
   "$PYTHON" -m dreambooth.report.page "$RESULT_DIR.report" --images_dir "$IMAGES_NEW_DIR"
 }

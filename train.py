@@ -42,7 +42,11 @@ def build_parser():
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
     layers = ["attention", "all"]
     add("--lora_layers", choices=layers, default=layers[0], help="layers of the U-Net to adapt")
-    add("--train_text_encoder", action=on_off, help="tune it, too (default: all but SDXL's)")
+    add(
+        "--train_text_encoder",
+        action=on_off,
+        help="tune it, too (default: Stable Diffusion 1 and 2)",
+    )
 
     add = parser.add_argument_group("images").add_argument
     add("--instance_images_dir", **path, help="photos of the subject")
@@ -136,8 +140,9 @@ def train_fn(config):
     log = training_log.TrainingLog(plan, device, enabled=rank == 0, **config["log"])
     configure_torch(device, context.get_local_world_size())
 
-    # Set up the data: this worker's pairs, a batch per forward pass, read while the models load.
+    # Set up the data: this worker's pairs, read while the models load, and the encoded prompts.
     batches = dataset.read(ray.train.get_dataset_shard("train"), pairs_per_pass)  # [2]
+    prompts = models.family_of(args.model_dir).encode_prompts(args, plan.prompts, device)
 
     # Set up the models: prepare_model moves to the device and, with several workers, wraps in DDP.
     vae, denoiser, scheduler = models.load_models(args, device)
@@ -148,7 +153,6 @@ def train_fn(config):
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
-    prompts = denoiser.family.encode_prompts(args, plan.prompts, device)
     original = models.load_original(args, denoiser, device)
     log.models_are_loaded(parameters, num_workers)
 

@@ -1,5 +1,6 @@
 """FLUX.2-klein, a flow: a tiny model of its architecture, with random weights."""
 
+import argparse
 import json
 import shutil
 
@@ -221,14 +222,7 @@ def test_a_run_its_lora_and_its_images(train_here, generate_args, digests, klein
     made = generated_images.read_record(image)
     assert (made["scheduler"], made["guidance_scale"], made["resolution"]) == ("model", 4.0, 64)
 
-    distilled = tmp_path / "distilled"
-    for file in klein_dir.rglob("*"):
-        copy = distilled / file.relative_to(klein_dir)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_file() and file.name != "model_index.json":
-            copy.symlink_to(file)
-    index = json.loads((klein_dir / "model_index.json").read_text())
-    (distilled / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    distilled = copy_as_distilled(klein_dir, tmp_path / "distilled")
     tuned["model_dir"] = distilled
     generate.main(generate_args(tmp_path / "distilled images", **tuned, prompts=PROMPTS[:1]))
     (image,) = (tmp_path / "distilled images").glob("0*.png")
@@ -262,6 +256,46 @@ def trained_matrices(folder):
     """Those that are 0 at first, as one vector."""
     matrices = load_file(folder / pipeline_dir.LORA_FILE)
     return torch.cat([m.double().flatten() for n, m in matrices.items() if "lora_B" in n])
+
+
+def test_full_fine_tuning_saves_a_pipeline_with_its_own_text_encoder(train_here, klein_dir, plain):
+    run = train_here(model_dir=klein_dir, lr=1e-2, max_train_steps=1)
+    tuned = Flux2KleinPipeline.from_pretrained(run.output_dir)
+    for part, same in (("text_encoder", True), ("vae", True), ("transformer", False)):
+        weights = [dict(getattr(pipeline, part).named_parameters()) for pipeline in (tuned, plain)]
+        assert weights[0].keys() == weights[1].keys()
+        equal = [torch.equal(weight, weights[1][name]) for name, weight in weights[0].items()]
+        assert all(equal) == same, part
+
+
+def test_compared_models_have_their_own_defaults(generate_args, klein_dir, tmp_path):
+    """The distilled one its few steps, its base as many as it needs."""
+    distilled = copy_as_distilled(klein_dir, tmp_path / "distilled")
+    args = generate_args(tmp_path / "images", model_dir=distilled, prompts=PROMPTS[:1])
+    generate.main(
+        argparse.Namespace(
+            **{**vars(args), "compare_to": str(klein_dir), "num_inference_steps": None}
+        )
+    )
+    records = [
+        generated_images.read_record(next((tmp_path / folder).glob("0*.png")))
+        for folder in ("images", "images/compared")
+    ]
+    assert [record["num_inference_steps"] for record in records] == [4, 50]
+    assert [record["guidance_scale"] for record in records] == [1.0, 4.0]
+    with pytest.raises(UserError, match="must be a multiple of 8"):
+        generate.check_args(generate_args("out", model_dir=klein_dir, resolution=68))
+
+
+def copy_as_distilled(pipeline, folder):
+    for file in pipeline.rglob("*"):
+        copy = folder / file.relative_to(pipeline)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file() and file.name != "model_index.json":
+            copy.symlink_to(file)
+    index = json.loads((pipeline / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    return folder
 
 
 @pytest.mark.parametrize("layers", ["attention", "all"])

@@ -160,7 +160,7 @@ def test_prompts_that_do_not_name_the_subject_are_what_must_not_change(report, s
         image = Image.new("RGB", (64, 64), (brightness,) * 3)
         generated_images.save_image(image, record, place / name)
     text = write_page(report, folder)
-    assert f"changed {45 / (255 / math.sqrt(2)):.2f} times as much" in text
+    assert f"The pixels changed {45 / (255 / math.sqrt(2)):.2f} times as much" in text
     kept = text[text.index("What must not change") : text.index("While it trained")]
     assert "photo of a house" in kept and "unqtkn" not in kept
     card = Image.open(report.with_name("tuned") / "before-after.png")
@@ -169,7 +169,8 @@ def test_prompts_that_do_not_name_the_subject_are_what_must_not_change(report, s
     flags = {"instance_prompt": "photo of unqtkn car", "class_prompt": "photo of a car"}
     assert page.names_subject("a drawing of unqtkn car", flags)
     assert not page.names_subject("photo of a car at night", flags)
-    assert not page.names_subject("photo of a house", {**flags, "class_prompt": None})
+    assert page.names_subject("a painting", {**flags, "class_prompt": None})
+    assert page.names_subject("unqtkn car", {**flags, "instance_prompt": "photo of the unqtkn car"})
 
 
 def test_the_model_card_shows_before_and_after_of_a_finished_run(report, save_after):

@@ -498,7 +498,8 @@ def check_prompts(model_dir, prompts):
         tokenizer = load_tokenizer(model_dir, part)
         limit = tokenizer.model_max_length
         if facts.has_chat_template:
-            limit -= num_template_tokens(tokenizer)
+            with loading(f"{model_dir}/{part}"):
+                limit -= num_template_tokens(tokenizer)
         for prompt in prompts:
             ids = tokenizer(prompt, verbose=False).input_ids
             if len(ids) > limit:

@@ -131,7 +131,8 @@ def check_device(args, plan, num_workers, torch_device):
         LORA: args.use_lora,
     }
     given = tuple(flag for flag, is_given in given.items() if is_given)
-    warn_of_host_memory(sizes)
+    if not args.use_lora:
+        warn_of_host_memory(sizes)
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
     has_copy = args.prior_target == "original" and plan.has_class_half and not args.use_lora
     trains_text_encoder = pipeline_dir.family(args.model_dir).trains_text_encoder
@@ -186,7 +187,7 @@ def choose_for_gpus(free, job, given):
 
 def main(args):
     """Print the flags that make training fit `args.gib` GiB per GPU, and on stderr why."""
-    check_at_least(args, 1, "num_workers")
+    check_at_least(args, 1, "num_workers", "pairs")
     check_at_least(args, 0, "gib", above=True)
     pipeline_dir.check_model_dir(args.model_dir)
     given = (LORA,) if args.use_lora else ()
@@ -201,7 +202,7 @@ def main(args):
     keeps_gradients = args.num_workers > 1
     trains_text_encoder = pipeline_dir.family(args.model_dir).trains_text_encoder
     size = relative(args.model_dir, sizes, trains_text_encoder)
-    job = Job(keeps_gradients=keeps_gradients, resolution=resolution, **size)
+    job = Job(args.pairs, keeps_gradients, resolution=resolution, **size)
     flags, why = choose_for_gpus(free, job, given)
     print(why, file=sys.stderr)
     print(flags)
@@ -212,6 +213,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model_dir", type=absolute_path, required=True, help="the original model")
     add("--num_workers", type=int, default=1, help="one GPU per worker")
+    add("--pairs", type=int, default=PAIRS, help="per forward pass")
     add("--gib", type=float, help="GiB free on each GPU (default: asks them)")
     add("--use_lora", action="store_true", help="LoRA, even if more would fit")
     return parser.parse_args(argv)

@@ -148,7 +148,7 @@ def data_uri(path, max_side=MAX_SIDE):
 
 def find_pairs(images_dir):
     """The images that generate.py has made with --compare_to: prompt, before and after (paths), one
-    per prompt and then the next, at most MAX_PAIRS."""
+    per prompt and then the next."""
     if not images_dir:
         return []
     pairs = []
@@ -159,7 +159,7 @@ def find_pairs(images_dir):
         if record and other and all(record[name] == other[name] for name in same):
             pairs.append((record["index"], record["prompt"], before, after))
     pairs.sort(key=lambda pair: pair[0])
-    return [pair[1:] for pair in pairs[:MAX_PAIRS]]
+    return [pair[1:] for pair in pairs]
 
 
 def contrast(path):
@@ -178,9 +178,11 @@ def relative_contrast(pairs):
 
 def names_subject(prompt, flags):
     """Whether `prompt` has the words that the run's instance prompt has and its class prompt has
-    not: the identifier."""
-    identifier = set(flags["instance_prompt"].split()) - set((flags["class_prompt"] or "").split())
-    return identifier <= set(prompt.split())
+    not: the identifier. Without a class prompt nobody knows it, and every prompt counts."""
+    if not flags["class_prompt"]:
+        return True
+    known = {*flags["class_prompt"].split(), "a", "an", "the"}
+    return set(flags["instance_prompt"].split()) - known <= set(prompt.split())
 
 
 def distance(pairs):
@@ -259,9 +261,11 @@ def render(folder, images_dir=None):
 
 
 def subjects_and_others(pairs, flags):
-    """Of `find_pairs`, those whose prompts name the run's subject, and the others."""
+    """Of `find_pairs`, those whose prompts name the run's subject, and the others; of each at most
+    MAX_PAIRS."""
     subjects = [pair for pair in pairs if names_subject(pair[0], flags)]
-    return subjects, [pair for pair in pairs if pair not in subjects]
+    others = [pair for pair in pairs if pair not in subjects]
+    return subjects[:MAX_PAIRS], others[:MAX_PAIRS]
 
 
 def shown(pairs):

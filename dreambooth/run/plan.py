@@ -205,7 +205,7 @@ def check_family(args):
     if pipeline_dir.is_distilled(args.model_dir):
         warn(
             "--model_dir is distilled to few steps, which training undoes: train its base model;"
-            " generate.py puts that LoRA on either"
+            " generate.py takes that LoRA with either"
         )
     if args.train_text_encoder and not family.trains_text_encoder:
         raise UserError(f"--train_text_encoder: {family.name}'s text encoders are not trained here")

@@ -91,7 +91,7 @@ def fake(tensor):
 def on_fake_tensors(side):
     """Replace the tensors of a side that was built on the meta device by fake ones, and let it
     compute as on CUDA. Yields the tensors of its models."""
-    functions = ("group_norm", "layer_norm", "interpolate")
+    functions = ("group_norm", "layer_norm", "rms_norm", "interpolate")
     as_on_cuda = {}
     if side.denoiser.autocast:
         as_on_cuda = {name: in_float32(getattr(F, name)) for name in functions}
