@@ -69,8 +69,8 @@ class StableDiffusion:
         runs = [
             (prompt, len(list(images))) for prompt, images in itertools.groupby(batch["prompts"])
         ]
-        rows = [prompt for prompt, _ in runs]
-        return {"prompt_ids": prompts["prompt_ids"][rows], "counts": [n for _, n in runs]}  # (R, L)
+        ids = select(prompts["prompt_ids"], [prompt for prompt, _ in runs])  # (R, L)
+        return {"prompt_ids": ids, "counts": [n for _, n in runs]}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
         """What the U-Net predicts (2B, C, h, w); noisy_latents (2B, C, h, w), timesteps (2B,)."""
@@ -121,11 +121,11 @@ class StableDiffusionXL(StableDiffusion):
     def conditions(self, prompts, batch):
         """Beside embeddings, of each image height and width, top and left of its crop, and height
         and width of that: rows before columns."""
-        states, pooled, rows = prompts["states"], prompts["pooled"], batch["prompts"]
-        target = torch.full((len(rows), 2), batch["images"].shape[-1])
+        states, pooled = (select(prompts[n], batch["prompts"]) for n in ("states", "pooled"))
+        target = torch.full((len(states), 2), batch["images"].shape[-1])
         time_ids = torch.cat([batch["sizes"], target], 1)  # (2B, 6)
-        added = {"text_embeds": pooled[rows], "time_ids": time_ids.to(states.device, torch.float32)}
-        return {"states": states[rows], "added": added}
+        time_ids = time_ids.float().to(states.device, non_blocking=True)
+        return {"states": states, "added": {"text_embeds": pooled, "time_ids": time_ids}}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
         states, added = conditions["states"], conditions["added"]
@@ -219,6 +219,11 @@ FAMILIES = {
 def family_of(model_dir):
     """The family of a pipeline directory."""
     return FAMILIES[pipeline_dir.pipeline_class(model_dir)]()
+
+
+def select(tensor, rows):
+    """The `rows` (numbers) of a tensor; a GPU waits when it is indexed with a list."""
+    return torch.stack([tensor[row] for row in rows])
 
 
 def repeat(rows, counts):

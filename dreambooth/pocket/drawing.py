@@ -4,6 +4,8 @@ A function for each class (`OBJECT_RENDERERS`) and place (`PLACE_RENDERERS`) dra
 render.py says what a scene is and puts it together.
 """
 
+import math
+
 from PIL import Image, ImageDraw
 
 COLOURS = {
@@ -109,7 +111,8 @@ def _pickup(canvas, body_colour, roof_colour):
 
 
 def _beetle(canvas, body_colour, roof_colour):
-    canvas.oval(0, 1.8, 3.7, 3.4, roof_colour)
+    angles = [math.pi * i / 16 for i in range(17)]
+    canvas.poly([(3.7 * math.cos(a), 1.8 + 3.4 * math.sin(a)) for a in angles], roof_colour)
     canvas.poly([(-2.7, 2.5), (-1.7, 4.1), (-0.2, 4.5), (-0.2, 2.5)], GLASS)
     canvas.poly([(2.7, 2.5), (1.7, 4.1), (0.3, 4.5), (0.3, 2.5)], GLASS)
     canvas.box(-4.8, 2.9, 4.8, 0.9, body_colour, 0.9)

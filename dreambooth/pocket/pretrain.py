@@ -1,11 +1,13 @@
 """Train the pocket model, a tiny Stable Diffusion for the world of render.py, on a laptop's CPU.
 
     python -m dreambooth.pocket.pretrain --work_dir /tmp/pocket
+    python -m dreambooth.pocket.pretrain --work_dir /tmp/more --start_from dreambooth/pocket/model
 
-Three stages, about an hour and a half on two cores: a tokenizer for the captions, the
-autoencoder, then U-Net and text encoder together (Rombach et al. 2022, arXiv 2112.10752). Each
-saves its state every few minutes; the same command resumes there. The result, a diffusers
-directory in float16, is written to --output_dir, with a sheet of samples in --work_dir.
+Four stages: a tokenizer for the captions, the autoencoder, its decoder alone, then U-Net and text
+encoder together (Rombach et al. 2022, arXiv 2112.10752). Each saves its state every few minutes;
+the same command resumes there. The result, a diffusers directory in float16, is written to
+--output_dir, with a sheet of samples in --work_dir. --start_from goes on from an earlier result;
+its tokenizer and encoder stay.
 
 Letters: N images, B images in a batch, H and W height and width, L tokens in a prompt.
 """
@@ -24,15 +26,20 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dreambooth.cli import ArgumentParser
+from dreambooth.loss import min_snr_weights
 from dreambooth.pocket import render
 from dreambooth.pocket.caption_tokenizer import MAX_TOKENS, build_tokenizer
 from dreambooth.pocket.training_run import Run
+from dreambooth.run.export import with_hub_names
 
 SIZE = 64  # pixels; the autoencoder turns them into 16 x 16 latents
+BATCH = 32  # images in a step of the U-Net
+MIN_SNR_GAMMA = 5.0
 SHEET_PROMPTS = (
     "photo of a red car on the beach",
     "photo of a house in the snow",
@@ -108,19 +115,36 @@ def to_batch(images):
     return batch.contiguous(memory_format=torch.channels_last)
 
 
+def pixel_loss(error):
+    """L1 of pixels and of their differences, which outlines are made of."""
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + edges
+
+
 def train_vae(vae, images, work_dir, steps):
-    """L1 on pixels and on their differences, and a small KL term on the posterior."""
+    """Encoder and decoder together: `pixel_loss`, and a small KL term on the posterior."""
 
     def loss_of_step(step, rng):
         x = to_batch(images[rng.integers(len(images), size=16)])
         posterior = vae.encode(x).latent_dist
-        error = vae.decode(posterior.sample()).sample - x
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return error.abs().mean() + edges + 1e-3 * kl
+        return pixel_loss(vae.decode(posterior.sample()).sample - x) + 1e-3 * kl
 
     vae.to(memory_format=torch.channels_last)
     Run("vae", vae, work_dir, steps, lr=2e-3, ema=0.995).train(loss_of_step)
+
+
+def train_decoder(vae, images, latents, work_dir, steps):
+    """The decoder alone, on samples of the posteriors: the latents stay what they are."""
+    mean, std = latents
+
+    def loss_of_step(step, rng):
+        rows = rng.integers(len(images), size=32)
+        z = mean[rows] + std[rows] * torch.randn(32, 4, 16, 16)
+        return pixel_loss(vae.decode(z).sample - to_batch(images[rows]))
+
+    parts = torch.nn.ModuleDict({"enter": vae.post_quant_conv, "decoder": vae.decoder})
+    Run("decoder", parts, work_dir, steps, lr=1e-3, ema=0.998).train(loss_of_step)
 
 
 @torch.no_grad()
@@ -158,28 +182,32 @@ def tokenize(tokenizer, captions):
 
 
 def train_unet(text_encoder, unet, tokenizer, latents, captions, work_dir, steps):
-    """Epsilon prediction; U-Net and text encoder learn together.
+    """Epsilon prediction with min-SNR weights; U-Net and text encoder learn together.
 
-    The latents of an image are sampled from its posterior anew at each step.
+    The latents of an image are sampled from its posterior anew at each step; the timesteps of a
+    batch are spread evenly.
     """
     mean, std = latents
     prompt_ids = tokenize(tokenizer, captions)
     scheduler = new_scheduler()
 
     def loss_of_step(step, rng):
-        rows = torch.from_numpy(rng.integers(len(mean), size=32))
-        x = mean[rows] + std[rows] * torch.randn(32, 4, 16, 16)
+        rows = torch.from_numpy(rng.integers(len(mean), size=BATCH))
+        x = mean[rows] + std[rows] * torch.randn(BATCH, 4, 16, 16)
         noise = torch.randn_like(x)
-        timesteps = torch.randint(0, 1000, (32,))
+        timesteps = ((torch.rand(1) + torch.arange(BATCH) / BATCH) % 1 * 1000).long()
         noisy = scheduler.add_noise(x, noise, timesteps)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        either = torch.from_numpy(rng.integers(2, size=32))  # which of the two captions
+        either = torch.from_numpy(rng.integers(2, size=BATCH))  # which of the two captions
         encoder_hidden_states = text_encoder(prompt_ids[rows, either])[0]
-        return F.mse_loss(unet(noisy, timesteps, encoder_hidden_states).sample, noise)
+        prediction = unet(noisy, timesteps, encoder_hidden_states).sample
+        error = F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))
+        weights = min_snr_weights("epsilon", timesteps, scheduler.alphas_cumprod, MIN_SNR_GAMMA)
+        return (weights * error).mean()
 
     unet.to(memory_format=torch.channels_last)
     both = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-    Run("unet", both, work_dir, steps, lr=8e-4, ema=0.999).train(loss_of_step)
+    Run("unet", both, work_dir, steps, lr=6e-4, ema=0.9995).train(loss_of_step)
 
 
 def export(tokenizer, vae, text_encoder, unet, output_dir):
@@ -198,6 +226,8 @@ def export(tokenizer, vae, text_encoder, unet, output_dir):
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(output_dir)
+    file = Path(output_dir) / "text_encoder" / "model.safetensors"
+    save_file(with_hub_names(load_file(file)), file, metadata={"format": "pt"})
     return pipeline.to(torch.float32)
 
 
@@ -222,27 +252,40 @@ def sample_sheet(pipeline, file, count=16):
     sheet.save(file)
 
 
+def load_models(folder):
+    """Tokenizer, VAE, text encoder and U-Net of an earlier result, in float32."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    return pipeline.tokenizer, pipeline.vae, pipeline.text_encoder, pipeline.unet
+
+
 def main(args):
-    """Run the three stages, each from where it stopped; then write the pipeline and samples."""
+    """Run the stages, each from where it stopped; then write the pipeline and samples."""
     torch.set_num_threads(os.cpu_count())
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(args.work_dir / "tokenizer")
+    images, captions = render_world(args.num_images, args.seed)
+    print(f"rendered {len(images)} images; the first is {captions[0][0]!r}", flush=True)
+
     torch.manual_seed(0)
-    vae, text_encoder, unet = new_models(len(tokenizer))
+    if args.start_from:
+        tokenizer, vae, text_encoder, unet = load_models(args.start_from)
+    else:
+        tokenizer = build_tokenizer(args.work_dir / "tokenizer")
+        vae, text_encoder, unet = new_models(len(tokenizer))
+        train_vae(vae, images, args.work_dir, args.vae_steps)
+        balance_latents(vae, images[:4096])
+    vae.to(memory_format=torch.channels_last)
 
-    images, captions = render_world(args.num_images, seed=0)
-    print(f"rendered {len(images)} images; the first is {captions[0][0]!r}")
-
-    train_vae(vae, images, args.work_dir, args.vae_steps)
-    balance_latents(vae, images[:4096])
-    x = to_batch(images[:64])
-    error = (vae(x).sample.detach() - x).abs().mean().item()
-    print(f"VAE: mean absolute error {error * 127.5:.2f} of 255")
-    mean, std = encode(vae, images)
+    latents = encode(vae, images)
+    mean, std = latents
     print(f"latents: standard deviation of the means {mean.std((0, 2, 3)).tolist()}")
     print(f"latents: mean standard deviation of a posterior {std.mean():.3f}")
+    train_decoder(vae, images, latents, args.work_dir, args.decoder_steps)
+    x = to_batch(images[:64])
+    error = (vae(x).sample.detach() - x).abs().mean().item()
+    print(f"VAE: mean absolute error {error * 127.5:.2f} of 255", flush=True)
 
-    latents = (mean, std)
+    text_encoder.train()
+    unet.train()
     train_unet(text_encoder, unet, tokenizer, latents, captions, args.work_dir, args.unet_steps)
     pipeline = export(tokenizer, vae.eval(), text_encoder.eval(), unet.eval(), args.output_dir)
     sample_sheet(pipeline, args.work_dir / "samples.png")
@@ -260,10 +303,13 @@ def parse_args(argv=None):
         "--output_dir", type=Path, default=default_dir, help="where the pipeline directory goes"
     )
     parser.add_argument(
-        "--num_images", type=int, default=40_000, help="rendered images to train on"
+        "--num_images", type=int, default=120_000, help="rendered images to train on"
     )
+    parser.add_argument("--start_from", type=Path, help="an earlier result to go on from")
+    parser.add_argument("--seed", type=int, default=0, help="of the rendered images")
     parser.add_argument("--vae_steps", type=int, default=4_000, help="steps of 16 images each")
-    parser.add_argument("--unet_steps", type=int, default=12_000, help="steps of 32 images each")
+    parser.add_argument("--decoder_steps", type=int, default=6_000, help="steps of 32 images each")
+    parser.add_argument("--unet_steps", type=int, default=60_000, help="steps of 32 images each")
     return parser.parse_args(argv)
 
 

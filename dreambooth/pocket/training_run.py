@@ -1,15 +1,24 @@
 """The training loop of the pocket model's pretraining."""
 
-import math
 import os
 import time
+import zlib
 
 import numpy as np
 import torch
 
+WARM_UP = 200  # steps
+DECAY = 0.2  # share of the steps, the last, in which the learning rate falls to 0
+SECONDS_BETWEEN_SAVES = 180
+
 
 class Run:
-    """A resumable training loop: AdamW, linear warm-up, cosine decay, an EMA of the weights."""
+    """A resumable training loop: AdamW, linear warm-up, a constant learning rate that falls to 0 in
+    the last fifth of the steps, an EMA of the weights.
+
+    The learning rate is constant for so long that a run can be resumed with another number of
+    steps: what was trained before is what a run with that number would have trained.
+    """
 
     def __init__(self, name, module, work_dir, steps, lr, ema):
         self.name = name
@@ -18,7 +27,8 @@ class Run:
         self.lr = lr
         self.decay = ema
         self.file = work_dir / f"{name}.pt"
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=1e-2)
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=1e-2)
         self.average = {k: v.clone() for k, v in module.state_dict().items()}
         self.step = 0
         if self.file.exists():
@@ -30,7 +40,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = state["average"]
         self.step = state["step"]
-        print(f"{self.name}: resumed at step {self.step}")
+        print(f"{self.name}: resumed at step {self.step}", flush=True)
 
     def save(self):
         state = {
@@ -44,10 +54,10 @@ class Run:
         os.replace(temporary, self.file)
 
     def _set_lr(self):
-        warm_up = (self.step + 1) / 200
-        cosine = 0.5 + 0.5 * math.cos(math.pi * (self.step / self.steps)) + 1e-3
+        warm_up = (self.step + 1) / WARM_UP
+        decay = (self.steps - self.step) / (DECAY * self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(warm_up, cosine)
+            group["lr"] = self.lr * min(1.0, warm_up, decay)
 
     def _update_average(self):
         keep = min(self.decay, self.step / (self.step + 10))
@@ -58,12 +68,12 @@ class Run:
                 self.average[name].copy_(value)
 
     def _train_step(self, loss_of_step):
-        rng = np.random.default_rng((self.steps, self.step))
+        rng = np.random.default_rng((zlib.crc32(self.name.encode()), self.step))
         torch.manual_seed(self.step)
         self._set_lr()
         loss = loss_of_step(self.step, rng)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -72,13 +82,13 @@ class Run:
 
     def train(self, loss_of_step):
         """Minimise `loss_of_step(step, rng)`, a scalar; at the end the module holds the EMA."""
-        start = time.time()
+        start = saved = time.monotonic()
         first = self.step
         losses = []
         while self.step < self.steps:
             losses.append(self._train_step(loss_of_step))
             if self.step % 100 == 0:
-                seconds = (time.time() - start) / (self.step - first)
+                seconds = (time.monotonic() - start) / (self.step - first)
                 minutes_left = seconds * (self.steps - self.step) / 60
                 print(
                     f"{self.name} {self.step}/{self.steps} loss {np.mean(losses):.4f}"
@@ -86,7 +96,8 @@ class Run:
                     flush=True,
                 )
                 losses = []
-            if self.step % 500 == 0:
+            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 self.save()
+                saved = time.monotonic()
         self.save()
         self.module.load_state_dict(self.average)
