@@ -47,12 +47,12 @@ COUNTED_XL = {
     (CHECKPOINTING, LORA): Counted(7.8, 7.9, 1.3),
 }
 COUNTED_KLEIN = {
-    (): Counted(142.9, 157.1, 46.0),
-    (CHECKPOINTING,): Counted(62.1, 70.2, 2.3),
-    (BF16,): Counted(121.3, 128.4, 46.0),
-    (CHECKPOINTING, BF16): Counted(40.5, 44.2, 2.3),
-    (LORA,): Counted(77.6, 77.6, 35.0),
-    (CHECKPOINTING, LORA): Counted(15.2, 15.3, 3.8),
+    (): Counted(143.4, 157.8, 46.3),
+    (CHECKPOINTING,): Counted(62.1, 71.5, 2.3),
+    (BF16,): Counted(121.8, 129.0, 46.3),
+    (CHECKPOINTING, BF16): Counted(40.5, 44.8, 2.3),
+    (LORA,): Counted(77.7, 77.7, 35.1),
+    (CHECKPOINTING, LORA): Counted(15.3, 15.4, 3.8),
 }
 CHOICES = [flags for flags in COUNTED if flags != (BF16,)]  # without checkpointing it gains little
 PAIRS = 2  # as counted; run.sh's recipe has as many on one GPU, and one on each of several
