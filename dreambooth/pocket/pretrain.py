@@ -35,7 +35,6 @@ from dreambooth.loss import min_snr_weights
 from dreambooth.pocket import render
 from dreambooth.pocket.caption_tokenizer import MAX_TOKENS, build_tokenizer
 from dreambooth.pocket.training_run import Run
-from dreambooth.run.export import with_hub_names
 
 SIZE = 64  # pixels; the autoencoder turns them into 16 x 16 latents
 BATCH = 32  # images in a step of the U-Net
@@ -227,7 +226,8 @@ def export(tokenizer, vae, text_encoder, unet, output_dir):
     )
     pipeline.to(torch.float16).save_pretrained(output_dir)
     file = Path(output_dir) / "text_encoder" / "model.safetensors"
-    save_file(with_hub_names(load_file(file)), file, metadata={"format": "pt"})
+    weights = {f"text_model.{name}": weight for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})  # under the names that the Hub has
     return pipeline.to(torch.float32)
 
 

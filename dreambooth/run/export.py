@@ -110,7 +110,7 @@ def _write_pipeline(denoiser, model_dir, folder):
     for part in family.text_encoders:
         if index[part][1].startswith("CLIP"):
             for file in (folder / part).glob("*.safetensors"):
-                save_file(with_hub_names(load_file(file)), file, metadata={"format": "pt"})
+                save_file(_with_hub_names(load_file(file)), file, metadata={"format": "pt"})
     absent = dict.fromkeys(index.keys() & OPTIONAL_PARTS, [None, None])
     kept = {name: value for name, value in index.items() if name not in OPTIONAL_PARTS}
     if "requires_safety_checker" in index or "safety_checker" in index:
@@ -136,7 +136,7 @@ def _write_lora(denoiser, folder):
             layers[f"{part}_lora_layers"] = matrices
     if "text_encoder_lora_layers" in layers:
         own = layers["text_encoder_lora_layers"]
-        layers["text_encoder_lora_layers"] = with_hub_names(own)
+        layers["text_encoder_lora_layers"] = _with_hub_names(own)
     getattr(diffusers, denoiser.family.pipeline_class).save_lora_weights(folder, **layers)
     atomic.apply_umask(folder)
 
@@ -147,7 +147,7 @@ def _with_one_layout(name):
     return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
 
 
-def with_hub_names(text_encoder_weights):
+def _with_hub_names(text_encoder_weights):
     """CLIP's weights under the names that the Hub's files have and every loader knows: transformers
     5 leaves out their first part, and older versions would silently start from random weights."""
     known = ("text_model.", "text_projection.")
