@@ -249,6 +249,18 @@ def test_without_class_images_there_is_no_prior(run_story):
     assert commands["train.py"][0].endswith(" --prior_loss_weight 0")
 
 
+def test_what_must_not_change_is_generated_too(run_story):
+    """The class and another class, beside the subject: for a house that is a car."""
+    _, commands = run_story(0)
+    assert (
+        " photo of a car photo of a house photo of a house on the road"
+        in (commands["generate.py"][-1])
+    )
+    _, commands = run_story(0, CLASS_NAME="house", SCENES="at night")
+    sampled = commands["generate.py"][-1]
+    assert " photo of a house photo of a car photo of a car at night" in sampled
+
+
 def test_cheap_checks_come_before_dear_steps(run_story):
     """The photos are looked at, and the flags of train.py parsed, before anything is downloaded."""
     _, commands = run_story(1, 79, INSTANCE_DIR="images/lego-car", MORE_FLAGS="--seed 3")
