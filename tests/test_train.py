@@ -214,6 +214,8 @@ def test_gpus_exchange_gradients_in_bfloat16(
     monkeypatch.setattr(train.memory, "check_device", lambda *args: None)
     loaded = load_models()
     monkeypatch.setattr(models, "load_models", lambda *args: loaded)
+    encoded = SimpleNamespace(encode_prompts=lambda *args: None)
+    monkeypatch.setattr(models, "family_of", lambda model_dir: encoded)
     monkeypatch.setattr(models, "build_optimizer", end)
     worker = {"num_workers": num_workers, "device": device}
     worker["prepare_model"] = lambda denoiser, **settings: ddp
