@@ -37,6 +37,7 @@ from PIL import Image
 import generate
 import train
 from dreambooth import models
+from dreambooth.cli import UserError
 from dreambooth.image_generator import with_defaults
 from dreambooth.machines import cluster
 from dreambooth.pocket import pretrain, render
@@ -193,6 +194,29 @@ def generate_args(generate_argv):
 def sampling_args(generate_args):
     """The same with the model's own settings where none are given."""
     return lambda output_dir, **changes: with_defaults(generate_args(output_dir, **changes))
+
+
+@pytest.fixture
+def run_elastically(train_here, tmp_path, monkeypatch):
+    """Train two steps in two ways: run_elastically(lr=1e-3) returns the results of a run that
+    nobody stopped, and of one whose first step one worker takes and whose second step one or two
+    take, as many as there are."""
+
+    def run(**changes):
+        changes = {"adam_epsilon": 1e-2, "max_train_steps": 2, **changes}
+        alone = {**changes, "num_workers": 1, "gradient_accumulation_steps": 2}
+        expected = train_here(**alone).output_dir
+        with monkeypatch.context() as patch:
+            patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
+            with pytest.raises(UserError, match="could not be saved"):
+                more = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
+                train_here(tmp_path / "out", **alone, **more)
+        shutil.rmtree(tmp_path / "out.checkpoints" / "step_000002")
+        resumed = train_here(tmp_path / "out", **changes, num_workers="1:2")
+        assert "resuming after step 1" in resumed.stdout
+        return expected, resumed.output_dir
+
+    return run
 
 
 @pytest.fixture(scope="session")

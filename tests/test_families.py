@@ -225,22 +225,10 @@ def test_a_run_its_result_and_its_images(
         assert digests(tmp_path / "kohya") == after
 
 
-def test_a_run_goes_on_elastically_and_on_two_workers(train_here, xl_dir, tmp_path, monkeypatch):
-    """One worker takes the first of two steps; one or two, as many as there are, the second. The
-    weights are, to rounding, those of a run that nobody stopped."""
-    changes = {"model_dir": xl_dir, "lr": 1e-3, "adam_epsilon": 1e-2, "max_train_steps": 2}
-    alone = {**changes, "num_workers": 1, "gradient_accumulation_steps": 2}
-    expected = weights(train_here(**alone).output_dir)
-    with monkeypatch.context() as patch:
-        patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
-        with pytest.raises(UserError, match="could not be saved"):
-            more = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
-            train_here(tmp_path / "out", **alone, **more)
-    shutil.rmtree(tmp_path / "out.checkpoints" / "step_000002")
-    resumed = train_here(tmp_path / "out", **changes, num_workers="1:2")
-    assert "resuming after step 1" in resumed.stdout
-    update = expected - weights(xl_dir)
-    assert (weights(resumed.output_dir) - expected).norm() < 1e-3 * update.norm()
+def test_a_run_goes_on_elastically_and_on_two_workers(run_elastically, xl_dir):
+    """Its weights are, to rounding, those of a run that nobody stopped."""
+    expected, resumed = map(weights, run_elastically(model_dir=xl_dir, lr=1e-3))
+    assert (resumed - expected).norm() < 1e-3 * (expected - weights(xl_dir)).norm()
 
 
 def weights(folder):

@@ -237,7 +237,7 @@ def _find_orientation(exif):
             if tag == ExifTags.Base.Orientation and (kind, number) == (3, 1):  # one short integer
                 return value
     except (TypeError, struct.error):
-        pass
+        return None  # no TIFF header, or one that ends too soon
     return None
 
 
