@@ -42,11 +42,8 @@ def build_parser():
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
     layers = ["attention", "all"]
     add("--lora_layers", choices=layers, default=layers[0], help="layers of the U-Net to adapt")
-    add(
-        "--train_text_encoder",
-        action=on_off,
-        help="tune it, too (default: Stable Diffusion 1 and 2)",
-    )
+    text_help = "tune it, too (default: Stable Diffusion 1 and 2)"
+    add("--train_text_encoder", action=on_off, help=text_help)
 
     add = parser.add_argument_group("images").add_argument
     add("--instance_images_dir", **path, help="photos of the subject")
@@ -82,6 +79,8 @@ def build_parser():
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
+    graph_help = "replay a recorded step on the GPU: much faster, takes 1 to 3 GiB more"
+    add("--cuda_graph", action="store_true", help=graph_help)
     every_help = "steps between checkpoints; 0: none (default: a tenth of the run)"
     add("--checkpointing_steps", type=int, help=every_help)
     add("--checkpoints_total_limit", type=int, default=1, help="checkpoints to keep")
@@ -150,6 +149,8 @@ def train_fn(config):
     ddp = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)  # [3]
     if num_workers > 1 and device.type == "cuda":  # exchange gradients in bfloat16: half the bytes
         ddp.register_comm_hook(None, bf16_compress_hook)
+    if args.cuda_graph and device.type == "cuda":
+        ddp = models.Recorded(denoiser)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)

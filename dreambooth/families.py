@@ -72,10 +72,17 @@ class StableDiffusion:
         ids = select(prompts["prompt_ids"], [prompt for prompt, _ in runs])  # (R, L)
         return {"prompt_ids": ids, "counts": [n for _, n in runs]}
 
+    def one_per_image(self, conditions):
+        """The same conditions as tensors (2B, ...) alone, whatever prompts a batch has."""
+        if "counts" not in conditions:
+            return conditions
+        return {"prompt_ids": repeat(conditions["prompt_ids"], conditions["counts"])}
+
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
         """What the U-Net predicts (2B, C, h, w); noisy_latents (2B, C, h, w), timesteps (2B,)."""
         states = denoiser.text_encoder(conditions["prompt_ids"])[0]  # (R, L, D)
-        states = repeat(states, conditions["counts"])  # (2B, L, D)
+        if "counts" in conditions:
+            states = repeat(states, conditions["counts"])  # (2B, L, D)
         return denoiser.unet(noisy_latents, timesteps, states).sample
 
     def sampler_inputs(self, pipeline, prompt, device):
@@ -230,4 +237,5 @@ def repeat(rows, counts):
     """Row i of `rows` (R, ...) counts[i] times in a row."""
     if len(set(counts)) == 1:
         return rows.repeat_interleave(counts[0], 0)
-    return rows.repeat_interleave(torch.tensor(counts, device=rows.device), 0)
+    repeats = torch.tensor(counts).to(rows.device, non_blocking=True)
+    return rows.repeat_interleave(repeats, 0, output_size=sum(counts))  # else a GPU would wait

@@ -51,7 +51,8 @@ class ImageGenerator:
         if args.lora_weights_dir:
             apply_lora(self.pipeline, args.lora_weights_dir, args.lora_scale)
         denoiser = getattr(self.pipeline, self.family.part)
-        denoiser.to(memory_format=torch.channels_last)
+        if self.device == "cpu":  # a GPU's group norms undo it
+            denoiser.to(memory_format=torch.channels_last)
         self.pipeline.to(self.device)
         if self.device == "cuda":
             torch.cuda.empty_cache()  # what another model has left, as with --compare_to

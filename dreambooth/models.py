@@ -22,6 +22,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils._pytree import tree_map
 
 from dreambooth.cli import UserError, hide_progress_bars
 from dreambooth.families import family_of
@@ -55,6 +56,34 @@ class Denoiser(torch.nn.Module):
             return self.family.predict(self, noisy_latents, timesteps, conditions)
 
 
+class Recorded(torch.nn.Module):
+    """A denoiser whose forward and backward pass are recorded as CUDA graphs when it is first
+    called, and from then on launched as one each. Else Python launches the 6,000 kernels of a step
+    one by one, and a fast GPU waits for it.
+
+    Each batch must be as large as the first. The gradients are in the graph's memory, which the
+    next backward pass overwrites: they cannot be accumulated.
+    """
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+        self.is_recorded = False
+
+    def __call__(self, noisy_latents, timesteps, conditions):
+        conditions = self.denoiser.family.one_per_image(conditions)
+        batch = noisy_latents, timesteps, conditions
+        if not self.is_recorded:
+            self.is_recorded = True
+            # "thread_local": the threads that read images may use the GPU meanwhile.
+            settings = {"allow_unused_input": True, "capture_error_mode": "thread_local"}
+            torch.cuda.make_graphed_callables(self, tree_map(torch.clone, batch), **settings)
+        return super().__call__(*batch)
+
+    def forward(self, noisy_latents, timesteps, conditions):
+        return self.denoiser(noisy_latents, timesteps, conditions)
+
+
 def load_models(args, device, autocast=None):
     """The frozen VAE, the denoiser (U-Net and text encoder) and the noise schedule of
     `args.model_dir`.
@@ -73,7 +102,7 @@ def load_models(args, device, autocast=None):
     denoiser = load_denoiser(args, device, autocast).train()
     model, text_encoder = denoiser.model, denoiser.text_encoder
     vae = load_part(args, denoiser.family.vae_class, "vae", device).eval().requires_grad_(False)
-    if device.type == "cuda":  # on a CPU it costs a few per cent
+    if device.type == "cuda":  # in training on a CPU it costs a few per cent
         model.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
     if args.use_lora:

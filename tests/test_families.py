@@ -21,7 +21,7 @@ import generate
 import train
 from dreambooth import dataset, latents, models
 from dreambooth.cli import UserError
-from dreambooth.families import StableDiffusion, repeat
+from dreambooth.families import StableDiffusion, StableDiffusionXL, repeat
 from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.images import load_crops
 from dreambooth.run import export
@@ -276,6 +276,9 @@ def test_runs_of_images_with_the_same_prompt_share_its_encoding():
     found = StableDiffusion().conditions(prompts, {"prompts": [0, 0, 3, 1, 1, 1]})
     assert found["prompt_ids"].tolist() == [[0, 1], [6, 7], [2, 3]]
     assert found["counts"] == [2, 1, 3]
+    one = StableDiffusion().one_per_image(found)
+    assert one["prompt_ids"][:, 0].tolist() == [0, 0, 6, 2, 2, 2]
+    assert one.keys() == {"prompt_ids"} and StableDiffusionXL().one_per_image(one) is one
     assert repeat(found["prompt_ids"], found["counts"])[:, 0].tolist() == [0, 0, 6, 2, 2, 2]
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextModel
 
 from dreambooth import latents, models
@@ -108,6 +109,45 @@ def test_on_a_gpu_the_forward_pass_is_bfloat16(train_args, monkeypatch, use_lora
     in_bfloat16 = {p.dtype == torch.bfloat16 for p in denoiser.parameters()}
     assert (True in in_bfloat16) == use_lora
     assert {p.dtype for p in trained_parameters(denoiser).values()} == {torch.float32}
+
+
+def test_a_recorded_step_computes_what_the_denoiser_does(load_models, monkeypatch):
+    """Predictions and gradients of three batches with other prompts each, to rounding, where each
+    batch is copied to the tensors of the first one, as CUDA graphs need it; and the original model,
+    as with LoRA, is not what was recorded."""
+
+    def record(module, batch, **settings):
+        forward = module.forward
+
+        def replay(*given):
+            for kept, tensor in zip(tree_leaves(batch), tree_leaves(given), strict=True):
+                assert kept.data_ptr() != tensor.data_ptr()
+                kept.copy_(tensor)
+            replayed.append(len(given))
+            return forward(*batch)
+
+        module.forward = replay
+
+    replayed = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    _, denoiser, _ = load_models()
+    recorded = models.Recorded(denoiser)
+    noisy_latents, timesteps, conditions = random_inputs(num_images=6)
+    for rows, counts in (([0, 1], [3, 3]), ([1, 0], [2, 4]), ([0, 1, 0], [3, 1, 2])):
+        found = []
+        given = {"prompt_ids": conditions["prompt_ids"][rows], "counts": counts}
+        for model in (denoiser, recorded):
+            denoiser.zero_grad()
+            prediction = model(noisy_latents, timesteps, given)
+            prediction.square().mean().backward()
+            found += [prediction.detach(), denoiser.unet.conv_in.weight.grad]
+            found += [denoiser.text_encoder.get_input_embeddings().weight.grad]
+        for expected, actual in zip(found[:3], found[3:], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6)
+        noisy_latents, timesteps = noisy_latents.flip(0), timesteps.flip(0)
+    assert len(replayed) == 3
+    models.predict(denoiser, [], noisy_latents, timesteps, conditions)
+    assert len(replayed) == 3
 
 
 def test_each_prompt_is_encoded_once_however_many_images_share_it(load_models):

@@ -152,9 +152,10 @@ def test_what_may_change_does_not_change_the_fingerprint(
         "class_images_dir": shutil.copytree(class_dir, tmp_path / "class"),
     }
     how_it_runs = {
-        "gradient_checkpointing": True, "compile": True, "checkpointing_steps": 5,
-        "checkpoints_total_limit": 2, "restart": True, "max_failures": 0, "wait_for_gpus": 1,
-        "log_every": 1, "preview_prompts": "photo of a car", "preview_every": 1, "verbose": True,
+        "gradient_checkpointing": True, "compile": True, "cuda_graph": True,
+        "checkpointing_steps": 5, "checkpoints_total_limit": 2, "restart": True, "max_failures": 0,
+        "wait_for_gpus": 1, "log_every": 1, "preview_prompts": "photo of a car",
+        "preview_every": 1, "verbose": True,
     }  # fmt: skip
     wide = {"num_workers": 4, "num_epochs": 2}  # two steps of four pairs
     narrow = {"num_workers": 2, "gradient_accumulation_steps": 2, "max_train_steps": 2}
@@ -196,6 +197,9 @@ REFUSED = [
     ({"adam_beta2": 1.0}, "below 1"),
     ({"adam_beta2": 0.999, "param_dtype": "bf16"}, "give 0.99"),
     ({"use_lora": True, "param_dtype": "bf16"}, "full fine-tuning"),
+    ({"cuda_graph": True, "num_workers": "1:2", "train_batch_size": 2}, "for one worker"),
+    ({"cuda_graph": True, "gradient_accumulation_steps": 2}, "one pass per step"),
+    ({"cuda_graph": True, "gradient_checkpointing": True}, "leave one out"),
     ({"preview_prompts": "a car"}, "--preview_prompts and --preview_every go together"),
     ({"preview_every": 5}, "--preview_prompts and --preview_every go together"),
     ({"class_prompt": "photo of unqtkn car"}, "are equal"),

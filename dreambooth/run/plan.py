@@ -23,9 +23,9 @@ FACTORS = {  # of the pairs in a step and of the number of steps, which are part
     "max_train_steps",
 }  # fmt: skip
 HOW_IT_RUNS = {
-    "gradient_checkpointing", "compile", "checkpointing_steps", "checkpoints_total_limit",
-    "restart", "max_failures", "wait_for_gpus", "log_every", "preview_prompts", "preview_every",
-    "verbose",
+    "gradient_checkpointing", "compile", "cuda_graph", "checkpointing_steps",
+    "checkpoints_total_limit", "restart", "max_failures", "wait_for_gpus", "log_every",
+    "preview_prompts", "preview_every", "verbose",
 }  # fmt: skip
 MAY_CHANGE = PATHS | FACTORS | HOW_IT_RUNS
 
@@ -250,6 +250,10 @@ def check_numbers(args):
     if args.param_dtype == "bf16" and (args.adam_beta2 or 0) > 0.995:
         raise UserError(f"--adam_beta2 {args.adam_beta2}: too slow for bfloat16, give 0.99")
     fewest, most = args.num_workers
+    if args.cuda_graph and max(most, args.gradient_accumulation_steps) > 1:
+        raise UserError("--cuda_graph is for one worker and one pass per step: leave it out")
+    if args.cuda_graph and args.gradient_checkpointing:
+        raise UserError("--cuda_graph does not go with --gradient_checkpointing: leave one out")
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
     for num_workers in range(fewest, most + 1):
         if pairs_per_step % num_workers:
