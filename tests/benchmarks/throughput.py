@@ -54,6 +54,7 @@ from dreambooth.pocket.classes import POCKET_DIR
 
 FEATURES = ["cached latents", "prompts encoded once"]
 GPU_FEATURES = ["channels_last", "fused AdamW"]
+GPU_OPTIONS = [["--cuda_graph"], ["--cuda_graph", "--use_lora"]]
 OPTIONS = [
     ["--gradient_checkpointing"],
     ["--param_dtype=bf16"],
@@ -163,6 +164,9 @@ class Ours:
         self.vae, self.denoiser, self.scheduler = models.load_models(settings, device, autocast)
         if "channels_last" in off:
             self.denoiser.unet.to(memory_format=torch.contiguous_format)
+        self.model = self.denoiser
+        if settings.cuda_graph:
+            self.model = models.Recorded(self.denoiser)
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
         self.optimizer = models.build_optimizer(self.parameters, settings)
         if "fused AdamW" in off:
@@ -193,7 +197,7 @@ class Ours:
         timesteps = self.scheduler.timesteps_at(latents.sample_fractions(0, self.positions))
         timesteps = timesteps.to(posteriors.device, non_blocking=True)
         loss, _ = training_loss(
-            self.denoiser, self.scheduler, posteriors, self.conditions, posterior_noise, noise,
+            self.model, self.scheduler, posteriors, self.conditions, posterior_noise, noise,
             timesteps, 1.0,
         )  # fmt: skip
         loss.backward()
@@ -218,7 +222,8 @@ def list_sides(args, pipeline_dir, device):
         sides[f"ours without {feature}"] = functools.partial(build_ours, off=(feature,))
     if not on_gpu:
         sides["ours with bfloat16 autocast"] = functools.partial(build_ours, autocast=True)
-    for flags in OPTIONS + ([["--compile"]] if args.compile else []):
+    more = GPU_OPTIONS if on_gpu else []
+    for flags in OPTIONS + more + ([["--compile"]] if args.compile else []):
         option_settings = settings_for(pipeline_dir, "-", *flags)
         sides[f"ours {' '.join(flags)}"] = functools.partial(Ours, option_settings, *inputs)
     return sides
