@@ -152,8 +152,8 @@ main() {
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"
-  local ray_data=--use_ray_data  # on all GPUs; without any, and without a cluster, Ray would only take time to start
-  if ((NUM_GPUS == 0)) && [[ -z "${RAY_ADDRESS:-}" ]]; then ray_data=; fi
+  local ray_data=--use_ray_data  # on all GPUs; for one, or none, Ray would only take time to start
+  if ((NUM_GPUS <= 1)) && [[ -z "${RAY_ADDRESS:-}" ]]; then ray_data=; fi
   local class_images=()
   if ((NUM_CLASS_IMAGES > 0)); then
     "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
