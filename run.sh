@@ -97,7 +97,7 @@ choose_train_flags() {
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
   if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
     added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" \
-      --pairs "$PAIRS" $added)
+      --pairs "$pairs" $added)
   fi
   if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
   TRAIN_FLAGS="--train_batch_size $pairs --num_epochs $epochs --max_train_steps $STEPS $TRAIN_FLAGS $added"

@@ -79,7 +79,7 @@ def build_parser():
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
-    graph_help = "replay a recorded step on the GPU: much faster, takes 1 to 3 GiB more"
+    graph_help = "record forward and backward pass once, for one GPU: faster, takes more memory"
     add("--cuda_graph", action="store_true", help=graph_help)
     every_help = "steps between checkpoints; 0: none (default: a tenth of the run)"
     add("--checkpointing_steps", type=int, help=every_help)

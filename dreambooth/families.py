@@ -201,14 +201,15 @@ class Flux2Klein(StableDiffusionXL):
         prompt is attended to as well."""
         height, width = noisy_latents.shape[2:]
         model, states = denoiser.transformer, conditions["states"]
-        latent_ids = Flux2KleinPipeline._prepare_latent_ids(noisy_latents[:1])
-        text_ids = Flux2KleinPipeline._prepare_text_ids(states[:1])
+        with states.device:  # where they make their tensors
+            latent_ids = Flux2KleinPipeline._prepare_latent_ids(noisy_latents[:1])
+            text_ids = Flux2KleinPipeline._prepare_text_ids(states[:1])
         velocity = model(
             hidden_states=noisy_latents.flatten(2).transpose(1, 2),  # (2B, hw, C), row by row
             encoder_hidden_states=states,
             timestep=timesteps,
-            img_ids=latent_ids.to(states.device),
-            txt_ids=text_ids.to(states.device),
+            img_ids=latent_ids,
+            txt_ids=text_ids,
             guidance=torch.ones_like(timesteps) if model.config.guidance_embeds else None,
         ).sample
         return velocity.transpose(1, 2).unflatten(2, (height, width))

@@ -62,7 +62,7 @@ class Recorded(torch.nn.Module):
     one by one, and a fast GPU waits for it.
 
     Each batch must be as large as the first. The gradients are in the graph's memory, which the
-    next backward pass overwrites: they cannot be accumulated.
+    next call overwrites: they cannot be accumulated.
     """
 
     def __init__(self, denoiser):

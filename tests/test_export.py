@@ -258,6 +258,7 @@ def hub(monkeypatch):
     """The Hub, in place of which this stands."""
     hub = MagicMock()
     hub.create_repo.return_value = huggingface_hub.RepoUrl("https://huggingface.co/me/model")
+    hub.repo_info.return_value.private = True
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub.ModelCard, "validate", hub.validate)
     return hub
@@ -273,10 +274,20 @@ def test_a_result_is_uploaded_to_a_private_repository_unless_public(result, hub,
             call.whoami(token=True),
             call.validate(),
             call.create_repo("me/model", private=not flags, exist_ok=True),
+            *([] if flags else [call.repo_info("me/model")]),
             call.upload_folder(repo_id="me/model", folder_path=folder),
         ]
         assert "uploaded to https://huggingface.co/me/model" in capsys.readouterr().out
     assert 'from_pretrained("me/model")' in card_of(folder)[1]
+
+
+def test_what_should_be_private_is_not_uploaded_to_a_public_repository(result, hub):
+    """Of one that is there already the Hub ignores what it is asked to be."""
+    folder, _ = result()
+    hub.repo_info.return_value.private = False
+    with pytest.raises(UserError, match="me/model: that repository is public; add --public"):
+        run_export("card", folder, "--push", "me/model")
+    assert not hub.upload_folder.called
 
 
 def test_an_upload_that_fails_says_why(result, hub):

@@ -36,7 +36,9 @@ def test_what_fits_which_cards_and_that_the_readme_says_it(readme):
     for gigabytes, text in said.items():
         columns = text.split(" and ")  # one card, several; or the same for both
         for part, keeps_gradients in zip((columns[0], columns[-1]), (False, True), strict=True):
-            flags = choose(FREE[int(gigabytes)], Job(keeps_gradients=keeps_gradients))
+            pairs = 1 if keeps_gradients else 2  # of run.sh's recipe, as two GPUs share them
+            job = Job(pairs=pairs, keeps_gradients=keeps_gradients)
+            flags = choose(FREE[int(gigabytes)], job)
             assert set(re.findall(r"--\w+(?: bf16)?", part)) == set(flags), (gigabytes, part)
     smallest = (CHECKPOINTING, LORA)
     assert choose(FREE[6], Job(keeps_gradients=True)) == smallest
@@ -221,6 +223,16 @@ def test_what_the_machine_may_not_hold_when_it_saves_is_a_warning(check, monkeyp
         monkeypatch.setattr(device, "host_memory", lambda free=free: free)
         line = "7.0 GiB of this machine's memory are free, the run may need 8.0"
         assert (line in check(80)) == warned
+
+
+def test_a_recorded_step_needs_what_an_h100_reserved_for_it(check):
+    """20.5 and 9.3 GiB and 0.8 for libraries; and two gradients when it is recorded."""
+    for flags, measured in (((), 21.3), ((LORA,), 10.1)):
+        job = Job(keeps_gradients=True, is_recorded=True)
+        assert measured < needed(flags, job) < 1.3 * measured
+        assert needed(flags, job) > needed(flags, Job(keeps_gradients=True)) + 1
+    assert "training may need" in check(22, cuda_graph=True)
+    assert check(30, cuda_graph=True) == ""
 
 
 @pytest.mark.parametrize("missing", ["a C compiler", "Python's headers"])

@@ -367,7 +367,8 @@ def training_error(error):
     for cause in [error, controller_failure, *worker_failures.values()]:
         if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
             return OutOfMemory(
-                "out of GPU memory: give --gradient_checkpointing, then --param_dtype bf16 or"
+                "out of GPU memory: leave out --cuda_graph, give --gradient_checkpointing, then"
+                " --param_dtype bf16 or"
                 " --use_lora, or a smaller --train_batch_size or --resolution"
             )
         user_error = user_error_in(cause)

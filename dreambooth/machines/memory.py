@@ -59,6 +59,7 @@ PAIRS = 2  # as counted; run.sh's recipe has as many on one GPU, and one on each
 RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds; measured: 1.03 to 1.05
 LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL; measured: 0.8
 HOST_LIBRARIES = 4.0  # GiB of the machine's memory: Python's, Ray's and CUDA's
+RECORDED = 1.0  # GiB that CUDA graphs take beside what they hold
 PREVIEW = 4096 / 2**30  # GiB per pixel, for one image with guidance and its decoding
 
 
@@ -85,6 +86,7 @@ class Job(NamedTuple):
 
     pairs: int = PAIRS  # per forward pass
     keeps_gradients: bool = False
+    is_recorded: bool = False  # with --cuda_graph
     resolution: int = 512  # pixels
     unet: float = 1.0  # parameters of the U-Net; the reference has 1
     trained: float = 1.0  # parameters of what is trained, likewise
@@ -100,7 +102,10 @@ def needed(flags, job):
     text = job.reference.text
     size = text + (1 - text) * (job.resolution / job.reference.resolution) ** 2
     activations = job.pairs * counted.per_pair * size
-    activations = max(activations, PREVIEW * job.resolution**2)  # between two steps
+    preview = PREVIEW * job.resolution**2  # between two steps
+    if job.is_recorded:  # the graph keeps what its activations take
+        activations += preview + RECORDED
+    activations = max(activations, preview)
     original = 2 * job.original / device.GIB  # in bfloat16
     return RESERVE * (fixed * job.trained + activations * job.unet + original) + LIBRARIES
 
@@ -138,7 +143,8 @@ def check_device(args, plan, num_workers, torch_device):
     trains_text_encoder = pipeline_dir.family(args.model_dir).trains_text_encoder
     job = Job(
         pairs=pairs_per_pass * plan.images_per_pair / 2,
-        keeps_gradients=num_workers > 1 or accumulation_steps > 1,
+        keeps_gradients=num_workers > 1 or accumulation_steps > 1 or args.cuda_graph,
+        is_recorded=args.cuda_graph,
         resolution=plan.resolution,
         original=has_copy * pipeline_dir.num_trained(sizes, trains_text_encoder),
         **relative(args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)),

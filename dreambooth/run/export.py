@@ -228,6 +228,10 @@ def push(output_dir, repo, private):
         api.whoami(token=True)
         ModelCard.load(Path(output_dir) / CARD).validate()
         url = api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(url.repo_id).private:  # it was there before
+            raise UserError(
+                f"--push {repo}: that repository is public; add --public, or name another"
+            )
         api.upload_folder(repo_id=url.repo_id, folder_path=output_dir)
     except LocalTokenNotFoundError:
         raise UserError("not logged in to the Hub: run `hf auth login` first") from None

@@ -250,10 +250,14 @@ def check_numbers(args):
     if args.param_dtype == "bf16" and (args.adam_beta2 or 0) > 0.995:
         raise UserError(f"--adam_beta2 {args.adam_beta2}: too slow for bfloat16, give 0.99")
     fewest, most = args.num_workers
-    if args.cuda_graph and max(most, args.gradient_accumulation_steps) > 1:
-        raise UserError("--cuda_graph is for one worker and one pass per step: leave it out")
-    if args.cuda_graph and args.gradient_checkpointing:
-        raise UserError("--cuda_graph does not go with --gradient_checkpointing: leave one out")
+    if args.cuda_graph and (
+        max(most, args.gradient_accumulation_steps) > 1 or args.gradient_checkpointing
+    ):
+        warn(
+            "--cuda_graph is for one worker and one pass per step, without"
+            " --gradient_checkpointing: no step is recorded"
+        )
+        args.cuda_graph = False
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
     for num_workers in range(fewest, most + 1):
         if pairs_per_step % num_workers:

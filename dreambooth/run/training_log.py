@@ -172,7 +172,7 @@ class TrainingLog:
         return num_images / max(time.monotonic() - self.phase_began, 1e-9)
 
     def _line(self, row):
-        memory = f" peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
+        memory = f" reserved {row['reserved_gib']:.1f} GiB" if "reserved_gib" in row else ""
         halves = ""
         if "class_loss" in row:
             halves = f" (instance {row['instance_loss']:.4f}, class {row['class_loss']:.4f})"

@@ -264,7 +264,7 @@ def time_in_turns(builders, args, device):
             timings[name].turns.append(time_steps(side, args.steps, device))
     if device.type == "cuda":
         for timing in timings.values():  # of one side: there is only one at a time
-            timing.peak_gib = torch.cuda.max_memory_allocated() / GIB
+            timing.peak_gib = torch.cuda.max_memory_reserved() / GIB  # replays allocate nothing
     if "ours" in sides:
         print_arithmetic(sides["ours"], timings["ours"].median, device)
     return timings
