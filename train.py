@@ -90,7 +90,7 @@ def build_parser():
     add("--wait_for_gpus", type=int, default=0, help="seconds to wait for the workers' GPUs")
     add("--log_every", type=int, default=10, help="steps between two lines of the log")
     add("--preview_prompts", nargs="+", type=valid_prompt, default=[], help="prompts of previews")
-    add("--preview_every", type=int, default=0, help="steps between previews (default: none)")
+    add("--preview_every", type=int, default=0, help="steps between previews; 0: none")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")
     return parser
 

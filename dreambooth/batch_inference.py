@@ -17,7 +17,7 @@ def generate_with_ray(args, records):
     UserError: fewer GPUs than --num_workers, a node that does not see a path, or what an
     `ImageGenerator` raises.
     """
-    num_gpus, num_cpus = cluster.start_ray(args.verbose, log_to_driver=args.verbose)  # [1]
+    num_gpus, num_cpus = cluster.start_ray(args.verbose, log_to_driver=args.verbose)
     cluster.check_num_workers(args.num_workers or 1, num_gpus, num_cpus)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     paths = [args.model_dir, args.output_dir, args.lora_weights_dir]
@@ -35,8 +35,8 @@ def generate_with_ray(args, records):
     starts = range(0, len(records), batch_size)
     # A block for each batch: Ray Data would join smaller ones.
     blocks = [pd.DataFrame(records[start : start + batch_size]) for start in starts]
-    rows = ray.data.from_pandas(blocks)  # [2]
-    rows = rows.map_batches(  # [3]
+    rows = ray.data.from_pandas(blocks)
+    rows = rows.map_batches(
         ImageGenerator,
         fn_constructor_args=(args,),
         batch_size=batch_size,
@@ -45,7 +45,7 @@ def generate_with_ray(args, records):
         **resources,
     )
     try:
-        yield from rows.iter_rows()  # [4]
+        yield from rows.iter_rows()
     except ray.exceptions.RayError as error:
         raise cluster.user_error_in(error) or error from None
 
