@@ -94,7 +94,8 @@ def add_extras(folder, rng):
 
 
 def use(folder, tmp_path):
-    """Load a model for training and for sampling as the scripts do, and take a step of each."""
+    """Load a model for training and for sampling as the scripts do, and take a step of each; returns
+    the images (3, 64, 64), one."""
     pipeline_dir.check_model_dir(folder)
     pipeline_dir.check_prompts(folder, ["photo of a car"])
     args = SimpleNamespace(
@@ -110,8 +111,7 @@ def use(folder, tmp_path):
         conditions = {"prompt_ids": torch.zeros(1, 48, dtype=torch.long), "counts": [1]}
         denoiser(noisy, torch.tensor([500]), conditions)
     record = {"prompt": "photo of a car", "seed": 0, "index": 0, "file": "a.png"}
-    for _ in ImageGenerator(args).sample_all([record], 0):
-        pass
+    return [image for _, image in ImageGenerator(args).sample_all([record], 0)]
 
 
 @pytest.mark.parametrize("seed", range(DRAWN))
@@ -133,4 +133,6 @@ def test_a_drawn_model_directory_works_or_is_one_line(seed, tmp_path):
 def test_a_directory_with_extras_works(tmp_path):
     folder = copy_model(tmp_path / "model")
     add_extras(folder, np.random.default_rng(0))
-    use(folder, tmp_path)
+    (image,) = use(folder, tmp_path)
+    (plain,) = use(POCKET_DIR, tmp_path)
+    assert torch.equal(image, plain)

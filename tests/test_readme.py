@@ -243,7 +243,9 @@ def test_the_job_in_the_cluster_file_is_one_of_train_py(root, train_argv):
     text = (root / CLUSTER_FILES[0]).read_text()
     command = re.search(r"python train\.py (.*?) \.\.\.", text, re.DOTALL)[1]
     flags = re.sub(r"\\\n#", " ", command).split()
-    plan.check_numbers(train.parse_args([*train_argv("out"), *flags]))
+    args = train.parse_args([*train_argv("out"), *flags])
+    plan.check_numbers(args)
+    assert args.num_workers[1] == yaml.safe_load(text)["max_workers"]
 
 
 def test_the_rayjob_runs_train_py_on_the_pinned_ray(root):

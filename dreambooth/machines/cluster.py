@@ -368,8 +368,7 @@ def training_error(error):
         if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
             return OutOfMemory(
                 "out of GPU memory: leave out --cuda_graph, give --gradient_checkpointing, then"
-                " --param_dtype bf16 or"
-                " --use_lora, or a smaller --train_batch_size or --resolution"
+                " --param_dtype bf16 or --use_lora, or a smaller --train_batch_size or --resolution"
             )
         user_error = user_error_in(cause)
         if user_error:

@@ -86,7 +86,7 @@ class Job(NamedTuple):
 
     pairs: int = PAIRS  # per forward pass
     keeps_gradients: bool = False
-    is_recorded: bool = False  # with --cuda_graph
+    is_recorded: bool = False  # with --cuda_graph, which keeps gradients as well
     resolution: int = 512  # pixels
     unet: float = 1.0  # parameters of the U-Net; the reference has 1
     trained: float = 1.0  # parameters of what is trained, likewise
@@ -97,7 +97,8 @@ class Job(NamedTuple):
 def needed(flags, job):
     """GiB of free GPU memory that `job` needs with `flags`, a key of COUNTED."""
     counted = job.reference.counted[flags]
-    two_pairs = counted.kept if job.keeps_gradients else counted.one_gpu
+    keeps_gradients = job.keeps_gradients or job.is_recorded
+    two_pairs = counted.kept if keeps_gradients else counted.one_gpu
     fixed = two_pairs - PAIRS * counted.per_pair
     text = job.reference.text
     size = text + (1 - text) * (job.resolution / job.reference.resolution) ** 2
@@ -105,7 +106,8 @@ def needed(flags, job):
     preview = PREVIEW * job.resolution**2  # between two steps
     if job.is_recorded:  # the graph keeps what its activations take
         activations += preview + RECORDED
-    activations = max(activations, preview)
+    else:
+        activations = max(activations, preview)
     original = 2 * job.original / device.GIB  # in bfloat16
     return RESERVE * (fixed * job.trained + activations * job.unet + original) + LIBRARIES
 
@@ -143,7 +145,7 @@ def check_device(args, plan, num_workers, torch_device):
     trains_text_encoder = pipeline_dir.family(args.model_dir).trains_text_encoder
     job = Job(
         pairs=pairs_per_pass * plan.images_per_pair / 2,
-        keeps_gradients=num_workers > 1 or accumulation_steps > 1 or args.cuda_graph,
+        keeps_gradients=num_workers > 1 or accumulation_steps > 1,
         is_recorded=args.cuda_graph,
         resolution=plan.resolution,
         original=has_copy * pipeline_dir.num_trained(sizes, trains_text_encoder),

@@ -228,7 +228,8 @@ def check_class(args):
 
 
 def check_numbers(args):
-    """The recipe's numbers must be in range and go together."""
+    """The recipe's numbers must be in range and go together. --cuda_graph is switched off, with a
+    warning, where no step can be recorded."""
     check_at_least(
         args, 1, "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
         "lora_rank", "log_every", "checkpoints_total_limit",

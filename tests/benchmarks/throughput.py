@@ -231,8 +231,8 @@ def list_sides(args, pipeline_dir, device):
 
 @dataclass
 class Timing:
-    """Seconds of a side's first step, seconds per step of each turn, and on a GPU its peak
-    memory."""
+    """Seconds of a side's first step, seconds per step of each turn, and on a GPU the
+    most memory that torch reserved."""
 
     first: float
     turns: list = field(default_factory=list)
@@ -286,7 +286,7 @@ def compare_steps(args, pipeline_dir, device):
     for name, timing in timings.items():
         rate = 2 * args.batch_size / timing.median
         ratio = timings["plain"].median / timing.median
-        peak = f"  peak {timing.peak_gib:5.2f} GiB" if timing.peak_gib else ""
+        peak = f"  reserved {timing.peak_gib:5.2f} GiB" if timing.peak_gib else ""
         print(
             f"{name:50} first {timing.first:5.1f} s, then {timing.median:6.3f} s per step"
             f" {rate:7.1f} images/s {ratio:5.2f} x{peak}",
