@@ -94,8 +94,8 @@ def add_extras(folder, rng):
 
 
 def use(folder, tmp_path):
-    """Load a model for training and for sampling as the scripts do, and take a step of each; returns
-    the images (3, 64, 64), one."""
+    """Load a model for training and for sampling as the scripts do, and take a step of each;
+    returns the images (3, 64, 64), one."""
     pipeline_dir.check_model_dir(folder)
     pipeline_dir.check_prompts(folder, ["photo of a car"])
     args = SimpleNamespace(
