@@ -55,7 +55,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("sampler").add_argument
     scheduler_help = (
-        "dpm: DPM-Solver++ with Karras sigmas; model: the model's own (default: dpm; FLUX's: model)"
+        "dpm: DPM-Solver++ with Karras sigmas, stochastic if the model's own scheduler is;"
+        " model: the model's own (default: dpm; FLUX's: model)"
     )
     add("--scheduler", choices=["dpm", "model"], help=scheduler_help)
     add("--num_inference_steps", type=int, help="denoising steps (default: 25; FLUX: 50)")

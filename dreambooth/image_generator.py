@@ -178,7 +178,8 @@ def load_pipeline(model_dir, dtype=None, scheduler="dpm", **parts):
 
 
 def build_dpm(config):
-    """DPM-Solver++ with Karras sigmas (Lu et al. 2022, arXiv 2211.01095) for a noise schedule.
+    """DPM-Solver++ with Karras sigmas (Lu et al. 2022, arXiv 2211.01095) for a noise schedule; the
+    one that adds noise at each step if the model's own scheduler is that.
 
     Where the last timestep is all but pure noise (cosine, zero SNR), without Karras: its first
     steps are all so noisy that they fall on that one timestep.

@@ -1,6 +1,7 @@
 """Records into images: each from its own record alone, none empty, in batches that fit."""
 
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,11 +69,21 @@ def test_all_images_differ(generator, records, images):
     assert torch.pdist(others).min() > 0
 
 
-def test_the_scheduler_and_compilation_are_as_asked_for(generate_args, tmp_path):
-    plain = ImageGenerator(generate_args(tmp_path)).pipeline
+def test_the_scheduler_and_compilation_are_as_asked_for(model_dir, generate_args, tmp_path):
+    """By default DPM-Solver++, which adds noise at each step if the model's own scheduler does, as
+    pocket's; of a model with another scheduler it is deterministic."""
+    own = ImageGenerator(generate_args(tmp_path)).pipeline.scheduler
+    assert own.config.algorithm_type == "sde-dpmsolver++"
+    args = {"model_dir": shutil.copytree(model_dir, tmp_path / "model")}
+    PNDMScheduler(beta_end=0.012).save_pretrained(args["model_dir"] / "scheduler")
+    index = args["model_dir"] / "model_index.json"
+    index.write_text(index.read_text().replace(type(own).__name__, "PNDMScheduler"))
+    plain = ImageGenerator(generate_args(tmp_path, **args)).pipeline
     assert type(plain.scheduler) is DPMSolverMultistepScheduler
     assert plain.scheduler.config.use_karras_sigmas
-    other = ImageGenerator(generate_args(tmp_path, scheduler="model", compile=True)).pipeline
+    assert plain.scheduler.config.algorithm_type == "dpmsolver++"
+    args |= {"scheduler": "model", "compile": True}
+    other = ImageGenerator(generate_args(tmp_path, **args)).pipeline
     assert type(other.scheduler) is PNDMScheduler
     for unet, is_compiled in ((plain.unet, False), (other.unet, True)):
         compiled = [module for module in unet.modules() if module._compiled_call_impl is not None]

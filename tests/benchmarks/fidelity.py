@@ -280,22 +280,6 @@ def original_report(original, judge, count):
     return {"prior": metrics.prior_of(members), "diversity": diversity(members), **others}
 
 
-def world_report(sample, judge):
-    """How often an image shows what its prompt says: class, place and colour, for the original
-    model."""
-    correct = {"class": [], "place": [], "colour": []}
-    names = list(render.COLOURS)
-    for kind in render.CLASSES:
-        for place in render.PLACES:
-            colour = names[len(correct["class"]) * 2 % len(names)]
-            article = "an" if colour == "orange" else "a"
-            scenes = judge(sample(f"photo of {article} {colour} {kind} {place}"))
-            correct["class"].append(share(s.kind == kind for s in scenes))
-            correct["place"].append(share(s.place == place for s in scenes))
-            correct["colour"].append(share(s.colour == colour for s in scenes))
-    return {name: float(np.mean(shares)) for name, shares in correct.items()}
-
-
 def judge_accuracy(judge, vae=None, count=1000):
     """The judge's accuracy on renders that it has not seen: the most that any model could reach."""
     rng = np.random.default_rng(99)
@@ -338,8 +322,6 @@ def report_pocket_metrics(args, samplers):
     vae = original.generator.pipeline.vae
     judge = Judge(subject, label_world(vae), label_subject(subject, vae))
     rows = {"judge": judge_accuracy(judge, vae)}
-    if args.world:
-        rows["world"] = world_report(lambda prompt: original(prompt, 8), judge)
     rows["original"] = original_report(original, judge, args.num_samples)
     for name, row in rows.items():
         print_row(name, row)
@@ -383,11 +365,6 @@ def parse_args(argv=None):
     )
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="weight of the prompt")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images")
-    parser.add_argument(
-        "--world",
-        action="store_true",
-        help="also report how well the original model knows its world",
-    )
     parser.add_argument(
         "--pocket_subject",
         choices=list(render.SUBJECTS),

@@ -10,7 +10,8 @@ Gaussians fitted to features (Heusel et al. 2017, arXiv 1706.08500, eq. 6) is pr
     floor        renders through the model's VAE: the best that its U-Net could do
     guidance g   images of the renders' captions, at guidance 1 and 4
 
-and beside it the strength of edges, the strongest tenth of the Laplacian, relative to renders.
+and beside it the strength of edges, the strongest tenth of the Laplacian, relative to renders, and
+how often the classifier sees the class, the place and the colour that a caption names.
 """
 
 import json
@@ -72,7 +73,7 @@ class Classifier(nn.Module):
         return [head(features) for head in self.heads]
 
 
-def train_classifier(num_images=30_000, steps=1_500, batch=128, seed=5):
+def train_classifier(num_images=30_000, steps=3_000, batch=128, seed=5):
     """A classifier trained on fresh renders."""
     rng = np.random.default_rng(seed)
     scenes = [render.sample_scene(rng) for _ in range(num_images)]
@@ -116,6 +117,22 @@ def frechet_distance(one, other):
     return distance.item()
 
 
+@torch.inference_mode()
+def seen(classifier, images, scenes, captions):
+    """The shares of images (N, 64, 64, 3) uint8 that show the class, the place and the colour of
+    their scene, over those whose caption names it."""
+    parts = [classifier(images[i : i + 256]) for i in range(0, len(images), 256)]
+    outputs = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+    words = {"class": lambda s: s.kind, "place": lambda s: s.place, "colour": lambda s: s.colour}
+    shares = {}
+    for name, word in words.items():
+        column = ("class", "place", "body", "colour").index(name)
+        named = [i for i, scene in enumerate(scenes) if f" {word(scene)}" in captions[i]]
+        truth = [labels(scenes[i])[column] for i in named]
+        shares[name] = fidelity.share(outputs[column][named].argmax(1) == torch.tensor(truth))
+    return shares
+
+
 def edge_strength(images):
     """The mean of the strongest tenth of the Laplacian of images (N, H, W, 3) uint8 in grey."""
     grey = torch.from_numpy(images).float().mean(3, keepdim=True).permute(0, 3, 1, 2) / 255
@@ -156,6 +173,7 @@ def measure(model_dir, work_dir, count, guidance_scales):
     for name, images in sets.items():
         distance = frechet_distance(real, statistics(classifier, images))
         rows[name] = {"distance": distance, "edges": edge_strength(images) / edges}
+        rows[name] |= seen(classifier, images, scenes, captions)
     for name, row in rows.items():
         if name.startswith("guidance"):
             row["beyond the floor"] = row["distance"] - rows["floor"]["distance"]
