@@ -50,6 +50,12 @@ def test_a_file_is_replaced_and_never_seen_half_written(tmp_path):
     assert names_in(tmp_path) == ["a.txt"]
 
 
+def test_a_directory_is_no_file_to_replace(tmp_path):
+    with pytest.raises(UserError, match="is a directory: name a file in it"):
+        atomic.replace_file(tmp_path, lambda file: file.write_text("new"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_lines_of_several_writers_do_not_mix(tmp_path):
     """Each is a single write, so that a crash leaves the whole line or nothing, however long it
     is."""

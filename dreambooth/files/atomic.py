@@ -25,8 +25,10 @@ HOST = socket.gethostname().partition(".")[0]
 
 def replace_file(file, write):
     """Let `write(temporary)` write a temporary file, then rename it to `file`, with the mode of new
-    files."""
+    files. UserError: `file` is a directory."""
     file = Path(file)
+    if file.is_dir():
+        raise UserError(f"{file} is a directory: name a file in it")
     temporary = file.with_name(f".{file.name}.{HOST}.{os.getpid()}.tmp")
     try:
         temporary.touch()
