@@ -186,9 +186,10 @@ def report_dir(output_dir):
 
 
 def check_flags(args):
-    """Check the flags of train.py, as far as that takes no time. A UserError names the first
-    mistake."""
+    """Check the flags of train.py, as far as that takes no time, and leave --cuda_graph out where
+    no step can be recorded. A UserError names the first mistake."""
     check_numbers(args)
+    args.cuda_graph = can_record(args)
     pipeline_dir.check_model_dir(args.model_dir)
     check_family(args)
     check_output_dir(args)
@@ -228,8 +229,7 @@ def check_class(args):
 
 
 def check_numbers(args):
-    """The recipe's numbers must be in range and go together. --cuda_graph is switched off, with a
-    warning, where no step can be recorded."""
+    """The recipe's numbers must be in range and go together."""
     check_at_least(
         args, 1, "train_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
         "lora_rank", "log_every", "checkpoints_total_limit",
@@ -251,14 +251,6 @@ def check_numbers(args):
     if args.param_dtype == "bf16" and (args.adam_beta2 or 0) > 0.995:
         raise UserError(f"--adam_beta2 {args.adam_beta2}: too slow for bfloat16, give 0.99")
     fewest, most = args.num_workers
-    if args.cuda_graph and (
-        max(most, args.gradient_accumulation_steps) > 1 or args.gradient_checkpointing
-    ):
-        warn(
-            "--cuda_graph is for one worker and one pass per step, without"
-            " --gradient_checkpointing: no step is recorded"
-        )
-        args.cuda_graph = False
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
     for num_workers in range(fewest, most + 1):
         if pairs_per_step % num_workers:
@@ -268,6 +260,19 @@ def check_numbers(args):
             )
     if args.param_dtype == "bf16" and args.use_lora:
         raise UserError("--param_dtype bf16 is for full fine-tuning: leave it out with --use_lora")
+
+
+def can_record(args):
+    """Whether --cuda_graph is given and steps can be recorded. If they cannot, a warning says so:
+    run.sh may have added, for the GPUs that it found, what does not go with it."""
+    several = max(args.num_workers[1], args.gradient_accumulation_steps) > 1
+    if args.cuda_graph and (several or args.gradient_checkpointing):
+        warn(
+            "--cuda_graph is for one worker and one pass per step, without"
+            " --gradient_checkpointing: no step is recorded"
+        )
+        return False
+    return args.cuda_graph
 
 
 def check_output_dir(args):
