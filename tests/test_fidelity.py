@@ -165,6 +165,22 @@ def test_a_frechet_distance_is_that_of_two_gaussians():
     assert realism.frechet_distance(other, other) == pytest.approx(0, abs=1e-9)
 
 
+def test_what_an_image_shows_counts_where_its_caption_names_it():
+    """Four red cars on the beach, of which a classifier takes the last for a white one in snow;
+    two captions name the colour, three the place."""
+    car = render.Scene("car", "red", "on the beach", "van")
+    captions = ["", "photo of a car on the beach", "photo of a red car on the beach"]
+    captions.append("photo of a red car with a white roof on the beach")
+    white = replace(car, colour="white", place="in the snow")
+    rows = [realism.labels(scene) for scene in (car, car, car, white)]
+
+    def classifier(images):
+        return [torch.eye(16)[list(column)] for column in zip(*rows, strict=True)]
+
+    shares = realism.seen(classifier, np.zeros(4), [car] * 4, captions)
+    assert shares == {"class": 1.0, "place": pytest.approx(2 / 3), "colour": 0.5}
+
+
 def test_edges_are_weaker_in_a_blurred_image():
     scenes = [render.sample_scene(np.random.default_rng(i)) for i in range(8)]
     images = fidelity.render_all(scenes, np.random.default_rng(0))

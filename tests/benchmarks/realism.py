@@ -128,8 +128,8 @@ def seen(classifier, images, scenes, captions):
     for name, word in words.items():
         column = ("class", "place", "body", "colour").index(name)
         named = [i for i, scene in enumerate(scenes) if f" {word(scene)}" in captions[i]]
-        truth = [labels(scenes[i])[column] for i in named]
-        shares[name] = fidelity.share(outputs[column][named].argmax(1) == torch.tensor(truth))
+        truth = torch.tensor([labels(scenes[i])[column] for i in named])
+        shares[name] = (outputs[column][named].argmax(1) == truth).float().mean().item()
     return shares
 
 
