@@ -20,7 +20,7 @@ use_pocket() {
   LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 1e-3 --lr_scheduler cosine --prior_loss_weight 3}
   PAIRS=${PAIRS:-8} STEPS=${STEPS:-300}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
-  SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4}
+  SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4 --seed 1}
 }
 
 use_stable_diffusion() {
