@@ -42,7 +42,7 @@ from tests.benchmarks import fidelity
 
 STEPS = "--train_batch_size 8 --num_epochs 12 --max_train_steps 300"
 FULL = "--lr 2e-4 --lr_scheduler cosine --prior_loss_weight 3"
-LORA = "--lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine --prior_loss_weight 2"
+LORA = "--lora_layers all --lora_rank 16 --lr 6e-4 --lr_scheduler cosine --prior_loss_weight 2"
 RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
 SHEET_COLUMNS = 8
 TUNING = [
