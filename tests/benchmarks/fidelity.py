@@ -361,7 +361,7 @@ def parse_args(argv=None):
     parser.add_argument("--json", help="write the rows to this file as well")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
     parser.add_argument(
-        "--scheduler", choices=["dpm", "model"], default="dpm", help="as in generate.py"
+        "--scheduler", choices=["dpm", "ode", "model"], default="dpm", help="as in generate.py"
     )
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="weight of the prompt")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images")

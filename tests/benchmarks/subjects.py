@@ -42,8 +42,9 @@ from tests.benchmarks import fidelity
 
 STEPS = "--train_batch_size 8 --num_epochs 12 --max_train_steps 300"
 FULL = "--lr 2e-4 --lr_scheduler cosine --prior_loss_weight 3"
-LORA = "--lora_layers all --lora_rank 16 --lr 6e-4 --lr_scheduler cosine --prior_loss_weight 2"
+LORA = "--lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine"
 RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
+SCHEDULERS = {"full": "dpm", "lora": "ode"}  # of class images and of those judged
 SHEET_COLUMNS = 8
 TUNING = [
     "lego_car",
@@ -116,14 +117,16 @@ class Bench:
     def __init__(self, args):
         self.args = args
         self.work_dir = Path(args.work_dir)
+        self.scheduler = SCHEDULERS[args.recipe]
         sample = self.sampler(args.model_dir)
-        self.original = ImagesOnDisk(sample, self.work_dir / "original")
+        self.original = ImagesOnDisk(sample, self.work_dir / f"original-{self.scheduler}")
         self.vae = sample.generator.pipeline.vae
         self.world = None
         self.judges = {}
 
     def sampler(self, model_dir, lora_weights_dir=None):
         flags = ["--model_dir", str(model_dir), "--num_samples", str(self.args.num_samples)]
+        flags += ["--scheduler", self.scheduler]
         return fidelity.Sampler(fidelity.parse_args(flags), model_dir, lora_weights_dir)
 
     def judge(self, name):
@@ -150,9 +153,10 @@ class Bench:
 
     def class_images(self, subject):
         """200 images of the subject's class by the original model, as in run.sh."""
-        folder = self.work_dir / "class" / subject.kind
+        folder = self.work_dir / "class" / f"{subject.kind}-{self.scheduler}"
         flags = ["--model_dir", self.args.model_dir, "--output_dir", folder]
         flags += ["--prompts", fidelity.class_prompt(subject), "--guidance_scale", "1"]
+        flags += ["--scheduler", self.scheduler]
         flags += ["--num_samples_per_prompt", self.args.num_class_images]
         generate.main(generate.parse_args([str(flag) for flag in flags]))
         return folder
