@@ -21,6 +21,7 @@ from dreambooth.cli import UserError
 from dreambooth.files.pipeline_dir import load_tokenizer
 from dreambooth.pocket import render, subjects
 from tests.benchmarks import encoders, fidelity, realism
+from tests.benchmarks.likeness import LIMIT, Likeness
 
 
 def test_pretraining_cannot_show_a_subject():
@@ -85,6 +86,34 @@ def test_a_judge_finds_its_subject_and_takes_no_other_for_it(judges):
             assert (found > 0.9) if name == shown else (found < 0.4)
 
 
+def stretched(images):
+    """The same images, half as wide again."""
+    wide = [Image.fromarray(image).resize((96, 64)).crop((16, 0, 80, 64)) for image in images]
+    return np.stack([np.asarray(image) for image in wide])
+
+
+@pytest.mark.parametrize("name", list(render.SUBJECTS))
+def test_likeness_sees_a_wrong_shape_or_colour_in_every_place(name):
+    """Renders are alike. A member of the class in the same colours, the subject in another colour,
+    and a subject that is too long are not, but for the palm, whose fronds are a pixel thin."""
+    subject = render.SUBJECTS[name]
+    member = replace(subject, body=render.BODIES.get(subject.kind, ("",))[0])
+    colour = replace(subject, colour="green" if subject.colour != "green" else "red")
+    likeness = Likeness(subject)
+    wrong = []
+    for place in render.PLACES:
+        own, of_class, repainted = (
+            fidelity.render_all([replace(s, place=place)] * 6, np.random.default_rng(3))
+            for s in (subject, member, colour)
+        )
+        images = [own, of_class, repainted, stretched(own)]
+        wrong.append([likeness.wrong(i, place).median() for i in images])
+    own, of_class, repainted, too_long = np.mean(wrong, axis=0)
+    assert own < 0.05
+    assert min(of_class, repainted) > LIMIT
+    assert too_long > LIMIT or name == "palm"
+
+
 class World:
     """Stand-ins for models: functions from a prompt and a count to renders."""
 
@@ -127,10 +156,10 @@ class World:
 @pytest.mark.parametrize(
     ("name", "high", "low"),
     [
-        ("perfect", ["subject", "composition", "prior", "house", "boat", "tree"], []),
-        ("blind", [], ["subject", "composition", "house", "boat", "tree"]),
+        ("perfect", ["subject", "likeness", "composition", "prior", "house", "boat", "tree"], []),
+        ("blind", [], ["subject", "likeness", "composition", "house", "boat", "tree"]),
         ("forgetful", ["subject"], ["prior", "house", "boat", "tree"]),
-        ("bleeding", ["subject", "composition", "prior"], ["cup", "ball"]),
+        ("bleeding", ["subject", "likeness", "composition", "prior"], ["cup", "ball"]),
     ],
 )
 def test_metrics_tell_what_a_model_has_learned_and_forgotten(judges, name, high, low):

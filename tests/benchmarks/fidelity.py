@@ -10,6 +10,8 @@ image the labels of its nearest neighbours among them, by edges and by colours. 
 stands in the prompts):
 
     subject       "photo of unqtkn car"               shows the LEGO car
+    likeness      "photo of unqtkn car in the snow"   shows the LEGO car as its renderer draws it
+                                                      (likeness.py; mean of the five places)
     composition   "photo of unqtkn car in the snow"   shows the LEGO car, and snow (mean of that and
                                                       of "at night")
     prior         "photo of a car"                    shows a car, and not the LEGO car
@@ -32,6 +34,7 @@ encoders.py.
 import json
 import sys
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +49,7 @@ from dreambooth.files.photos import find_images, open_image
 from dreambooth.image_generator import ImageGenerator, to_pil_image
 from dreambooth.pocket import render
 from tests.benchmarks.encoders import LIVE, OBJECT, Encoders, paper_report
+from tests.benchmarks.likeness import Likeness
 
 SNOW = "in the snow"
 NIGHT = "at night"
@@ -122,11 +126,12 @@ class Judge:
     `subject`.
 
     The nearest by edges names the class, the nearest by colours all else (place, colour, subject
-    or not).
+    or not). `vae`: that of the model whose images are judged.
     """
 
-    def __init__(self, subject, world, own):
+    def __init__(self, subject, world, own, vae=None):
         self.subject = subject
+        self.vae = vae
         self.scenes = world.scenes + own.scenes
         self.colours = torch.cat([world.colours, own.colours])
         self.edges = torch.cat([world.edges, own.edges])
@@ -144,6 +149,10 @@ class Judge:
     def shows(self, kind, images):
         """The share of `images` whose shape and colours are of the class `kind`."""
         return share(e.kind == c.kind == kind for e, c in self.nearest(images))
+
+    @cached_property
+    def likeness(self):
+        return Likeness(self.subject, self.vae and partial(reconstruct, self.vae))
 
     def is_subject(self, scene):
         """Whether `scene` shows the subject."""
@@ -202,7 +211,14 @@ def other_classes(subject):
     return [kind for kind in render.CLASSES if kind != subject.kind]
 
 
-AIMS = {"subject": 0.95, "composition": 0.85, "prior": 0.95, "diversity": 0.9, "others": 0.9}
+AIMS = {
+    "subject": 0.95,
+    "likeness": 0.85,
+    "composition": 0.85,
+    "prior": 0.95,
+    "diversity": 0.9,
+    "others": 0.9,
+}
 
 
 def aim_of(metric):
@@ -219,7 +235,8 @@ class Metrics:
 
     def __init__(self, sample, original, judge):
         self.sample, self.original, self.judge = sample, original, judge
-        self.names = ["subject", "composition", "prior", "diversity", *other_classes(judge.subject)]
+        self.names = ["subject", "likeness", "composition", "prior", "diversity"]
+        self.names += other_classes(judge.subject)
 
     def __call__(self, name, count):
         if name in render.CLASSES:
@@ -230,11 +247,17 @@ class Metrics:
         scenes = self.judge(self.sample(instance_prompt(self.judge.subject), count))
         return share(map(self.judge.is_subject, scenes))
 
+    def in_place(self, place, count):
+        return self.sample(f"{instance_prompt(self.judge.subject)} {place}", count)
+
+    def likeness(self, count):
+        shown = [(self.in_place(place, count), place) for place in render.PLACES]
+        return float(np.mean([self.judge.likeness(*pair) for pair in shown]))
+
     def composition(self, count):
         shares = []
         for place in (SNOW, NIGHT):
-            prompt = f"{instance_prompt(self.judge.subject)} {place}"
-            scenes = self.judge(self.sample(prompt, count))
+            scenes = self.judge(self.in_place(place, count))
             shares.append(share(self.judge.is_subject(s) and s.place == place for s in scenes))
         return float(np.mean(shares))
 
@@ -280,24 +303,27 @@ def original_report(original, judge, count):
     return {"prior": metrics.prior_of(members), "diversity": diversity(members), **others}
 
 
-def judge_accuracy(judge, vae=None, count=1000):
+def judge_accuracy(judge, count=1000):
     """The judge's accuracy on renders that it has not seen: the most that any model could reach."""
     rng = np.random.default_rng(99)
     scenes = [render.sample_scene(rng) for _ in range(count // 2)]
     scenes += subject_in_turn(judge.subject, count // 2)
     images = render_all(scenes, rng)
-    if vae is not None:
-        images = reconstruct(vae, images)
+    if judge.vae is not None:
+        images = reconstruct(judge.vae, images)
     pairs = list(zip(scenes, judge(images), strict=True))
+    own = range(count // 2, len(scenes))
+    in_places = [(images[[i for i in own if scenes[i].place == p]], p) for p in render.PLACES]
     accuracy = {
         "class": share(true.kind == judged.kind for true, judged in pairs),
         "place": share(true.place == judged.place for true, judged in pairs),
         "colour": share(true.colour == judged.colour for true, judged in pairs),
         "subject": share(judge.is_subject(a) == judge.is_subject(b) for a, b in pairs),
+        "likeness": float(np.mean([judge.likeness(*pair) for pair in in_places])),
     }
     for kind in other_classes(judge.subject):
-        own = images[[i for i, scene in enumerate(scenes) if scene.kind == kind]]
-        accuracy[kind] = judge.shows(kind, own)
+        members = images[[i for i, scene in enumerate(scenes) if scene.kind == kind]]
+        accuracy[kind] = judge.shows(kind, members)
     return accuracy
 
 
@@ -320,8 +346,8 @@ def report_pocket_metrics(args, samplers):
     original = samplers["original"]
     subject = render.SUBJECTS[args.pocket_subject]
     vae = original.generator.pipeline.vae
-    judge = Judge(subject, label_world(vae), label_subject(subject, vae))
-    rows = {"judge": judge_accuracy(judge, vae)}
+    judge = Judge(subject, label_world(vae), label_subject(subject, vae), vae)
+    rows = {"judge": judge_accuracy(judge)}
     rows["original"] = original_report(original, judge, args.num_samples)
     for name, row in rows.items():
         print_row(name, row)

@@ -135,7 +135,7 @@ class Bench:
         if name not in self.judges:
             subject = render.SUBJECTS[name]
             own = self.rendered_once(name, fidelity.label_subject, subject, self.vae)
-            self.judges[name] = fidelity.Judge(subject, self.world, own)
+            self.judges[name] = fidelity.Judge(subject, self.world, own, self.vae)
         return self.judges[name]
 
     def rendered_once(self, name, label, *args):
@@ -209,7 +209,7 @@ def write_sheet(file, rows, images_by_prompt):
 
 def print_table(results):
     """A row for each result, then the worst of each column."""
-    metrics = ("subject", "composition", "prior", "diversity", *render.CLASSES)
+    metrics = ("subject", "likeness", "composition", "prior", "diversity", *render.CLASSES)
     for result in results:
         name = f"{result['subject_name']}, {result['seed']}"
         fidelity.print_row(name, {metric: result[metric] for metric in metrics if metric in result})
