@@ -1,4 +1,4 @@
-"""Generate images with a Stable Diffusion model: class images with the original one, the subject in
+"""Generate images with a diffusers pipeline: class images with the original one, the subject in
 new places with the tuned one.
 
     python generate.py --model_dir $TUNED_MODEL_DIR --output_dir $IMAGES_NEW_DIR \\
@@ -26,6 +26,7 @@ from dreambooth.cli import (
     read_lines,
     run_main,
     valid_prompt,
+    warn,
 )
 from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.image_generator import MAX_BATCH, ImageGenerator, with_defaults
@@ -66,7 +67,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("run").add_argument
     add("--use_ray_data", action="store_true", help="batch inference on all GPUs of the cluster")
-    workers_help = "Ray Data's actors (default: one per GPU; one without GPUs)"
+    workers_help = "actors, with --use_ray_data (default: one per GPU; one without GPUs)"
     add("--num_workers", type=int, help=workers_help)
     batch_help = f"images per batch on a GPU (default: what fits, at most {MAX_BATCH})"
     add("--batch_size", type=int, help=batch_help)
@@ -81,6 +82,8 @@ def check_args(args):
         args, 1, "num_samples_per_prompt", "num_inference_steps", "num_workers", "batch_size"
     )
     check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
+    if args.num_workers and not args.use_ray_data:
+        warn("--num_workers is for --use_ray_data: this process generates all images itself")
     pipeline_dir.check_model_dir(args.model_dir)
     if args.compare_to:
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")

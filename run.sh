@@ -111,6 +111,7 @@ main() {
   NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.machines.gpus)}
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
+  if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --use_lora "* ]]; then LORA=1; fi
   choose_model
   if ((NUM_GPUS == 0)); then
     echo "no CUDA GPU here: using the embedded pocket model, unless ORIG_MODEL_NAME is set"
@@ -170,7 +171,7 @@ main() {
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
     --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
-    "${previews[@]}"
+    ${previews[@]+"${previews[@]}"}
 
   step 5 "generate the subject in new places, and what must not change; the original model, too (under a minute)"
   local scenes prompts=()
@@ -200,7 +201,7 @@ check_cheaply() {
   is_example || "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR"
 }
 
-is_example() { [[ "$(realpath -m "$INSTANCE_DIR")" == "$(realpath -m images/dog)" ]]; }
+is_example() { [[ "$(absolute "$INSTANCE_DIR")" == "$(absolute images/dog)" ]]; }
 
 # Each of the named variables must be a whole number of at least $1.
 check_number() {
@@ -228,9 +229,14 @@ find_python() {
   PYTHON=$PWD/.venv/bin/python
 }
 
+# A path without links and "..", whether or not anything is there. macOS's realpath has no -m.
+absolute() {
+  realpath -m "$1" 2>/dev/null || python3 -c 'import os, sys; print(os.path.realpath(sys.argv[1]))' "$1"
+}
+
 # Paths are relative to the caller's directory; the scripts are beside this file.
 for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH {TUNED_MODEL,LORA,IMAGES_REG,IMAGES_OWN,IMAGES_NEW}_DIR; do
-  [[ -z "${!name:-}" ]] || declare "$name=$(realpath -m "${!name}")"
+  [[ -z "${!name:-}" ]] || declare "$name=$(absolute "${!name}")"
 done
 if [[ "${PYTHON:-}" == */* ]]; then PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON"); fi
 cd "$(dirname "$(realpath "$0")")"

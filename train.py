@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion's U-Net and text encoder on photos of one subject, with DreamBooth's
+"""Fine-tune Stable Diffusion or FLUX.2-klein on photos of one subject, with DreamBooth's
 prior-preserving loss (Ruiz et al. 2022, arXiv 2208.12242) on Ray Data and Ray Train.
 
     python train.py --model_dir $ORIG_MODEL_PATH --output_dir $TUNED_MODEL_DIR \\
@@ -42,7 +42,7 @@ def build_parser():
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
     layers = ["attention", "all"]
     add("--lora_layers", choices=layers, default=layers[0], help="layers of the U-Net to adapt")
-    text_help = "tune it, too (default: Stable Diffusion 1 and 2)"
+    text_help = "train the text encoder as well (default: of Stable Diffusion 1 and 2)"
     add("--train_text_encoder", action=on_off, help=text_help)
 
     add = parser.add_argument_group("images").add_argument
@@ -73,9 +73,9 @@ def build_parser():
     add("--seed", type=int, default=0, help="for all random numbers of the run")
 
     add = parser.add_argument_group("run").add_argument
-    workers_help = "one GPU each, where there are GPUs; 2:4 means two to four"
+    workers_help = "training workers, one GPU each if there are GPUs; 2:4 means two to four"
     add("--num_workers", type=worker_range, default="1", help=workers_help)
-    dtype_help = "of trained weights; bf16 (Kahan summation) needs 10 bytes per weight, not 16"
+    dtype_help = "trained weights; bf16 (with Kahan summation): 10 bytes per weight, not 16"
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
@@ -84,7 +84,8 @@ def build_parser():
     every_help = "steps between checkpoints; 0: none (default: a tenth of the run)"
     add("--checkpointing_steps", type=int, help=every_help)
     add("--checkpoints_total_limit", type=int, default=1, help="checkpoints to keep")
-    add("--storage_path", type=absolute_path, help="where they go (default: beside the result)")
+    storage_help = "directory for checkpoints (default: beside the result)"
+    add("--storage_path", type=absolute_path, help=storage_help)
     add("--restart", action="store_true", help="start over, whatever checkpoints there are")
     add("--max_failures", type=int, default=3, help="restarts after a worker fails or dies")
     add("--wait_for_gpus", type=int, default=0, help="seconds to wait for the workers' GPUs")
@@ -100,8 +101,8 @@ def parse_args(argv=None):
 
 
 def forward_backward(denoiser, scheduler, batches, accumulation_steps, args):
-    """Add the gradients of one step to the denoiser's parameters; returns its losses (3,): in all,
-    of the instance half, of the class half."""
+    """Add the gradients of one step to the denoiser's parameters; returns its losses (3,): the
+    total, the instance half's, the class half's; without a class half (2,)."""
     step_losses = 0.0
     for i in range(accumulation_steps):
         batch = next(batches)

@@ -23,6 +23,7 @@ QUIET_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "RAY_DATA_LOG_LEVEL": "CRITICAL",
 }
+STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # may pass, and is no file's fault
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # One of Ray Train's loggers has no name of its own: it is the root logger.
 LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "diffusers", "transformers", "peft")

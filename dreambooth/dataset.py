@@ -30,10 +30,10 @@ PAIRS_PER_BLOCK = 16  # decoded by one task of Ray Data: few enough for an early
 def pair_images(instance_paths, class_paths, num_pairs, seed, captions=None):
     """The first `num_pairs` pairs of the run with this seed, as in the diagram above.
 
-    A pair is a dict of the two paths (instance, class), the numbers of their prompts, and its
-    position in the run. Prompt 0 is the instance prompt and 1 the class prompt; `captions` has
-    those of images with a caption, by path. Without class images it has no class: training without
-    prior preservation.
+    A pair is a dict: instance and class are paths of image files, instance_prompt and class_prompt
+    the numbers of their prompts, and position is its place in the run. Prompt 0 is the instance
+    prompt and 1 the class prompt; `captions` has those of images with a caption, by path. Without
+    class images it has no class: training without prior preservation.
     """
     captions = captions or {}
 

@@ -64,8 +64,8 @@ class StableDiffusion:
         return {"prompt_ids": torch.tensor(ids, device=device)}  # (P, L)
 
     def conditions(self, prompts, batch):
-        """What `predict` needs beside the noisy latents of a batch: the token ids of each prompt
-        once for all the images in a row that have it, and how many these are."""
+        """What `predict` needs beside the noisy latents of a batch. Consecutive images with one
+        prompt are a group: the token ids (R, L) of each group, and the groups' sizes."""
         runs = [
             (prompt, len(list(images))) for prompt, images in itertools.groupby(batch["prompts"])
         ]
@@ -235,7 +235,7 @@ def select(tensor, rows):
 
 
 def repeat(rows, counts):
-    """Row i of `rows` (R, ...) counts[i] times in a row."""
+    """Repeat row i of `rows` (R, ...) counts[i] times: (2B, ...)."""
     if len(set(counts)) == 1:
         return rows.repeat_interleave(counts[0], 0)
     repeats = torch.tensor(counts).to(rows.device, non_blocking=True)

@@ -27,6 +27,7 @@ MAX_BATCH = 16  # on a GPU: larger batches are hardly faster
 VAE_WIDTH = 256  # channels of the decoder's widest layer at full size
 BYTES_PER_PIXEL = 4096  # GPU memory per image being generated, as an H100 reserves
 MIN_LAST_ALPHA = 1e-4  # Stable Diffusion's cumulative alpha ends at 0.0047
+KEPT_PROMPTS = 32  # encoded: of FLUX.2-klein, 15 MiB of GPU memory each
 MAX_ATTEMPTS = 10  # an image without content is sampled again, with other noise
 
 
@@ -138,8 +139,10 @@ class ImageGenerator:
         return images[: len(records)].float().cpu()
 
     def _encode_prompt(self, prompt):
-        """What the pipeline needs of a prompt, encoded once: tensors (1, ...) by name."""
+        """What the pipeline needs of a prompt: tensors (1, ...) by name, kept for later images."""
         if prompt not in self.inputs:
+            if len(self.inputs) == KEPT_PROMPTS:
+                self.inputs.clear()
             self.inputs[prompt] = self.family.sampler_inputs(self.pipeline, prompt, self.device)
         return self.inputs[prompt]
 

@@ -47,10 +47,10 @@ def all_finite(tensors):
 
 
 def encode_batches(vae, batches, family, prompts, device, original=None):
-    """Replace the images of each of `batches` by their posteriors, and their prompts by what the
-    denoiser needs of them: yields dicts of posteriors (2B, 2, C, h, w), on `device`, conditions,
-    and positions; and `original`, the original model's prediction, as that of the batch's class
-    half, a function of its noisy latents and timesteps.
+    """Encode the images and prompts of each of `batches`. Yields dicts: posteriors (2B, 2, C, h, w)
+    on `device`; conditions, what `family.predict` needs of the prompts; positions (B,); and
+    original, None or the original model's prediction for the class half, as a function of noisy
+    latents (B, C, h, w) and timesteps (B,).
 
     Each crop is encoded once, when the first step that trains on it asks for its batch.
     """

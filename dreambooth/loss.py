@@ -18,8 +18,8 @@ def training_loss(
     """The loss of one batch, a scalar, and its halves, as in `prior_preserving_loss`.
 
     Shapes: posteriors (2B, 2, C, h, w), mean and standard deviation of each image's latents;
-    posterior_noise and noise (2B, C, h, w); timesteps (2B,). `conditions`: the prompts, as the
-    denoiser's family has them.
+    posterior_noise and noise (2B, C, h, w); timesteps (2B,). `conditions`: what the family's
+    `conditions` returns, which only the denoiser looks into.
 
     `original`: what the class half should predict instead of the noise, a function of its noisy
     latents (B, C, h, w) and timesteps (B,): the original model's own prediction.
@@ -30,7 +30,7 @@ def training_loss(
     # Add noise to the latents according to their timesteps (the forward process), in float32.
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
 
-    # Predict the noise from noisy latents and prompts; on a GPU in bfloat16.
+    # Predict the noise, v or the velocity from noisy latents and prompts; on a GPU in bfloat16.
     model_pred = denoiser(noisy_latents, timesteps, conditions)
 
     # The instance half learns the subject, the class half preserves the prior.

@@ -7,6 +7,8 @@ What is frozen, what is trained, and in which precision:
     text encoder     trained              frozen + trained LoRA matrices
     U-Net            trained              frozen + trained LoRA matrices
 
+The text encoders of Stable Diffusion XL and FLUX.2-klein are frozen, and encode each prompt once.
+
 Trained weights are float32, and so is the optimizer's state; on a GPU the forward pass runs under
 bfloat16 autocast, the VAE's under float16 (latents.py). bfloat16 weights would hardly learn: at a
 learning rate of 5e-6 most updates are smaller than half their last digit and round to nothing. With
@@ -50,7 +52,8 @@ class Denoiser(torch.nn.Module):
     def forward(self, noisy_latents, timesteps, conditions):
         """The U-Net's prediction, (2B, C, h, w).
 
-        Shapes: noisy_latents (2B, C, h, w), timesteps (2B,); `conditions` as the family has them.
+        Shapes: noisy_latents (2B, C, h, w), timesteps (2B,); `conditions`: what the
+        family's `conditions` returns.
         """
         with torch.autocast(noisy_latents.device.type, torch.bfloat16, enabled=self.autocast):
             return self.family.predict(self, noisy_latents, timesteps, conditions)

@@ -157,6 +157,7 @@ def test_only_an_earlier_result_may_be_replaced(tmp_path):
     beside an earlier result."""
     own_names = ["model_index.json", "unet"]
     atomic.check_replaceable(tmp_path / "new", own_names)
+    (tmp_path / ".DS_Store").touch()  # macOS's Finder has shown it
     atomic.check_replaceable(tmp_path, own_names)
     (tmp_path / "model_index.json").write_text("")
     (tmp_path / "unet").mkdir()
@@ -164,7 +165,7 @@ def test_only_an_earlier_result_may_be_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"--output_dir .*holds other files \(thesis.tex\)"):
         atomic.check_replaceable(tmp_path, own_names)
-    assert names_in(tmp_path) == ["model_index.json", "thesis.tex", "unet"]
+    assert names_in(tmp_path) == [".DS_Store", "model_index.json", "thesis.tex", "unet"]
 
 
 def test_what_cannot_be_renamed_cannot_be_replaced(tmp_path, monkeypatch):

@@ -109,6 +109,13 @@ def test_prompts_come_from_flag_and_file_together(generate_args, tmp_path):
     assert args.prompts == ["photo of a car", "photo of a boat", "photo of a cup, in the snow"]
 
 
+def test_a_flag_without_effect_is_named(generate_args, tmp_path, capsys):
+    generate.check_args(generate_args(tmp_path / "out", num_workers=2))
+    assert "--num_workers is for --use_ray_data" in capsys.readouterr().err
+    generate.check_args(generate_args(tmp_path / "out", num_workers=2, use_ray_data=True))
+    assert capsys.readouterr().err == ""
+
+
 REFUSED = {
     "no prompt": {"prompts": False},
     "given twice": {"prompts": ["a car", "a car"]},

@@ -290,7 +290,7 @@ def test_what_is_no_image_of_the_folder_is_skipped(flat_image, tmp_path):
     flat_image("contact_sheet.png", 0, folder=folder)
     flat_image("a-checkpoint.png", 0, folder=folder / ".ipynb_checkpoints")
     flat_image("d.png", 0, folder=folder / "rejected")
-    with pytest.raises(UserError, match=f"{folder}: no images there"):
+    with pytest.raises(UserError, match=f"{folder}: no images there.*some in rejected/"):
         photos.find_images(folder)
     expected = [flat_image(name, 0, folder=folder) for name in ("a.png", "b.JPG", "c.webp")]
     assert photos.find_images(folder) == expected
@@ -326,8 +326,12 @@ def test_what_is_skipped_is_counted_in_one_line(flat_image, tmp_path, capsys):
     photos.find_images(tmp_path, report=True)
     line = capsys.readouterr().out
     assert line == (
-        f"skipped in {tmp_path}: 4 files that are no images (Thumbs.db, film.mp4, more/, ...)\n"
+        f"skipped in {tmp_path}: 3 files that are no images (Thumbs.db, film.mp4, x.txt)\n"
+        f"images in subfolders of {tmp_path} are not used (more/)\n"
     )
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="no images there .*there are some in more/: give that"):
+        photos.find_images(tmp_path)
 
 
 def test_own_photos_are_those_of_this_subject_alone(flat_image, tmp_path, capsys):
@@ -511,6 +515,25 @@ def test_captions_that_cannot_be_meant_are_one_line(captioned, metadata, texts, 
     with pytest.raises(UserError, match=message) as error:
         captioned(metadata, **texts)
     assert "\n" not in str(error.value)
+
+
+def test_a_caption_in_capitals_is_one(captioned, tmp_path):
+    """As cameras and Windows write names."""
+    a, _ = captioned.paths
+    (tmp_path / "photos" / "a.TXT").write_text("red")
+    assert captioned() == {a: "red"}
+
+
+def test_a_generated_image_may_be_deleted(captioned, tmp_path):
+    """A class image that looks bad; its line in metadata.jsonl stays."""
+    a, cafe = captioned.paths
+    rows = [{"file_name": path.name, "text": "photo of a car"} for path in (a, cafe)]
+    captioned(metadata=rows)
+    a.unlink()
+    with pytest.raises(UserError, match="there is no image 'a.png'"):
+        captioned()
+    found = photos.read_captions(tmp_path / "photos", [cafe], were_generated=True)
+    assert found == {cafe: "photo of a car"}
 
 
 def test_copied_photos_keep_their_captions(captioned, tmp_path):

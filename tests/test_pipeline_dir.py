@@ -76,6 +76,21 @@ def test_sharded_and_half_precision_models_are_trained_and_sampled(
     assert pipeline_dir.num_parameters(copied) == pipeline_dir.num_parameters(model_dir)
     loaded = pipeline_dir.load_pipeline(copied, torch.float32)
     assert torch.equal(loaded.unet.conv_in.weight, expected.unet.conv_in.weight)
+    last = pipeline_dir.weights(copied, "unet").files[-1]
+    last.unlink()  # as an interrupted download leaves it
+    assert pipeline_dir.missing_file(copied) == f"unet/{last.name}"
+
+
+def test_a_field_that_is_null_is_not_set_and_another_type_is_refused(copied, model_dir):
+    """Stable Diffusion XL's U-Net says `"upcast_attention": null`."""
+    config = copied / "unet" / "config.json"
+    set_json(config, upcast_attention=None)
+    expected = pipeline_dir.load_pipeline(model_dir, torch.float32).unet.conv_in.weight
+    loaded = pipeline_dir.load_pipeline(copied, torch.float32)
+    assert torch.equal(loaded.unet.conv_in.weight, expected)
+    set_json(config, upcast_attention="no")
+    with pytest.raises(UserError, match="unet/config.json has upcast_attention: .no.*bool"):
+        pipeline_dir.load_pipeline(copied, torch.float32)
 
 
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "model_index.json"])

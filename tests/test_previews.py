@@ -102,6 +102,21 @@ def test_training_goes_on_as_without_previews(run):
     assert (pipeline.vae, pipeline.text_encoder, pipeline.unet) == run.parts
 
 
+def test_training_goes_on_in_training_mode_after_a_preview_that_failed(
+    train_args, load_models, tmp_path, monkeypatch
+):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    vae, denoiser, _ = load_models()
+    preview, log = make(
+        train_args, tmp_path, vae, denoiser, preview_prompts=["photo of a car"], preview_every=1
+    )
+    monkeypatch.setattr(preview, "_sample", full)
+    preview.on_step_end(1)
+    assert denoiser.training
+
+
 def test_off_by_default_and_on_rank_0_alone(train_args, tmp_path):
     """Neither has models here."""
     on = {"preview_prompts": ["photo of a car"], "preview_every": 1}

@@ -121,6 +121,7 @@ POCKET_LORA = (
         ({"LORA": "1"}, POCKET_LORA),
         ({"LORA": "1", "TRAIN_FLAGS": "--lr 1e-3"}, "--lr 1e-3 --use_lora"),
         ({"TRAIN_FLAGS": "--use_lora --lr 1e-3"}, "--use_lora --lr 1e-3"),
+        ({"MORE_FLAGS": "--use_lora"}, f"{POCKET_LORA} --use_lora"),
     ],
 )
 def test_however_lora_is_asked_for_the_result_is_one(run_story, variables, flags):
@@ -131,6 +132,7 @@ def test_however_lora_is_asked_for_the_result_is_one(run_story, variables, flags
     _, sample = commands["generate.py"]
     assert "--model_dir /data/model-orig/models--pocket/snapshots/embedded " in sample
     assert "--lora_weights_dir /data/subjects/lego-car/lora " in sample
+    assert "--scheduler ode " in sample
 
 
 @pytest.mark.parametrize(
@@ -275,6 +277,22 @@ def test_cheap_checks_come_before_dear_steps(run_story):
     assert names.index("dreambooth.files.photos") < names.index("cache_model.py")
     assert names.index("-c") < names.index("cache_model.py")
     assert commands["-c"][0].endswith("--class_prompt photo of a dog --seed 3")
+
+
+def test_own_photos_are_not_taken_for_the_example_by_macos(run_story, tmp_path):
+    """Whose realpath has no -m; and whose bash takes an empty array for an unset variable."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "realpath").write_text(
+        '#!/bin/bash\n[[ "$1" == -* ]] && { echo "illegal option -- m" >&2; exit 1; }\necho "$1"\n'
+    )
+    (tmp_path / "bin" / "realpath").chmod(0o755)
+    path = f"{tmp_path}/bin:/usr/bin:/bin"
+    _, commands = run_story(0, PATH=path, INSTANCE_DIR="./images/lego-car", PREVIEW_EVERY="0")
+    assert "download_example_dataset.py" not in commands
+    check, copy = commands["dreambooth.files.photos"]
+    assert check.endswith("/images/lego-car")
+    assert "/./" not in copy
+    assert "train.py" in commands
 
 
 def test_run_sh_works_through_a_link_and_with_a_relative_python(root, tmp_path):

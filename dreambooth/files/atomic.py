@@ -20,6 +20,7 @@ from pathlib import Path
 from dreambooth.cli import UserError, warn
 
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EPERM, errno.EACCES)
+FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # put these into folders that they show
 HOST = socket.gethostname().partition(".")[0]
 
 
@@ -195,7 +196,7 @@ def check_replaceable(folder, own_names, flag="--output_dir"):
             f"{flag} {folder} is a mount point and cannot be replaced: name a subfolder"
         )
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(names - set(own_names))
+    others = sorted(names - set(own_names) - FILE_MANAGERS)
     if others:
         raise UserError(
             f"{flag} {folder} holds other files ({others[0]}), which would be lost:"

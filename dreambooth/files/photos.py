@@ -4,7 +4,6 @@ for one subject alone.
 python -m dreambooth.files.photos SOURCE FOLDER      # FOLDER then holds the images of SOURCE alone
 """
 
-import errno
 import json
 import math
 import os
@@ -19,14 +18,13 @@ import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
-from dreambooth.cli import ArgumentParser, UserError, run_main, warn
+from dreambooth.cli import STORAGE_FAILED, ArgumentParser, UserError, run_main, warn
 from dreambooth.files import atomic
 
 DAMAGED = (  # what Pillow and its plugins raise on reading a file
     OSError, EOFError, SyntaxError, ValueError, RuntimeError, TypeError, LookupError, struct.error,
     OverflowError, ArithmeticError, Image.DecompressionBombError,
 )  # fmt: skip
-STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # which may pass: no image's fault
 
 # Formats that Pillow knows and that hold no photos, or that start another program to be read.
 NOT_OPENED = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "IPTC", "PDF", "PALM"}
@@ -75,7 +73,7 @@ def find_images(folder, report=False):
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
     readable = readable_suffixes()
-    found, skipped = [], []
+    found, skipped, subfolders = [], [], []
     for file in files:
         if file.name.startswith(".") or file.name in OURS:
             continue
@@ -84,7 +82,7 @@ def find_images(folder, report=False):
             raise UserError(f"{file} is a link to a file that does not exist: replace or remove it")
         if file.is_dir():
             if any(inner.suffix.lower() in readable for inner in _files_in(file)):
-                skipped.append(f"{file.name}/")
+                subfolders.append(f"{file.name}/")
         elif suffix in readable:
             found.append(file)
         elif suffix in UNREADABLE:
@@ -92,12 +90,18 @@ def find_images(folder, report=False):
         elif not (suffix == ".txt" and _is_caption(file, files)):
             skipped.append(file.name)
     if not found:
-        raise UserError(f"{folder}: no images there (such as .jpg, .png, .webp or .heic)")
+        inside = f"; there are some in {_names(subfolders)}: give that folder" if subfolders else ""
+        raise UserError(f"{folder}: no images there (such as .jpg, .png, .webp or .heic){inside}")
     if report and skipped:
         plural = "s that are no images" if len(skipped) > 1 else " that is no image"
-        names = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-        print(f"skipped in {folder}: {len(skipped)} file{plural} ({names})", flush=True)
+        print(f"skipped in {folder}: {len(skipped)} file{plural} ({_names(skipped)})", flush=True)
+    if report and subfolders:
+        print(f"images in subfolders of {folder} are not used ({_names(subfolders)})", flush=True)
     return found
+
+
+def _names(names):
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _files_in(folder):
@@ -112,20 +116,20 @@ def _is_caption(file, files):
     return any(other.stem == file.stem and other != file for other in files)
 
 
-def read_captions(folder, images):
+def read_captions(folder, images, were_generated=False):
     """The captions of the `images` in `folder` that have one: texts by path.
 
     They are in metadata.jsonl, lines of {"file_name": "a.jpg", "text": "..."} as Hugging Face's
     ImageFolder has it, or in a.txt beside a.jpg as kohya's scripts have it. Names match in either
-    Unicode normalization. UserError: a line or a file that cannot be read, an unknown file name, an
-    empty caption, or two that differ.
+    Unicode normalization. UserError: a line or a file that cannot be read, an empty caption, two
+    that differ, or an unknown file name, unless the images `were_generated`: bad ones are deleted.
     """
     folder = Path(folder)
     captions = {}
     by_name = {_normal(image.name): image for image in images}
+    texts = {file.stem: file for file in folder.iterdir() if file.suffix.lower() == ".txt"}
     for image in images:
-        file = image.with_suffix(".txt")
-        if file.is_file():
+        if file := texts.get(image.stem):
             captions[image] = _caption(_read_text(file).rstrip("\r\n"), file)
     metadata = folder / METADATA
     lines = _read_text(metadata).splitlines() if metadata.is_file() else []
@@ -138,7 +142,7 @@ def read_captions(folder, images):
             raise UserError(f'{where}: no {{"file_name": ..., "text": ...}}') from None
         image = by_name.get(name)
         if image is None:
-            if "/" in name and (folder / name).exists():  # in a subfolder, which is skipped
+            if were_generated or "/" in name and (folder / name).exists():  # in a subfolder
                 continue
             raise UserError(f"{where}: there is no image {name!r}")
         if captions.get(image, text) != text:

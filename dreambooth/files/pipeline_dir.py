@@ -3,7 +3,6 @@
 FAMILIES says which pipelines these scripts take, by the class that model_index.json names.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -18,13 +17,12 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth.cli import UserError
+from dreambooth.cli import STORAGE_FAILED, UserError
 from dreambooth.pocket import classes
 
 INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILES = ["README.md", "before-after.png"]  # the model card
-STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
@@ -213,22 +211,39 @@ def needed_files(family):
 
 
 TOKENIZER_FILES = ("merges.txt", "vocab.json")  # in place of tokenizer.json
+SHARD = re.compile(r"-(\d+)-of-(\d+)")
 
 
 def missing_file(model_dir):
-    """The first file of a pipeline that `model_dir` lacks; None if it is complete."""
+    """The first file of a pipeline that `model_dir` lacks; None if it is complete. UserError: its
+    index is damaged."""
     folder = Path(model_dir)
     if not (folder / INDEX).exists():
         return INDEX
-    parts = family(model_dir)
+    parts = family_of(read_config(folder / INDEX, "--model_dir"), model_dir)
     for names in needed_files(parts):
         if not any((folder / name).exists() for name in names):
             return names[0]
     for part in parts.models:
-        if weights(folder, part) is None:
+        found = weights(folder, part)
+        if found is None:
             is_text_encoder = part.startswith("text_encoder")
             return f"{part}/{'' if is_text_encoder else 'diffusion_pytorch_'}model.safetensors"
+        shards = {file.name for file in found.files}
+        absent = [name for name in _all_shards(found.files[0].name) if name not in shards]
+        if absent:
+            return f"{part}/{absent[0]}"
     return None
+
+
+def _all_shards(name):
+    """The names of all shards of the weights of which the file `name` is one; of none if it is not
+    a shard."""
+    found = SHARD.search(name)
+    if not found:
+        return []
+    start, end = name[: found.start()], name[found.end() :]
+    return [f"{start}-{i:0{len(found[1])}}-of-{found[2]}{end}" for i in range(1, int(found[2]) + 1)]
 
 
 def check_model_dir(model_dir, flag="--model_dir"):
@@ -444,11 +459,11 @@ def load_tokenizer(model_dir, part="tokenizer"):
 
 def check_fields(cls, file):
     """The fields of a configuration must be of the types that the class `cls`, which is built from
-    it, says that it takes. UserError: one is not; the class itself would fail later, or not at all.
-    """
+    it, says that it takes, or null: as yet nobody has set them. UserError: one is not; the class
+    itself would fail later, or not at all."""
     hints = typing.get_type_hints(cls.__init__)
     for name, value in read_config(file, "--model_dir").items():
-        if name in hints and not _fits(value, hints[name]):
+        if value is not None and name in hints and not _fits(value, hints[name]):
             value = json.dumps(value)
             raise UserError(f"--model_dir: {file} has {name}: {value[:40]}, not {hints[name]}")
 

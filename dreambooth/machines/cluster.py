@@ -34,7 +34,7 @@ SETTINGS = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",  # beside other programs, workers get their share of the cores
 }
-PACKAGE = str(Path(dreambooth.__file__).parent)  # the whole of it: this module lies in a wing
+PACKAGE = str(Path(dreambooth.__file__).parent)  # its folder, which the nodes get
 # Characters of the folder for temporary files: a socket's path may have 107, and Ray's adds up to
 # /ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.
 MAX_TEMP_DIR = 107 - len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")

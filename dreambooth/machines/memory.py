@@ -18,9 +18,9 @@ class Counted(NamedTuple):
     """GiB of weights, gradients, optimizer and activations at the peak of a step with two pairs per
     forward pass."""
 
-    one_gpu: float
-    kept: float  # where gradients stay: on each of several GPUs, or with gradient accumulation
-    per_pair: float  # of it, for each pair
+    one_gpu: float  # on one GPU, without gradient accumulation
+    kept: float  # where gradients stay allocated: on each of several GPUs, or with accumulation
+    per_pair: float  # the part of either that each pair of a forward pass takes
 
 
 CHECKPOINTING = "--gradient_checkpointing"

@@ -18,7 +18,7 @@ LR_SCHEDULERS = [
 POLYNOMIAL_END = 1e-7  # diffusers' last learning rate of that schedule
 # The flags that may change when a run is resumed. All others are part of its fingerprint.
 PATHS = {"model_dir", "output_dir", "instance_images_dir", "class_images_dir", "storage_path"}
-FACTORS = {  # of the pairs in a step and of the number of steps, which are part of it
+FACTORS = {  # count only by the pairs per step and the steps that follow, which are part of it
     "train_batch_size", "gradient_accumulation_steps", "num_workers", "num_epochs",
     "max_train_steps",
 }  # fmt: skip
@@ -154,7 +154,7 @@ def add_captions(args, prompts, captions, instance_paths, class_paths):
     for path, text in of_instance.items():
         if own_words - set(re.findall(r"[^\s,.;:]+", text.lower())):
             warn(f"the caption of {path} lacks words of --instance_prompt: {text!r}")
-    of_class = read_captions(args.class_images_dir, class_paths) if class_paths else {}
+    of_class = read_captions(args.class_images_dir, class_paths, True) if class_paths else {}
     of_class = {path: text for path, text in of_class.items() if text != args.class_prompt}
     if of_class:
         first = next(iter(of_class.values()))
@@ -295,15 +295,17 @@ def check_output_dir(args):
 def check_space_for_checkpoints(args, sizes):
     """The disk must have room for the checkpoints of full fine-tuning, and for one more while that
     is written, beside those that are there. Trained weights and optimizer take 12 bytes per weight;
-    8 in bfloat16."""
-    if args.checkpointing_steps == 0:
-        return
+    8 in bfloat16. The last step has none."""
+    count = args.checkpoints_total_limit + 1
+    if args.checkpointing_steps is not None:
+        every = args.checkpointing_steps or args.max_train_steps
+        count = min(count, (args.max_train_steps - 1) // every)
     trained = pipeline_dir.num_trained(sizes, pipeline_dir.trains_text_encoder(args))
     num_bytes = {"fp32": 12, "bf16": 8}[args.param_dtype] * trained
-    what = f"{args.checkpoints_total_limit} + 1 checkpoints (none with --checkpointing_steps 0)"
+    what = f"{count} checkpoints at a time (none with --checkpointing_steps 0)"
     existing = run_dir(args).glob("*step_*/state.pt")  # also unfinished ones
-    needed = (args.checkpoints_total_limit + 1) * num_bytes
-    atomic.check_space(run_dir(args), needed, what, existing)
+    if count:
+        atomic.check_space(run_dir(args), count * num_bytes, what, existing)
 
 
 def warn_of_likely_mistakes(prompts, instance_paths):

@@ -78,13 +78,15 @@ class Previews:
             self.pipeline = self._build_pipeline()
         training = self.denoiser.training
         self.denoiser.eval()
-        for number, prompt in enumerate(self.prompts):
-            image = self._sample(prompt)
+        try:
+            images = [self._sample(prompt) for prompt in self.prompts]
+        finally:
+            self.denoiser.train(training)
+        for number, (prompt, image) in enumerate(zip(self.prompts, images, strict=True)):
             record = {"prompt": prompt, "seed": self.seed, "step": step}
             file = self.folder / FOLDER / file_name(number, step)
             generated_images.save_image(image, record, file)
             self.log.add_image(f"previews/{prompt}", image, step)
-        self.denoiser.train(training)
         write_film_strip(self.folder)
 
     def _sample(self, prompt):

@@ -2,7 +2,8 @@
 its result
 
     TUNED_MODEL_DIR.report/run.json         command, flags, versions, hardware, and how it ended
-    TUNED_MODEL_DIR.report/metrics.jsonl    a line every --log_every steps: means since the last
+    TUNED_MODEL_DIR.report/metrics.jsonl    a line every --log_every steps; losses are means since
+                                            the last line
     TUNED_MODEL_DIR.report/tensorboard/     tensorboard --logdir TUNED_MODEL_DIR.report
 
 After a resume, metrics go on from the checkpoint's step: what was logged of later steps is dropped,
@@ -289,9 +290,9 @@ class RunRecord:
         }
         self._write()
 
-    def finish(self, seconds):
-        """The run is done; `seconds` are those of its phases."""
-        self.facts.update(status="finished", seconds=seconds)
+    def finish(self, metrics):
+        """The run is done; `metrics` are the seconds of its phases and its last loss."""
+        self.facts.update(status="finished", seconds=metrics)
         self._write()
 
     def __enter__(self):
