@@ -37,7 +37,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def files_to_fetch(names, family):
+def files_to_fetch(names, facts):
     """Of a revision's file `names`, those that the scripts use: configurations, tokenizer, and of
     each model the weights that `choose_weights` prefers. Not the safety checker, other copies of
     the weights, flax, onnx or single-file checkpoints. UserError: a model has no weights there."""
@@ -45,9 +45,9 @@ def files_to_fetch(names, family):
     for name in names:
         part, _, file = name.partition("/")
         is_text = file.endswith((".json", ".txt", ".jinja")) and not re.search(r"index.*json", file)
-        if name == pipeline_dir.INDEX or (part in family.parts and is_text):
+        if name == pipeline_dir.INDEX or (part in facts.parts and is_text):
             wanted.append(name)
-    for part in family.models:
+    for part in facts.models:
         found = pipeline_dir.choose_weights(part, names)
         if found is None:
             raise UserError(f"this revision has no {part} weights that can be read")
@@ -76,7 +76,7 @@ def fetch_from_hub(cache_dir, model_name, revision):
             model_name, pipeline_dir.INDEX, revision=info.sha, cache_dir=cache_dir
         )
         index = pipeline_dir.read_config(Path(index), model_name)
-        files = files_to_fetch(names, pipeline_dir.family_of(index, model_name))
+        files = files_to_fetch(names, pipeline_dir.facts_of(index, model_name))
         return snapshot_download(
             model_name, revision=revision, cache_dir=cache_dir, allow_patterns=files
         )

@@ -88,7 +88,7 @@ def check_args(args):
     if args.compare_to:
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")
     for model_dir in filter(None, (args.model_dir, args.compare_to)):
-        if args.scheduler in ("dpm", "ode") and pipeline_dir.family(model_dir).is_flow:
+        if args.scheduler in ("dpm", "ode") and pipeline_dir.read_facts(model_dir).is_flow:
             raise UserError(f"--scheduler {args.scheduler} is for diffusion models: leave it out")
         if args.resolution is not None:
             step = math.lcm(8, pipeline_dir.resolution(model_dir)[1])

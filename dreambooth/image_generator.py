@@ -157,7 +157,7 @@ def with_defaults(args):
     """The arguments with the model's own scheduler, steps, guidance and resolution where none are
     given."""
     side, _ = pipeline_dir.resolution(args.model_dir)
-    defaults = {**pipeline_dir.family(args.model_dir).sampler, "resolution": side}
+    defaults = {**pipeline_dir.read_facts(args.model_dir).sampler, "resolution": side}
     missing = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     return argparse.Namespace(**{**vars(args), **missing})
 

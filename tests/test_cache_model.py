@@ -26,6 +26,7 @@ import cache_model
 import download_example_dataset
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
+from dreambooth.files.pipelines import PIPELINES
 
 
 @pytest.fixture
@@ -165,12 +166,12 @@ def test_half_precision_and_sharded_weights_are_chosen_where_there_are_no_others
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.bin",
     ]  # fmt: skip
-    family = pipeline_dir.FAMILIES["StableDiffusionPipeline"]
+    facts = PIPELINES["StableDiffusionPipeline"]
     left_out = {"unet/diffusion_pytorch_model.fp16.safetensors"}
     left_out.add("vae/diffusion_pytorch_model.fp16.bin")
-    assert set(cache_model.files_to_fetch(names, family)) == set(names) - left_out
+    assert set(cache_model.files_to_fetch(names, facts)) == set(names) - left_out
     with pytest.raises(UserError, match="no unet weights"):
-        cache_model.files_to_fetch([n for n in names if "unet" not in n], family)
+        cache_model.files_to_fetch([n for n in names if "unet" not in n], facts)
 
 
 @pytest.fixture

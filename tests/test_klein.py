@@ -227,7 +227,7 @@ def test_a_run_its_lora_and_its_images(train_here, generate_args, digests, klein
     (image,) = (tmp_path / "distilled images").glob("0*.png")
     made = generated_images.read_record(image)
     assert made["guidance_scale"] == 1.0
-    assert pipeline_dir.family(distilled).sampler["num_inference_steps"] == 4
+    assert pipeline_dir.read_facts(distilled).sampler["num_inference_steps"] == 4
     with pytest.raises(UserError, match="is a transformer's LoRA, which ComfyUI reads as it is"):
         run_export("kohya", run.output_dir, "--output", tmp_path / "k.safetensors")
 

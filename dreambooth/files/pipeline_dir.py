@@ -1,7 +1,4 @@
-"""A diffusers pipeline directory: what it must hold, checks that load no model, its fingerprint.
-
-FAMILIES says which pipelines these scripts take, by the class that model_index.json names.
-"""
+"""A diffusers pipeline directory: what it must hold, checks that load no model, its fingerprint."""
 
 import hashlib
 import json
@@ -18,6 +15,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from dreambooth.cli import STORAGE_FAILED, UserError
+from dreambooth.files.pipelines import DISTILLED_SAMPLER, OTHER_MODELS, PIPELINES
 from dreambooth.pocket import classes
 
 INDEX = "model_index.json"
@@ -26,94 +24,8 @@ CARD_FILES = ["README.md", "before-after.png"]  # the model card
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
-class Family(NamedTuple):
-    """The facts of a pipeline's class that need neither torch nor diffusers; what its models
-    compute is in families.py."""
-
-    name: str
-    tokenizers: tuple  # parts, each a folder with the files of its model
-    text_encoders: tuple
-    denoiser: str
-    trains_text_encoder: bool  # by default; where not, it cannot be trained
-    sampler: dict  # the defaults of generate.py
-    tags: tuple  # of the model card
-    classes: dict  # of diffusers, by part
-    extras: dict = {}  # what the pipeline's class is told beside its models
-    is_flow: bool = False  # the noise schedule: a flow, else a diffusion
-    pixels: int = 512  # the side of its images, where no configuration says it
-    patch: int = 1  # latents on each side that its denoiser takes as one
-    text_field: str = "cross_attention_dim"  # of the denoiser's configuration: the text's width
-    text_layers: int = 1  # of the text encoder, side by side in that width
-    max_tokens: int | None = None  # of a prompt, where text encoders take more
-    has_chat_template: bool = False  # in which the tokenizer puts a prompt
-
-    @property
-    def models(self):
-        """The parts that have weights."""
-        return (*self.text_encoders, "vae", self.denoiser)
-
-    @property
-    def parts(self):
-        return (*self.tokenizers, *self.models, "scheduler")
-
-
-SD_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-FAMILIES = {
-    "StableDiffusionPipeline": Family(
-        name="Stable Diffusion 1.x and 2.x",
-        tokenizers=("tokenizer",),
-        text_encoders=("text_encoder",),
-        denoiser="unet",
-        trains_text_encoder=True,
-        sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 7.5},
-        tags=("stable-diffusion",),
-        classes=SD_CLASSES,
-        extras={
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        },
-    ),
-    "StableDiffusionXLPipeline": Family(
-        name="Stable Diffusion XL",
-        tokenizers=("tokenizer", "tokenizer_2"),
-        text_encoders=("text_encoder", "text_encoder_2"),
-        denoiser="unet",
-        trains_text_encoder=False,
-        sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 5.0},
-        tags=("stable-diffusion-xl",),
-        classes=SD_CLASSES,
-        extras={"add_watermarker": False},
-    ),
-    "Flux2KleinPipeline": Family(
-        name="FLUX.2-klein",
-        tokenizers=("tokenizer",),
-        text_encoders=("text_encoder",),
-        denoiser="transformer",
-        trains_text_encoder=False,
-        sampler={"scheduler": "model", "num_inference_steps": 50, "guidance_scale": 4.0},
-        tags=("flux2-klein",),
-        classes={"transformer": "Flux2Transformer2DModel", "vae": "AutoencoderKLFlux2"},
-        is_flow=True,
-        pixels=1024,
-        patch=2,
-        text_field="joint_attention_dim",
-        text_layers=3,
-        max_tokens=512,
-        has_chat_template=True,
-    ),
-}
-DISTILLED_SAMPLER = {"scheduler": "model", "num_inference_steps": 4, "guidance_scale": 1.0}
-OTHER_MODELS = {  # of pipelines that people bring, by the beginning of the class's name
-    "StableDiffusion3": "Stable Diffusion 3",
-    "Flux2": "FLUX.2",
-    "Flux": "FLUX.1",
-    "PixArt": "PixArt",
-    "ZImage": "Z-Image",
-    "QwenImage": "Qwen-Image",
-}
-# What the result of a training run may hold, whatever its family.
-PIPELINE_NAMES = [INDEX, *sorted({part for family in FAMILIES.values() for part in family.parts})]
+# What the result of a training run may hold, whatever its pipeline.
+PIPELINE_NAMES = [INDEX, *sorted({part for facts in PIPELINES.values() for part in facts.parts})]
 
 
 def snapshot_dir(cache_dir, model_name, revision):
@@ -131,20 +43,20 @@ def name_and_revision(model_dir):
     return folder.name, ""
 
 
-def family_of(index, where):
-    """The `Family` of the parsed model_index.json `index`. UserError, beginning with `where`: these
-    scripts do not take its pipeline."""
-    known = "; ".join(family.name for family in FAMILIES.values())
+def facts_of(index, where):
+    """The `PipelineFacts` of the parsed model_index.json `index`. UserError, beginning with
+    `where`: these scripts do not take its pipeline."""
+    known = "; ".join(facts.name for facts in PIPELINES.values())
     pipeline = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(pipeline, str):
         raise UserError(f"{where}: {INDEX} names no pipeline class; these scripts take {known}")
-    if pipeline not in FAMILIES:
+    if pipeline not in PIPELINES:
         model = next((m for start, m in OTHER_MODELS.items() if pipeline.startswith(start)), None)
         model = f"{model} ({pipeline})" if model else f"a {pipeline}"
         raise UserError(f"{where} is {model}; these scripts take {known}")
     if index.get("is_distilled"):
-        return FAMILIES[pipeline]._replace(sampler=DISTILLED_SAMPLER)
-    return FAMILIES[pipeline]
+        return PIPELINES[pipeline]._replace(sampler=DISTILLED_SAMPLER)
+    return PIPELINES[pipeline]
 
 
 def pipeline_class(model_dir):
@@ -152,9 +64,9 @@ def pipeline_class(model_dir):
     return _read_json(Path(model_dir) / INDEX)["_class_name"]
 
 
-def family(model_dir):
-    """The `Family` of a directory that `check_model_dir` has passed."""
-    return family_of(_read_json(Path(model_dir) / INDEX), model_dir)
+def read_facts(model_dir):
+    """The `PipelineFacts` of a directory that `check_model_dir` has passed."""
+    return facts_of(_read_json(Path(model_dir) / INDEX), model_dir)
 
 
 def is_distilled(model_dir):
@@ -202,12 +114,12 @@ def weights(model_dir, part):
     return found._replace(files=[folder / n for n in found.files if not n.endswith(".json")])
 
 
-def needed_files(family):
+def needed_files(facts):
     """What a pipeline directory must have beside weights: one file of each row."""
     rows = [(INDEX,), ("scheduler/scheduler_config.json",)]
-    for part in family.tokenizers:
+    for part in facts.tokenizers:
         rows += [(f"{part}/tokenizer.json", f"{part}/{name}") for name in TOKENIZER_FILES]
-    return rows + [(f"{part}/config.json",) for part in family.models]
+    return rows + [(f"{part}/config.json",) for part in facts.models]
 
 
 TOKENIZER_FILES = ("merges.txt", "vocab.json")  # in place of tokenizer.json
@@ -220,11 +132,11 @@ def missing_file(model_dir):
     folder = Path(model_dir)
     if not (folder / INDEX).exists():
         return INDEX
-    parts = family_of(read_config(folder / INDEX, "--model_dir"), model_dir)
-    for names in needed_files(parts):
+    facts = facts_of(read_config(folder / INDEX, "--model_dir"), model_dir)
+    for names in needed_files(facts):
         if not any((folder / name).exists() for name in names):
             return names[0]
-    for part in parts.models:
+    for part in facts.models:
         found = weights(folder, part)
         if found is None:
             is_text_encoder = part.startswith("text_encoder")
@@ -247,8 +159,8 @@ def _all_shards(name):
 
 
 def check_model_dir(model_dir, flag="--model_dir"):
-    """`model_dir` must be a complete pipeline directory of one of FAMILIES, whose parts fit each
-    other."""
+    """`model_dir` must be a complete pipeline directory of one of PIPELINES, whose parts fit
+    each other."""
     folder = Path(model_dir)
     if folder.is_file() and folder.suffix in SINGLE_FILES:
         raise UserError(
@@ -261,29 +173,29 @@ def check_model_dir(model_dir, flag="--model_dir"):
             " cache_model.py, which prints the directory to use"
         )
     if (folder / INDEX).exists():
-        family_of(read_config(folder / INDEX, flag), f"{flag} {folder}")
+        facts_of(read_config(folder / INDEX, flag), f"{flag} {folder}")
     missing = missing_file(folder)
     if missing:
         raise UserError(
             f"{flag} {folder} is not a diffusers pipeline directory: {missing} is missing"
             " (cache_model.py prints the directory to use)"
         )
-    parts = family(folder)
-    configs = {part: read_config(folder / part / "config.json", flag) for part in parts.models}
+    facts = read_facts(folder)
+    configs = {part: read_config(folder / part / "config.json", flag) for part in facts.models}
     scheduler = read_config(folder / "scheduler" / "scheduler_config.json", flag)
-    for part in parts.tokenizers:
+    for part in facts.tokenizers:
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
             if (folder / part / name).exists():
                 read_config(folder / part / name, flag)
-    for part in parts.models:
+    for part in facts.models:
         for file in weights(folder, part).files:
             check_not_damaged(file, flag)
     if str(scheduler.get("_class_name")).startswith("EDM"):
         raise UserError(f"{flag} {folder} has an EDM noise schedule, which is not supported")
-    if str(scheduler.get("_class_name")).startswith("FlowMatch") != parts.is_flow:
+    if str(scheduler.get("_class_name")).startswith("FlowMatch") != facts.is_flow:
         raise UserError(
             f"{flag} {folder}: a {scheduler.get('_class_name')} is not the noise schedule of"
-            f" {parts.name}"
+            f" {facts.name}"
         )
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
@@ -291,18 +203,18 @@ def check_model_dir(model_dir, flag="--model_dir"):
             f"{flag} {folder} predicts {prediction_type};"
             " these scripts take epsilon and v_prediction"
         )
-    check_widths(parts, configs, f"{flag} {folder}")
+    check_widths(facts, configs, f"{flag} {folder}")
     resolution(folder, flag)
 
 
-def check_widths(family, configs, where):
+def check_widths(facts, configs, where):
     """The denoiser must have been made for the text encoders, side by side, and for the VAE."""
-    denoiser = configs[family.denoiser]
-    widths = [configs[part].get("hidden_size") for part in family.text_encoders]
+    denoiser = configs[facts.denoiser]
+    widths = [configs[part].get("hidden_size") for part in facts.text_encoders]
     channels = configs["vae"].get("latent_channels", 4)
     pairs = [
-        ("text_encoder", widths * family.text_layers, family.text_field),
-        ("vae", [channels] * family.patch**2, "in_channels"),
+        ("text_encoder", widths * facts.text_layers, facts.text_field),
+        ("vae", [channels] * facts.patch**2, "in_channels"),
     ]
     for part, widths, name in pairs:
         expected = denoiser.get(name)
@@ -311,7 +223,7 @@ def check_widths(family, configs, where):
         known = all(isinstance(width, int) for width in [*widths, expected])
         if known and sum(widths) != expected:
             raise UserError(
-                f"{where}: {part} and {family.denoiser} do not belong together"
+                f"{where}: {part} and {facts.denoiser} do not belong together"
                 f" ({sum(widths)} and {expected} wide)"
             )
 
@@ -364,7 +276,7 @@ def num_parameters(model_dir):
     """The number of parameters of each model, such as "unet": from the headers of its safetensors;
     of pickles from their size, as if in float32, which they are on the Hub."""
     numbers = {}
-    for part in family(model_dir).models:
+    for part in read_facts(model_dir).models:
         numbers[part] = 0
         for file in weights(model_dir, part).files:
             if file.suffix == ".safetensors":
@@ -379,7 +291,7 @@ def num_parameters(model_dir):
 def trains_text_encoder(args):
     """Whether a run tunes the text encoder: as --train_text_encoder says, else as is usual."""
     given = args.train_text_encoder
-    return family(args.model_dir).trains_text_encoder if given is None else given
+    return read_facts(args.model_dir).trains_text_encoder if given is None else given
 
 
 def denoiser_size(sizes):
@@ -394,8 +306,8 @@ def num_trained(sizes, train_text_encoder=True):
 
 def resolution(model_dir, flag="--model_dir"):
     """The side of the model's images, and of the square of pixels that one latent stands for: as
-    the denoiser's sample_size says (of two, the smaller), else the VAE's; else the family's."""
-    facts = family(model_dir)
+    the denoiser's sample_size says (of two, the smaller), else the VAE's; else the pipeline's."""
+    facts = read_facts(model_dir)
     denoiser = read_config(Path(model_dir) / facts.denoiser / "config.json", flag)
     vae = read_config(Path(model_dir) / "vae" / "config.json", flag)
     blocks = vae.get("block_out_channels")
@@ -450,7 +362,7 @@ def load_tokenizer(model_dir, part="tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder=part)
     text_encoder = part.replace("tokenizer", "text_encoder")
     config = read_config(Path(model_dir) / text_encoder / "config.json", "--model_dir")
-    limit = family(model_dir).max_tokens or config.get("max_position_embeddings")
+    limit = read_facts(model_dir).max_tokens or config.get("max_position_embeddings")
     if isinstance(limit, int) and limit > 0:
         own = tokenizer.model_max_length
         tokenizer.model_max_length = min(own, limit) if type(own) is int and own > 0 else limit
@@ -490,7 +402,7 @@ def load_pipeline(model_dir, dtype=None, **parts):
     import diffusers  # here: takes seconds
 
     index = read_config(Path(model_dir) / INDEX, "--model_dir")
-    facts = family_of(index, model_dir)
+    facts = facts_of(index, model_dir)
     for part, cls in facts.classes.items():
         if part not in parts:
             check_fields(getattr(diffusers, cls), Path(model_dir) / part / "config.json")
@@ -508,7 +420,7 @@ def load_pipeline(model_dir, dtype=None, **parts):
 def check_prompts(model_dir, prompts):
     """Each of `prompts` must fit the model's tokenizers, else a UserError quotes what would be cut
     off; and for pocket it must name a class that it knows."""
-    facts = family(model_dir)
+    facts = read_facts(model_dir)
     for part in facts.tokenizers:
         tokenizer = load_tokenizer(model_dir, part)
         limit = tokenizer.model_max_length
@@ -560,7 +472,7 @@ def lora_file(path, flag="--lora_weights_dir"):
 def fingerprint(folder):
     """A digest that tells one model from another: names, sizes and 64 samples of each weight file
     in `folder`, so that it takes no time on large ones, and all configurations."""
-    files = [file for part in family(folder).models for file in weights(folder, part).files]
+    files = [file for part in read_facts(folder).models for file in weights(folder, part).files]
     return _digest(sorted(files) + sorted(Path(folder).glob("*/*.json")), folder)
 
 

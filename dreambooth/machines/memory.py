@@ -142,7 +142,7 @@ def check_device(args, plan, num_workers, torch_device):
         warn_of_host_memory(sizes)
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
     has_copy = args.prior_target == "original" and plan.has_class_half and not args.use_lora
-    trains_text_encoder = pipeline_dir.family(args.model_dir).trains_text_encoder
+    trains_text_encoder = pipeline_dir.read_facts(args.model_dir).trains_text_encoder
     job = Job(
         pairs=pairs_per_pass * plan.images_per_pair / 2,
         keeps_gradients=num_workers > 1 or accumulation_steps > 1,
@@ -208,7 +208,7 @@ def main(args):
         return
     resolution, _ = pipeline_dir.resolution(args.model_dir)
     keeps_gradients = args.num_workers > 1
-    trains_text_encoder = pipeline_dir.family(args.model_dir).trains_text_encoder
+    trains_text_encoder = pipeline_dir.read_facts(args.model_dir).trains_text_encoder
     size = relative(args.model_dir, sizes, trains_text_encoder)
     job = Job(args.pairs, keeps_gradients, resolution=resolution, **size)
     flags, why = choose_for_gpus(free, job, given)

@@ -94,11 +94,11 @@ def _write_pipeline(denoiser, model_dir, folder):
     from safetensors.torch import load_file, save_file
 
     model_dir = Path(model_dir)
-    family = pipeline_dir.family(model_dir)
+    facts = pipeline_dir.read_facts(model_dir)
     index = pipeline_dir.read_config(model_dir / pipeline_dir.INDEX, "--model_dir")
-    for part in (*family.tokenizers, "scheduler"):
+    for part in (*facts.tokenizers, "scheduler"):
         atomic.copy_files(model_dir / part, folder / part)
-    for part in family.models:
+    for part in facts.models:
         model = getattr(denoiser, part, None)
         if model is None:
             library = {"diffusers": diffusers, "transformers": transformers}[index[part][0]]
@@ -107,7 +107,7 @@ def _write_pipeline(denoiser, model_dir, folder):
                 model_dir, subfolder=part, dtype=torch.float32, variant=variant
             )
         model.save_pretrained(folder / part)
-    for part in family.text_encoders:
+    for part in facts.text_encoders:
         if index[part][1].startswith("CLIP"):
             for file in (folder / part).glob("*.safetensors"):
                 save_file(_with_hub_names(load_file(file)), file, metadata={"format": "pt"})
@@ -182,21 +182,20 @@ def build_card(name, record, has_image):
     base = record["model"]
     on_hub = "/" in base
     pipeline = record.get("pipeline", "StableDiffusionPipeline")
-    family = pipeline_dir.FAMILIES[pipeline]
+    facts = pipeline_dir.facts_of({"_class_name": pipeline}, base)
     data = ModelCardData(
         base_model=base if on_hub else None,
         license=LICENCES.get(base),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", *family.tags, "dreambooth"]
-        + (["lora"] if lora else []),
+        tags=["text-to-image", "diffusers", *facts.tags, "dreambooth"] + (["lora"] if lora else []),
         instance_prompt=prompt,
         widget=[{"text": prompt, "output": {"url": IMAGE}}] if has_image else None,
     )
     code = LOAD_LORA if lora else LOAD_PIPELINE
     text = TEXT.format(
         name=name,
-        kind="A LoRA" if lora else f"A {family.name.partition(' 1.x')[0]} model",
+        kind="A LoRA" if lora else f"A {facts.name.partition(' 1.x')[0]} model",
         prompt=prompt,
         class_prompt=f"- class prompt: {class_prompt}\n" if class_prompt else "",
         num_photos=len(record["instance_paths"]),

@@ -191,25 +191,25 @@ def check_flags(args):
     check_numbers(args)
     args.cuda_graph = can_record(args)
     pipeline_dir.check_model_dir(args.model_dir)
-    check_family(args)
+    check_pipeline(args)
     check_output_dir(args)
     find_images(args.instance_images_dir)
     if preserves_prior(args):
         check_class(args)
 
 
-def check_family(args):
-    """Not every family's text encoder can be tuned here, nor every model."""
-    family = pipeline_dir.family(args.model_dir)
-    if args.snr_gamma and family.is_flow:
+def check_pipeline(args):
+    """Not every text encoder can be trained here, nor does every flag fit every pipeline."""
+    facts = pipeline_dir.read_facts(args.model_dir)
+    if args.snr_gamma and facts.is_flow:
         raise UserError("--snr_gamma is for diffusion models: leave it out")
     if pipeline_dir.is_distilled(args.model_dir):
         warn(
             "--model_dir is distilled to few steps, which training undoes: train its base model;"
             " generate.py takes that LoRA with either"
         )
-    if args.train_text_encoder and not family.trains_text_encoder:
-        raise UserError(f"--train_text_encoder: {family.name}'s text encoders are not trained here")
+    if args.train_text_encoder and not facts.trains_text_encoder:
+        raise UserError(f"--train_text_encoder: {facts.name}'s text encoders are not trained here")
 
 
 def check_class(args):

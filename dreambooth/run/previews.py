@@ -116,7 +116,7 @@ class Previews:
         from dreambooth.image_generator import load_pipeline
 
         parts = {"vae": self.vae, self.denoiser.family.part: self.denoiser.model}
-        facts = pipeline_dir.family(self.model_dir)
+        facts = pipeline_dir.read_facts(self.model_dir)
         for name in facts.text_encoders:
             parts[name] = getattr(self.denoiser, name, None)  # None where prompts are encoded
         return load_pipeline(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)

@@ -213,7 +213,7 @@ def other_classes(subject):
 
 AIMS = {
     "subject": 0.95,
-    "likeness": 0.85,
+    "likeness": 0,  # no aim: it compares recipes
     "composition": 0.85,
     "prior": 0.95,
     "diversity": 0.9,
