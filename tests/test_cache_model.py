@@ -5,9 +5,11 @@ import errno
 import hashlib
 import http.server
 import json
+import re
 import shutil
 import threading
 import urllib.parse
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -134,6 +136,22 @@ def test_what_the_scripts_use_is_downloaded_and_nothing_else(hub, download, mode
     assert pipeline_dir.fingerprint(snapshot) == pipeline_dir.fingerprint(model_dir)
     assert download("acme/sd").returncode == 0
     assert hub.sent == []
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_damaged_file_is_fetched_again_once_it_is_deleted(hub, download, model_dir, name):
+    """As the error says; in the Hub's cache the snapshot's file is a link to it."""
+    shutil.copytree(model_dir, hub.root / "sd", dirs_exist_ok=True)
+    snapshot = Path(download("acme/sd").stdout.splitlines()[-1])
+    whole = (snapshot / name).read_bytes()
+    (snapshot / name).write_bytes(whole[:-20])
+    result = download("acme/sd")
+    assert result.returncode == 2
+    (deleted,) = re.findall(r"is damaged .*; delete (\S+) and fetch", result.stderr)
+    Path(deleted).unlink()
+    assert download("acme/sd").returncode == 0
+    assert hub.sent == [f"sd/{name}"]
+    assert (snapshot / name).read_bytes() == whole
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ def test_recipes_of_the_readme_and_of_benchmarks_are_those_of_run_sh(readme, run
     full, _, lora, _ = of_all
     assert subjects.RECIPES["full"] == full
     assert subjects.RECIPES["lora"] == f"{lora} --use_lora"
+    assert f"--guidance_scale {subjects.GUIDANCE:g} " in recipes(run_sh, "SAMPLE_FLAGS")[0]
     for name in ("CLASS_FLAGS", "SAMPLE_FLAGS"):
         for flags in recipes(run_sh, name):
             assert flags in readme

@@ -234,11 +234,16 @@ def read_config(file, flag):
         config = _read_json(file)
     except (ValueError, OSError) as error:
         reason = "byte order mark" if "BOM" in str(error) else str(error).splitlines()[0]
-        remedy = "save it as UTF-8 without" if "BOM" in str(error) else "fetch or copy it again"
+        remedy = "save it as UTF-8 without" if "BOM" in str(error) else _fetch_again(file)
         raise UserError(f"{flag}: {file} is damaged ({reason}); {remedy}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{flag}: {file} is damaged (no JSON object); fetch or copy it again")
+        raise UserError(f"{flag}: {file} is damaged (no JSON object); {_fetch_again(file)}")
     return config
+
+
+def _fetch_again(file):
+    """The remedy. In the Hub's cache a file is a link, and only what it leads to is fetched."""
+    return f"delete {Path(file).resolve()} and fetch or copy it again"
 
 
 def check_not_damaged(file, flag):
@@ -251,7 +256,8 @@ def check_not_damaged(file, flag):
         with safe_open(file, "np"):
             pass
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{flag}: {file} is damaged ({error}); fetch or copy it again") from None
+        remedy = _fetch_again(file)
+        raise UserError(f"{flag}: {file} is damaged ({error}); {remedy}") from None
 
 
 def _check_pickle(file, flag):
@@ -264,7 +270,7 @@ def _check_pickle(file, flag):
     except Exception as error:  # damaged bytes can end in any
         raise UserError(
             f"{flag}: {file} is damaged, or holds code, which was not run"
-            f" ({type(error).__name__}); fetch it again, or a model with safetensors"
+            f" ({type(error).__name__}); {_fetch_again(file)}, or take a model with safetensors"
         ) from None
 
 

@@ -45,6 +45,7 @@ FULL = "--lr 2e-4 --lr_scheduler cosine --prior_loss_weight 3"
 LORA = "--lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine"
 RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
 SCHEDULERS = {"full": "dpm", "lora": "ode"}  # of class images and of those judged
+GUIDANCE = 3.0  # of those judged
 SHEET_COLUMNS = 8
 TUNING = [
     "lego_car",
@@ -119,14 +120,15 @@ class Bench:
         self.work_dir = Path(args.work_dir)
         self.scheduler = SCHEDULERS[args.recipe]
         sample = self.sampler(args.model_dir)
-        self.original = ImagesOnDisk(sample, self.work_dir / f"original-{self.scheduler}")
+        folder = self.work_dir / f"original-{self.scheduler}-{GUIDANCE:g}"
+        self.original = ImagesOnDisk(sample, folder)
         self.vae = sample.generator.pipeline.vae
         self.world = None
         self.judges = {}
 
     def sampler(self, model_dir, lora_weights_dir=None):
         flags = ["--model_dir", str(model_dir), "--num_samples", str(self.args.num_samples)]
-        flags += ["--scheduler", self.scheduler]
+        flags += ["--scheduler", self.scheduler, "--guidance_scale", str(GUIDANCE)]
         return fidelity.Sampler(fidelity.parse_args(flags), model_dir, lora_weights_dir)
 
     def judge(self, name):
