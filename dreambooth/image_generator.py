@@ -48,7 +48,7 @@ class ImageGenerator:
         self.family = family_of(args.model_dir)
         self.inputs = {}  # of the pipeline, by prompt
         dtype = self.family.dtype_on_gpu if self.device == "cuda" else torch.float32
-        self.pipeline = load_pipeline(args.model_dir, dtype, args.scheduler)
+        self.pipeline = load_sampler(args.model_dir, dtype, args.scheduler)
         if args.lora_weights_dir:
             apply_lora(self.pipeline, args.lora_weights_dir, args.lora_scale)
         denoiser = getattr(self.pipeline, self.family.part)
@@ -167,7 +167,7 @@ def warn_if_slow(args):
     device.warn_if_slow(pipeline_dir.num_parameters(args.model_dir), "an image")
 
 
-def load_pipeline(model_dir, dtype=None, scheduler="dpm", **parts):
+def load_sampler(model_dir, dtype=None, scheduler="dpm", **parts):
     """The pipeline of `model_dir` to sample from; `parts` are models to take in place of its own.
     `scheduler`: "dpm" or "ode", that of `build_dpm`, or "model", the model's own."""
     pipeline = pipeline_dir.load_pipeline(model_dir, dtype, **parts)

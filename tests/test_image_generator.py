@@ -18,7 +18,7 @@ import generate
 from dreambooth import image_generator
 from dreambooth.cli import UserError
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.image_generator import ImageGenerator, apply_lora, load_pipeline
+from dreambooth.image_generator import ImageGenerator, apply_lora, load_sampler
 from dreambooth.machines import device
 from dreambooth.run import export
 
@@ -289,7 +289,7 @@ def pipeline_with(model_dir):
     """The pipeline of the model, with a LoRA on top: pipeline_with(lora_dir, scale)."""
 
     def load(lora_dir=None, scale=1.0):
-        pipeline = load_pipeline(model_dir, torch.float32)
+        pipeline = load_sampler(model_dir, torch.float32)
         if lora_dir:
             apply_lora(pipeline, lora_dir, scale)
         return pipeline

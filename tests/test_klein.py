@@ -23,7 +23,7 @@ import train
 from dreambooth import dataset, latents, models
 from dreambooth.cli import UserError
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.image_generator import apply_lora, load_pipeline
+from dreambooth.image_generator import apply_lora, load_sampler
 from dreambooth.images import load_crops
 from dreambooth.run import export
 from dreambooth.run.plan import check_flags
@@ -188,7 +188,7 @@ def test_the_sampler_recovers_what_was_overfitted(klein_dir, train_args, step):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    pipeline = load_pipeline(klein_dir, scheduler="model", transformer=denoiser.transformer)
+    pipeline = load_sampler(klein_dir, scheduler="model", transformer=denoiser.transformer)
     inputs = {"prompt_embeds": conditions["states"][:1], "guidance_scale": 1}
     sampled = pipeline(
         **inputs, height=16, width=24, num_inference_steps=20, output_type="latent",

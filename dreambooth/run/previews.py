@@ -113,13 +113,13 @@ class Previews:
 
     def _build_pipeline(self):
         """A pipeline of the models that are being trained: no weight is copied."""
-        from dreambooth.image_generator import load_pipeline
+        from dreambooth.image_generator import load_sampler
 
         parts = {"vae": self.vae, self.denoiser.family.part: self.denoiser.model}
         facts = pipeline_dir.read_facts(self.model_dir)
         for name in facts.text_encoders:
             parts[name] = getattr(self.denoiser, name, None)  # None where prompts are encoded
-        return load_pipeline(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)
+        return load_sampler(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)
 
 
 def remove_later(folder, step):
