@@ -111,8 +111,7 @@ def test_train_flags_from_outside_stay_as_they_are(run_story):
 
 POCKET_LORA = (
     "--train_batch_size 8 --num_epochs 12 --max_train_steps 300"
-    " --lora_layers all --lora_rank 16 --lr 1e-3 --lr_scheduler cosine"
-    " --prior_loss_weight 2 --use_lora"
+    " --lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine --use_lora"
 )
 
 

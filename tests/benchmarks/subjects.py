@@ -42,10 +42,10 @@ from tests.benchmarks import fidelity
 
 STEPS = "--train_batch_size 8 --num_epochs 12 --max_train_steps 300"
 FULL = "--lr 2e-4 --lr_scheduler cosine --prior_loss_weight 3"
-LORA = "--lora_layers all --lora_rank 16 --lr 1e-3 --lr_scheduler cosine --prior_loss_weight 2"
+LORA = "--lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine"
 RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
 SCHEDULERS = {"full": "dpm", "lora": "ode"}  # of class images and of those judged
-GUIDANCE = {"full": 3.0, "lora": 4.0}  # of those judged
+GUIDANCE = 4  # of those judged
 SHEET_COLUMNS = 8
 TUNING = [
     "lego_car",
@@ -119,9 +119,8 @@ class Bench:
         self.args = args
         self.work_dir = Path(args.work_dir)
         self.scheduler = SCHEDULERS[args.recipe]
-        self.guidance = GUIDANCE[args.recipe]
         sample = self.sampler(args.model_dir)
-        folder = self.work_dir / f"original-{self.scheduler}-{self.guidance:g}"
+        folder = self.work_dir / f"original-{self.scheduler}-{GUIDANCE}"
         self.original = ImagesOnDisk(sample, folder)
         self.vae = sample.generator.pipeline.vae
         self.world = None
@@ -129,7 +128,7 @@ class Bench:
 
     def sampler(self, model_dir, lora_weights_dir=None):
         flags = ["--model_dir", str(model_dir), "--num_samples", str(self.args.num_samples)]
-        flags += ["--scheduler", self.scheduler, "--guidance_scale", str(self.guidance)]
+        flags += ["--scheduler", self.scheduler, "--guidance_scale", str(GUIDANCE)]
         return fidelity.Sampler(fidelity.parse_args(flags), model_dir, lora_weights_dir)
 
     def judge(self, name):
