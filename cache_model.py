@@ -117,15 +117,16 @@ def copy_pocket(snapshot):
     is_complete = pipeline_dir.missing_file(snapshot) is None
     if is_complete and pipeline_dir.fingerprint(snapshot) == pipeline_dir.fingerprint(POCKET_DIR):
         return
+    atomic.check_writable(snapshot, "--model_dir")
     atomic.replace_dir(snapshot, lambda folder: atomic.copy_files(POCKET_DIR, folder))
 
 
 def main(args):
-    atomic.check_writable(args.model_dir, "--model_dir")
     snapshot = pipeline_dir.snapshot_dir(args.model_dir, args.model_name, args.revision)
     if args.model_name == "pocket":
         copy_pocket(snapshot)
     elif pipeline_dir.missing_file(snapshot):  # always for a branch: its newest commit is asked for
+        atomic.check_writable(args.model_dir, "--model_dir")
         snapshot = fetch_from_hub(args.model_dir, args.model_name, args.revision)
     pipeline_dir.check_model_dir(snapshot)
     print(snapshot)

@@ -113,6 +113,11 @@ main() {
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
   if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --use_lora "* ]]; then LORA=1; fi
   choose_model
+  OWN_MODEL=
+  if [[ -f "${ORIG_MODEL_PATH:-}/model_index.json" ]]; then  # a directory of the user's: no download
+    OWN_MODEL=1 ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-local}
+    ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-$(basename "$ORIG_MODEL_PATH")}
+  fi
   if ((NUM_GPUS == 0)); then
     echo "no CUDA GPU here: using the embedded pocket model, unless ORIG_MODEL_NAME is set"
     ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
@@ -134,12 +139,22 @@ main() {
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
   OTHER_PROMPT=${OTHER_PROMPT:-photo of a house}  # what must not change, beside the class
   if [[ "$OTHER_PROMPT" == "$CLASS_PROMPT" ]]; then OTHER_PROMPT="photo of a car"; fi
+  local scenes scene prompts=()
+  IFS='|' read -ra scenes <<<"${SCENES//$'\n'/|}"
+  for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
+  prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
   check_cheaply
   echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
   echo "results go to $SUBJECT_DIR and replace earlier ones there; class images to $IMAGES_REG_DIR"
 
   step 1 "cache the original model (SD 1.4: a download of 4 GB, minutes; pocket: no time)"
-  "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
+  if [[ -z "$OWN_MODEL" ]]; then
+    "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
+  fi
+  if [[ "$ORIG_MODEL_NAME" != pocket ]]; then  # what step 5 would find only after the training
+    "$PYTHON" -c 'import sys, generate; generate.check_args(generate.parse_args(sys.argv[1:]))' \
+      --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" $SAMPLE_FLAGS
+  fi
   [[ -n "$OWN_TRAIN_FLAGS" ]] || choose_train_flags
   if [[ "${LORA:-0}" == 1 && "$TRAIN_FLAGS" != *--use_lora* ]]; then TRAIN_FLAGS+=" --use_lora"; fi
   if ((NUM_CLASS_IMAGES == 0)); then TRAIN_FLAGS+=" --prior_loss_weight 0"; fi
@@ -174,10 +189,6 @@ main() {
     ${previews[@]+"${previews[@]}"}
 
   step 5 "generate the subject in new places, and what must not change; the original model, too (under a minute)"
-  local scenes prompts=()
-  IFS='|' read -ra scenes <<<"$SCENES"
-  for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
-  prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
   "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
     --compare_to "$ORIG_MODEL_PATH" --overwrite ${RAY_ADDRESS:+--use_ray_data} $SAMPLE_FLAGS
 

@@ -76,7 +76,10 @@ def absolute_path(text):
     """The type of a flag that takes a path: absolute, as Ray's workers run in another directory."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path; is a shell variable not set?")
-    return str(Path(text).expanduser().absolute())
+    try:
+        return str(Path(text).expanduser().absolute())
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: no such user's home; ./~ is a folder") from None
 
 
 def valid_prompt(text):
@@ -112,9 +115,11 @@ def run_main(main, args):
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in OF_THE_DISK or not error.filename:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # which names no file
+        if error.errno not in OF_THE_DISK or not (error.filename or is_full):
             raise
-        print(f"error: {_one_line(error.filename)}: {error.strerror}", file=sys.stderr)
+        file = f"{_one_line(error.filename)}: " if error.filename else ""
+        print(f"error: {file}{error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

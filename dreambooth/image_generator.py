@@ -54,7 +54,10 @@ class ImageGenerator:
         denoiser = getattr(self.pipeline, self.family.part)
         if self.device == "cpu":  # a GPU's group norms undo it
             denoiser.to(memory_format=torch.channels_last)
-        self.pipeline.to(self.device)
+        try:
+            self.pipeline.to(self.device)
+        except torch.OutOfMemoryError:
+            raise UserError("out of GPU memory: the model alone does not fit this GPU") from None
         if self.device == "cuda":
             torch.cuda.empty_cache()  # what another model has left, as with --compare_to
         given = self.padded_size or args.batch_size  # sized once the weights have their memory
@@ -123,8 +126,8 @@ class ImageGenerator:
             torch.set_num_threads(device.num_cores())
         size = self.padded_size or len(records)
         padded = (records + [records[-1]] * size)[:size]
-        inputs = [self._encode_prompt(record["prompt"]) for record in padded]
         try:
+            inputs = [self._encode_prompt(record["prompt"]) for record in padded]
             images = self.pipeline(
                 **{name: torch.cat([given[name] for given in inputs]) for name in inputs[0]},
                 generator=[noise_generator(record, attempt) for record in padded],
@@ -191,6 +194,7 @@ def build_dpm(config, deterministic=False):
 
     if deterministic:
         config = {**config, "algorithm_type": "dpmsolver++"}
+    config = {**config, "use_exponential_sigmas": False, "use_beta_sigmas": False}
     dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
     if dpm.alphas_cumprod[-1] < MIN_LAST_ALPHA:
         dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=False)
@@ -204,14 +208,20 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     flag = f"--lora_weights_dir {file}"
     print(f"with the LoRA of {file}", flush=True)
     weights = load_file(file)
+    for sign, kind in OTHER_ADAPTERS.items():
+        if any(sign in name for name in weights):
+            raise UserError(f"{flag} is a {kind}, which is not read here: take a plain LoRA")
+    # By its path: its header may hold the alphas, which its tensors do not.
+    source = {"pretrained_model_name_or_path_or_dict": file.parent, "weight_name": file.name}
     if (file.parent / PEFT_CONFIG).exists() and any(name.startswith(PEFT) for name in weights):
         weights = from_peft(weights, file.parent / PEFT_CONFIG, flag)
+        source = {"pretrained_model_name_or_path_or_dict": weights}
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        given = pipeline.lora_state_dict(dict(weights))
+        given = pipeline.lora_state_dict(**source)
         given = given[0] if isinstance(given, tuple) else given  # some return alphas as well
         given = [name for name in given if not name.endswith("alpha")]
-        pipeline.load_lora_weights(dict(weights), adapter_name="subject")
+        pipeline.load_lora_weights(**source, adapter_name="subject")
     parts = ("unet", "transformer", "text_encoder", "text_encoder_2")
     models = [m for m in (getattr(pipeline, part, None) for part in parts) if m is not None]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
@@ -226,6 +236,8 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
 
 PEFT = "base_model.model."  # how the names of PEFT's own files begin
 PEFT_CONFIG = "adapter_config.json"
+# By what only their tensors' names hold. PEFT's own DoRAs have other names, and are loaded.
+OTHER_ADAPTERS = {"dora_scale": "DoRA of kohya's", "lokr_": "LoKr", "hada_": "LoHa"}
 
 
 def from_peft(weights, config_file, flag):

@@ -15,7 +15,7 @@ class DiffusionSchedule(DDPMScheduler):
 
     def timesteps_at(self, fractions):
         """The timesteps (N,), integers, at `fractions` (N,) in [0, 1) of the schedule."""
-        return (fractions * self.config.num_train_timesteps).long()
+        return (fractions * len(self.alphas_cumprod)).long()
 
     def to(self, device):
         self.alphas_cumprod = self.alphas_cumprod.to(device)

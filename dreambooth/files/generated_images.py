@@ -192,9 +192,11 @@ def fit_into_square(image, side):
 def main(args):
     rows = {}
     for row in args.rows:
-        caption, _, folder = row.partition("=")
-        if not folder:
+        # Either may hold a "=": it is the one before a folder that exists, else the first.
+        splits = [(row[:i], row[i + 1 :]) for i, char in enumerate(row) if char == "="]
+        if not splits or not splits[-1][1]:
             raise UserError(f"{row!r}: give rows as caption=folder")
+        caption, folder = next((s for s in splits if Path(s[1]).is_dir()), splits[0])
         rows[caption] = find_images(folder)
     atomic.check_writable(Path(args.output).parent, "--output")
     contact_sheet(rows, args.output, args.columns)

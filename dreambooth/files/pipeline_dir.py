@@ -477,9 +477,11 @@ def lora_file(path, flag="--lora_weights_dir"):
 
 def fingerprint(folder):
     """A digest that tells one model from another: names, sizes and 64 samples of each weight file
-    in `folder`, so that it takes no time on large ones, and all configurations."""
-    files = [file for part in read_facts(folder).models for file in weights(folder, part).files]
-    return _digest(sorted(files) + sorted(Path(folder).glob("*/*.json")), folder)
+    in `folder`, so that it takes no time on large ones, and the configurations of its parts."""
+    facts = read_facts(folder)
+    files = [file for part in facts.models for file in weights(folder, part).files]
+    configs = [file for part in facts.parts for file in (Path(folder) / part).glob("*.json")]
+    return _digest(sorted(files) + sorted(configs), folder)
 
 
 def lora_fingerprint(path):

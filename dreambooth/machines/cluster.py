@@ -121,6 +121,8 @@ def scaling_config(num_workers, num_gpus, num_cpus):
     """Ray Train's ScalingConfig for a range (minimum, maximum) of workers."""
     if runs_in_driver(num_workers):
         return ray.train.ScalingConfig(num_workers=0)
+    if not num_gpus and num_cpus < 2:
+        raise UserError("Ray has one CPU core, and reading images takes another: add a node")
     fewest, most = num_workers
     # On a CPU the workers reserve at most half of the cores: Ray Data's tasks need the rest, and
     # would wait for ever if all were reserved. (1, 1/2, 1/4: exact fractions, which Ray adds up.)
@@ -154,7 +156,8 @@ def _connect(address, verbose, log_to_driver):
         create_token()
         check_temp_dir()
         try:
-            ray.init(address="local", include_dashboard=False, **log_settings)
+            cores = device.num_cores()  # Ray would count all of the machine's, bound to them or not
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **log_settings)
         except (RuntimeError, ConnectionError, TimeoutError, ray.exceptions.RayError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -173,6 +176,10 @@ def _connect(address, verbose, log_to_driver):
             " `ray start --head`, or unset it; a cluster with a token answers to"
             " RAY_AUTH_MODE=token and its ~/.ray/auth_token"
         ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise UserError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}") from error
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
             f"RAY_ADDRESS={address}: the cluster wants its token: copy its ~/.ray/auth_token here"
@@ -213,7 +220,8 @@ def create_token():
 
 def check_temp_dir():
     """Ray's sockets must fit the folder for temporary files: a UserError names the variable."""
-    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)  # as Ray does
+    name = next((name for name in names if name in os.environ), None)
     folder = os.environ[name] if name else "/tmp"
     remedy = "set RAY_TMPDIR to a short path, such as /tmp"
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
@@ -231,7 +239,7 @@ def check_address(address):
     minutes."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def wait_for_workers(num_workers, seconds):

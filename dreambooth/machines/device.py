@@ -3,6 +3,7 @@
 Without Ray, which counts GPUs and does not try them.
 """
 
+import math
 import os
 import platform
 import re
@@ -89,14 +90,40 @@ def host_memory():
         free = 1024 * fields("/proc/meminfo")["MemAvailable:"]
     except (OSError, KeyError):
         return None
-    with suppress(OSError, KeyError, ValueError):  # no group, or "max": no limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (
-            int((group / name).read_text(encoding="utf-8"))
-            for name in ("memory.max", "memory.current")
-        )
-        free = min(free, limit - used + fields(group / "memory.stat")["inactive_file"])
+    for group in control_groups("memory"):
+        for limit, used, cache in MEMORY_FILES:
+            with suppress(OSError, KeyError, ValueError):  # "max": no limit
+                room = _number(group / limit) - _number(group / used)
+                free = min(free, room + fields(group / "memory.stat")[cache])
     return free / GIB
+
+
+MEMORY_FILES = (  # of a control group, by version: limit, use, and what of it can be given up
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def control_groups(controller, root=Path("/sys/fs/cgroup"), own=Path("/proc/self/cgroup")):
+    """The directories of this process's control groups (Linux) for "memory" or "cpu", from its own
+    to the root: containers and batch systems set limits in any of them. None on other systems."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / controller if controllers else root  # version 1, version 2
+        group = base / path.lstrip("/")
+        found += [g for g in (group, *group.parents) if g.is_relative_to(base) and g.is_dir()]
+    return found
+
+
+def _number(file):
+    return int(file.read_text(encoding="utf-8"))
 
 
 def fields(path):
@@ -147,10 +174,18 @@ def warn_if_slow(num_parameters, what):
 
 
 def num_cores():
-    """The number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    """The number of CPU cores that this process may use: of those that it is bound to, what a
+    container's quota leaves."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for group in control_groups("cpu"):
+        with suppress(OSError, ValueError):  # "max": no limit
+            if (group / "cpu.max").exists():
+                quota, period = map(int, (group / "cpu.max").read_text(encoding="utf-8").split())
+            else:
+                quota, period = (_number(group / f"cpu.cfs_{n}_us") for n in ("quota", "period"))
+            if quota > 0:
+                cores = min(cores, max(1, math.ceil(quota / period)))
+    return cores
 
 
 def configure_torch(device, workers_here):

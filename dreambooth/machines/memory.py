@@ -6,6 +6,7 @@
 Prints the flags to add to train.py's, and on stderr why.
 """
 
+import os
 import sys
 from typing import NamedTuple
 
@@ -203,6 +204,8 @@ def main(args):
     free = []
     if sum(sizes.values()) >= device.LARGE:
         free = [args.gib] * args.num_workers if args.gib else gpus.free_memory_of_all()
+        if not os.environ.get("RAY_ADDRESS"):
+            free = free[: args.num_workers]  # the workers take the first of this machine's
     if not free:
         print(*given)
         return

@@ -54,12 +54,12 @@ own: mind what you publish.
 LOAD_PIPELINE = """from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained("{name}")
-pipeline("{prompt}").images[0]"""
+pipeline({prompt}).images[0]"""
 LOAD_LORA = """from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained("{base}")
 pipeline.load_lora_weights("{name}")
-pipeline("{prompt}").images[0]"""
+pipeline({prompt}).images[0]"""
 
 
 def save(denoiser, args):
@@ -200,7 +200,9 @@ def build_card(name, record, has_image):
         class_prompt=f"- class prompt: {class_prompt}\n" if class_prompt else "",
         num_photos=len(record["instance_paths"]),
         image=f"\n![before, above, and after]({IMAGE})\n" if has_image else "",
-        code=code.format(pipeline=pipeline, name=name, base=base, prompt=prompt),
+        code=code.format(
+            pipeline=pipeline, name=name, base=base, prompt=json.dumps(prompt, ensure_ascii=False)
+        ),
         base=base,
         revision=f", revision {record['revision']}" if record["revision"] else "",
         plan=record["plan"],
@@ -271,6 +273,8 @@ def export_card(args):
     """Write the card of `args.output_dir` anew, and upload the result if asked to. UserError: it is
     no result of train.py."""
     folder = Path(args.output_dir)
+    if args.push and "/" not in args.push:
+        raise UserError(f"--push {args.push}: give the repository as NAME/MODEL")
     if not ((folder / "model_index.json").exists() or (folder / LORA_FILE).exists()):
         raise UserError(f"{folder} holds no result of train.py")
     record = training_log.read_record(report_dir(folder))

@@ -62,6 +62,7 @@ class Previews:
             (self.folder / FILM_STRIP).unlink(missing_ok=True)
         elif self.enabled:
             remove_later(self.folder, first_step)
+            remove_of_other_prompts(self.folder, self.prompts)
         self.on_step_end(first_step)
 
     def on_step_end(self, step, **metrics):
@@ -120,6 +121,15 @@ class Previews:
         for name in facts.text_encoders:
             parts[name] = getattr(self.denoiser, name, None)  # None where prompts are encoded
         return load_sampler(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)
+
+
+def remove_of_other_prompts(folder, prompts):
+    """Remove the previews of an earlier part of a run that was given other prompts."""
+    for number, by_step in find(folder).items():
+        for file in by_step.values():
+            record = generated_images.read_record(file)
+            if prompts[number : number + 1] != [record and record["prompt"]]:
+                file.unlink()
 
 
 def remove_later(folder, step):
