@@ -87,28 +87,59 @@ def test_a_card_without_kernels_is_refused_before_the_first_one(pretend):
         assert device.pick_device() == "cuda"
 
 
-def test_the_free_memory_of_a_container_is_its_own(monkeypatch):
-    """It may be less than the machine's; page cache that can be dropped counts as free."""
-    files = {
-        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 31457280 kB\n",
-        "/sys/fs/cgroup/memory.max": f"{16 * 2**30}\n",
-        "/sys/fs/cgroup/memory.current": f"{10 * 2**30}\n",
-        "/sys/fs/cgroup/memory.stat": f"anon 5\ninactive_file {2 * 2**30}\n",
-    }
+@pytest.fixture
+def in_group(tmp_path, monkeypatch):
+    """Put this process into control groups: in_group("0::/job/step", {"job/cpu.max": "2 1"})."""
+    control_groups = device.control_groups
 
-    def read_text(path, encoding):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
+    def put(line, files):
+        own, root = tmp_path / "own", tmp_path / "root"
+        own.write_text(f"{line}\n")
+        (root / "job" / "step").mkdir(parents=True)
+        for name, content in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(f"{content}\n")
+        monkeypatch.setattr(
+            device, "control_groups", lambda controller: control_groups(controller, root, own)
+        )
 
-    monkeypatch.setattr(device.Path, "read_text", read_text)
-    assert device.host_memory() == 8
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert device.host_memory() == 30
-    del files["/sys/fs/cgroup/memory.max"]
-    assert device.host_memory() == 30
-    files.clear()  # not Linux
-    assert device.host_memory() is None
+    return put
+
+
+def test_the_free_memory_of_a_container_is_its_own(in_group):
+    """It may be less than the machine's; page cache that can be dropped counts as free. A batch
+    system sets the limit in a group above that of the process."""
+    gib = 2**30
+    in_group("0::/job/step", {
+        "job/step/memory.max": "max",
+        "job/memory.max": 3 * gib,
+        "job/memory.current": 2 * gib + gib // 2,
+        "job/memory.stat": f"anon 5\ninactive_file {gib // 2}",
+    })  # fmt: skip
+    assert device.host_memory() == 1
+
+
+def test_the_first_version_of_control_groups_counts_as_well(in_group):
+    gib = 2**30
+    in_group("4:cpu,memory:/job", {
+        "memory/job/memory.limit_in_bytes": 2 * gib,
+        "memory/job/memory.usage_in_bytes": gib,
+        "memory/job/memory.stat": "total_inactive_file 0",
+        "memory/memory.limit_in_bytes": 9223372036854771712,  # none
+        "memory/memory.usage_in_bytes": gib,
+        "memory/memory.stat": "total_inactive_file 0",
+        "cpu/job/cpu.cfs_quota_us": 50000,
+        "cpu/job/cpu.cfs_period_us": 100000,
+    })  # fmt: skip
+    assert device.host_memory() == 1
+    assert device.num_cores() == 1
+
+
+def test_a_quota_leaves_fewer_cores(in_group, monkeypatch):
+    """As containers are given; half a core counts as one."""
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    in_group("0::/job/step", {"job/step/cpu.max": "max 100000", "job/cpu.max": "350000 100000"})
+    assert device.num_cores() == 4
 
 
 def test_bfloat16_is_a_question_of_the_card_and_not_of_emulation(pretend):

@@ -124,11 +124,12 @@ class Previews:
 
 
 def remove_of_other_prompts(folder, prompts):
-    """Remove the previews of an earlier part of a run that was given other prompts."""
+    """Remove the previews of an earlier part of a run that was given other prompts; none if there
+    are no `prompts` now."""
     for number, by_step in find(folder).items():
         for file in by_step.values():
             record = generated_images.read_record(file)
-            if prompts[number : number + 1] != [record and record["prompt"]]:
+            if prompts and record and prompts[number : number + 1] != [record["prompt"]]:
                 file.unlink()
 
 
