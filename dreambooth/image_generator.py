@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -212,16 +213,15 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
         if any(sign in name for name in weights):
             raise UserError(f"{flag} is a {kind}, which is not read here: take a plain LoRA")
     # By its path: its header may hold the alphas, which its tensors do not.
-    source = {"pretrained_model_name_or_path_or_dict": file.parent, "weight_name": file.name}
+    source, options = file.parent, {"weight_name": file.name}
     if (file.parent / PEFT_CONFIG).exists() and any(name.startswith(PEFT) for name in weights):
-        weights = from_peft(weights, file.parent / PEFT_CONFIG, flag)
-        source = {"pretrained_model_name_or_path_or_dict": weights}
+        source, options = from_peft(weights, file.parent / PEFT_CONFIG, flag), {}
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        given = pipeline.lora_state_dict(**source)
+        given = pipeline.lora_state_dict(copy(source), **options)  # which changes a dict
         given = given[0] if isinstance(given, tuple) else given  # some return alphas as well
         given = [name for name in given if not name.endswith("alpha")]
-        pipeline.load_lora_weights(**source, adapter_name="subject")
+        pipeline.load_lora_weights(copy(source), adapter_name="subject", **options)
     parts = ("unet", "transformer", "text_encoder", "text_encoder_2")
     models = [m for m in (getattr(pipeline, part, None) for part in parts) if m is not None]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]

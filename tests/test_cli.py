@@ -1,5 +1,6 @@
 """What all command lines share: --help, user errors in one line, exit codes, quiet libraries."""
 
+import argparse
 import ast
 import errno
 import logging
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -323,6 +325,23 @@ def test_a_disk_that_cannot_be_written_is_one_line(capsys, code):
         cli.run_main(MagicMock(side_effect=error), None)
     line = f"error: /out/run.json: {os.strerror(code)}\n"
     assert (stopped.value.code, capsys.readouterr().err) == (2, line)
+
+
+def test_a_full_disk_is_one_line_though_its_error_names_no_file(capsys):
+    def write():
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_main(lambda _: write(), None)
+    line = f"error: {os.strerror(errno.ENOSPC)}\n"
+    assert (stopped.value.code, capsys.readouterr().err) == (2, line)
+
+
+def test_a_home_that_nobody_has_is_a_mistake_in_a_flag():
+    assert cli.absolute_path("~/a") == str(Path.home() / "a")
+    with pytest.raises(argparse.ArgumentTypeError, match="~nobody-here/x: no such user's home"):
+        cli.absolute_path("~nobody-here/x")
 
 
 def test_text_is_read_and_written_as_utf_8_whatever_the_locale(root):

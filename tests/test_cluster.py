@@ -492,6 +492,22 @@ def test_a_folder_that_does_not_hold_rays_sockets_is_named(ray_init, tmp_path, n
     assert cluster.start_ray() == (2, 8)
 
 
+def test_on_macos_ray_does_not_look_at_tmpdir(ray_init, monkeypatch):
+    """Which is set there, and longer than a socket's path may be."""
+    os.environ.pop("RAY_TMPDIR", None)
+    os.environ["TMPDIR"] = "/var/folders/" + "x" * 40
+    monkeypatch.setattr(cluster.sys, "platform", "darwin")
+    assert cluster.start_ray() == (2, 8)
+
+
+def test_a_cluster_with_another_python_is_one_line(ray_init, monkeypatch):
+    os.environ["RAY_ADDRESS"] = "10.0.0.1:6379"
+    monkeypatch.setattr(cluster, "check_address", lambda address: None)
+    ray_init.side_effect = RuntimeError("Version mismatch: The cluster was\n started with 3.12.3")
+    with pytest.raises(UserError, match="RAY_ADDRESS=10.0.0.1:6379: Version mismatch: .*3.12.3"):
+        cluster.start_ray()
+
+
 def test_a_ray_that_does_not_start_is_one_line(ray_init):
     ray_init.side_effect = RuntimeError("Failed to connect to GCS within 60 seconds.\nmore")
     with pytest.raises(

@@ -18,7 +18,7 @@ import generate
 from dreambooth import image_generator
 from dreambooth.cli import UserError
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.image_generator import ImageGenerator, apply_lora, load_sampler
+from dreambooth.image_generator import ImageGenerator, apply_lora, build_dpm, load_sampler
 from dreambooth.machines import device
 from dreambooth.run import export
 
@@ -348,6 +348,37 @@ def test_a_lora_of_another_trainer_takes_the_same_effect(predict, lora_dir, tmp_
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in weights
     save_file(weights, tmp_path / "my_car.safetensors")
     torch.testing.assert_close(predict(tmp_path), predict(lora_dir), rtol=0, atol=1e-5)
+
+
+def test_the_alpha_in_a_files_header_counts(predict, lora_dir, tmp_path):
+    """Where diffusers' scripts of 2025 and later write it: an alpha of half the rank is half the
+    strength."""
+    weights = load_file(lora_dir / pipeline_dir.LORA_FILE)
+    config = {"r": 4, "lora_alpha": 2, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    text = {**config, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+    header = {f"unet.{name}": value for name, value in config.items()}
+    header |= {f"text_encoder.{name}": value for name, value in text.items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(header)}
+    save_file(weights, tmp_path / pipeline_dir.LORA_FILE, metadata=metadata)
+    half = predict(lora_dir, 0.5)
+    torch.testing.assert_close(predict(tmp_path, 1.0), half, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dora_scale", "lokr_w1", "hada_w1_a"])
+def test_other_adapters_of_kohya_are_refused_by_name(pipeline_with, tmp_path, kind):
+    """Of some, diffusers would load a part without a word."""
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    weights = {f"{layer}.{name}": torch.ones(2, 2) for name in ("lora_up.weight", kind)}
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="is a (DoRA|LoKr|LoHa).*take a plain LoRA"):
+        pipeline_with(str(tmp_path))
+
+
+@pytest.mark.parametrize("sigmas", ["use_exponential_sigmas", "use_beta_sigmas"])
+def test_a_scheduler_with_other_sigmas_is_sampled_with_karras(sigmas):
+    dpm = build_dpm({"beta_schedule": "scaled_linear", "beta_end": 0.012, sigmas: True})
+    assert dpm.config.use_karras_sigmas
+    assert not dpm.config[sigmas]
 
 
 @pytest.mark.parametrize("content", ["no LoRA", "a LoRA of another model"])

@@ -203,6 +203,8 @@ def test_fingerprint_tells_models_apart(model_dir, broken_model_dir, lora_dir, c
     fingerprints = {pipeline_dir.fingerprint(broken_model_dir)}
     fingerprints.add(pipeline_dir.lora_fingerprint(lora_dir))
     fingerprints.add(pipeline_dir.fingerprint(copied))
+    (copied / "safety_checker").mkdir()  # fetched by another program; no part of the pipeline here
+    (copied / "safety_checker" / "config.json").write_text("{}")
     assert pipeline_dir.fingerprint(model_dir) == pipeline_dir.fingerprint(copied)
     set_json(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     fingerprints.add(pipeline_dir.fingerprint(copied))

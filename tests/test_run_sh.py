@@ -279,6 +279,26 @@ def test_cheap_checks_come_before_dear_steps(run_story):
     assert commands["-c"][0].endswith("--class_prompt photo of a dog --seed 3")
 
 
+def test_a_local_model_is_used_as_it_is(run_story, sd14_dir):
+    """Nothing is downloaded; on a GPU with Stable Diffusion's recipe."""
+    done, commands = run_story(1, 79, ORIG_MODEL_PATH=str(sd14_dir))
+    assert done.returncode == 0, done.stderr
+    assert "cache_model.py" not in commands
+    (train,) = commands["train.py"]
+    assert train.startswith(f"--model_dir {sd14_dir} ")
+    assert " --lr 5e-6" in train
+
+
+def test_scenes_may_stand_on_lines_and_are_checked_before_the_training(run_story):
+    _, commands = run_story(1, 79, SCENES="in the snow\nat night")
+    _, sample = commands["generate.py"]
+    assert "photo of unqtkn dog in the snow photo of unqtkn dog at night photo of a dog" in sample
+    checks = commands["-c"]
+    assert any("photo of unqtkn dog at night" in check for check in checks)
+    names = list(commands)
+    assert names.index("-c") < names.index("train.py")
+
+
 def test_own_photos_are_not_taken_for_the_example_by_macos(run_story, tmp_path):
     """Whose realpath has no -m; and whose bash takes an empty array for an unset variable."""
     (tmp_path / "bin").mkdir()
