@@ -1,6 +1,7 @@
 """What a run leaves: a pipeline or a LoRA that loads as what was trained, its model card as the Hub
 reads it, and a LoRA in kohya's layout."""
 
+import ast
 import json
 import os
 import shutil
@@ -279,6 +280,23 @@ def test_a_result_is_uploaded_to_a_private_repository_unless_public(result, hub,
         ]
         assert "uploaded to https://huggingface.co/me/model" in capsys.readouterr().out
     assert 'from_pretrained("me/model")' in card_of(folder)[1]
+
+
+def test_the_cards_code_is_python_whatever_the_prompt(result):
+    folder, record = result()
+    record["flags"]["instance_prompt"] = 'photo of "rex" \\ dog'
+    export.write_card(folder, record)
+    code = card_of(folder)[1].partition("```python\n")[2].partition("```")[0]
+    constants = [n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant)]
+    assert record["flags"]["instance_prompt"] in constants
+
+
+def test_a_repository_without_its_owner_is_refused(result, hub):
+    """The Hub would take it as one's own; the card's code would not find it."""
+    folder, _ = result()
+    with pytest.raises(UserError, match="--push model: give the repository as NAME/MODEL"):
+        run_export("card", folder, "--push", "model")
+    assert hub.mock_calls == []
 
 
 def test_what_should_be_private_is_not_uploaded_to_a_public_repository(result, hub):

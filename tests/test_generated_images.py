@@ -298,6 +298,7 @@ def test_a_sheet_of_folders(flat_image, tmp_path, capsys):
             run([row], sheet)
     run([f"size=big, at=night={tmp_path / 'a'}"], sheet)  # prompts may hold a "="
     sheet.unlink()
+    capsys.readouterr()
     with pytest.raises(UserError, match="--output /proc/here cannot be written"):
         run(rows, "/proc/here/sheet.png")
     content = photo.read_bytes()

@@ -110,6 +110,18 @@ def test_flags_that_are_given_stay():
     assert memory.choose_for_gpus([None, 78], Job(), ())[0] == ""
 
 
+def test_gpus_without_a_worker_do_not_count(sd14_dir, monkeypatch, capsys):
+    """Workers take this machine's first ones; of a cluster, nobody knows which."""
+    monkeypatch.setattr(memory.gpus, "free_memory_of_all", lambda: [45.0, 3.0])
+    args = memory.parse_args(["--model_dir", str(sd14_dir), "--num_workers", "1"])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    memory.main(args)
+    assert capsys.readouterr().out == "\n"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    memory.main(args)
+    assert LORA in capsys.readouterr().out
+
+
 def test_a_transformers_memory_follows_its_tokens():
     """A quarter of the pixels, beside the prompt: a third of the tokens."""
     klein = memory.REFERENCES["Flux2KleinPipeline"]

@@ -130,6 +130,20 @@ def test_off_by_default_and_on_rank_0_alone(train_args, tmp_path):
         assert "previews_s" not in log.metrics
 
 
+def test_previews_of_other_prompts_go_when_a_run_is_resumed_with_new_ones(
+    train_args, tmp_path, flat_image
+):
+    for number, prompt in enumerate(("a red car", "a blue car")):
+        file = tmp_path / previews.FOLDER / previews.file_name(number, 0)
+        file.parent.mkdir(exist_ok=True)
+        record = {"prompt": prompt, "seed": 0, "step": 0}
+        generated_images.save_image(Image.new("RGB", (8, 8)), record, file)
+    flags = {"preview_prompts": ["a red car", "a green car"], "preview_every": 4}
+    preview, _ = make(train_args, tmp_path, **flags)
+    preview.on_train_begin(1)
+    assert list(previews.find(tmp_path)) == [0]
+
+
 def test_previews_of_steps_that_are_done_again_go(train_args, tmp_path, flat_image):
     """With a new run all, whether or not it has some of its own."""
     for number in (0, 1):
