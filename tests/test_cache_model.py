@@ -222,6 +222,15 @@ def test_pocket_is_copied_without_a_network_and_only_where_it_is_not_there(run, 
     assert not (snapshot / "mark").exists()
 
 
+def test_a_complete_cache_may_be_read_only(run, monkeypatch):
+    """Such as an administrator's."""
+    run("pocket")
+    refused = MagicMock(side_effect=UserError("it cannot be written"))
+    monkeypatch.setattr(cache_model.atomic, "check_writable", refused)
+    run("pocket")
+    assert not refused.called
+
+
 def test_another_pocket_model_replaces_the_cached_one(run, model_dir, monkeypatch):
     """After a pretraining of one's own."""
     run("pocket")
