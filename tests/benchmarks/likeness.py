@@ -1,9 +1,9 @@
 """Does an image show the subject as its renderer draws it?
 
-fidelity.py's Judge names the nearest of its renders, and a car that is too long, or a teapot without
-a spout, is still nearest to the subject's. Here the subject is drawn at every position and size in
-which a render can show it, and the drawing that fits best is compared with the image, pixel by
-pixel, on the subject and in a ring around it. Renders through the VAE have 1 to 3 % of wrong
+fidelity.py's Judge names the nearest of its renders, and a car that is too long, or a teapot
+without a spout, is still nearest to the subject's. Here the subject is drawn at every position and
+size in which a render can show it, and the drawing that fits best is compared with the image, pixel
+by pixel, on the subject and in a ring around it. Renders through the VAE have 1 to 3 % of wrong
 pixels, a subject that is half as long again 17 % or more. What is a pixel thin, such as a palm's
 frond, goes unseen: a pixel may be off by one.
 """
