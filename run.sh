@@ -20,10 +20,11 @@ use_pocket() {
   LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine}
   PAIRS=${PAIRS:-8} STEPS=${STEPS:-300}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
-  SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 4 --seed 1}
   if [[ "${LORA:-0}" == 1 ]]; then  # with pocket's own sampler, a LoRA's car at night would come by day
-    CLASS_FLAGS="--scheduler ode $CLASS_FLAGS" SAMPLE_FLAGS="--scheduler ode $SAMPLE_FLAGS"
+    CLASS_FLAGS="--scheduler ode $CLASS_FLAGS"
+    SAMPLE_FLAGS="--scheduler ode ${SAMPLE_FLAGS:---guidance_scale 4 --seed 1}"
   fi
+  SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 3 --seed 1}
 }
 
 use_stable_diffusion() {

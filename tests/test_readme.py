@@ -140,7 +140,9 @@ def test_recipes_of_the_readme_and_of_benchmarks_are_those_of_run_sh(readme, run
     full, _, lora, _ = of_all
     assert subjects.RECIPES["full"] == full
     assert subjects.RECIPES["lora"] == f"{lora} --use_lora"
-    assert recipes(run_sh, "SAMPLE_FLAGS")[0] == f"--guidance_scale {subjects.GUIDANCE} --seed 1"
+    sampling = f"--guidance_scale {subjects.GUIDANCE['full']} --seed 1"
+    assert recipes(run_sh, "SAMPLE_FLAGS")[0] == sampling
+    assert f':---guidance_scale {subjects.GUIDANCE["lora"]} --seed 1}}"' in run_sh
     for name in ("CLASS_FLAGS", "SAMPLE_FLAGS"):
         for flags in recipes(run_sh, name):
             assert flags in readme

@@ -389,7 +389,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--scheduler", choices=["dpm", "ode", "model"], default="dpm", help="as in generate.py"
     )
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="weight of the prompt")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="weight of the prompt")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images")
     parser.add_argument(
         "--pocket_subject",

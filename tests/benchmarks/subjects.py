@@ -45,7 +45,7 @@ FULL = "--lr 2e-4 --lr_scheduler cosine --prior_loss_weight 3"
 LORA = "--lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine"
 RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
 SCHEDULERS = {"full": "dpm", "lora": "ode"}  # of class images and of those judged
-GUIDANCE = 4  # of those judged
+GUIDANCE = {"full": 3, "lora": 4}  # of those judged
 SHEET_COLUMNS = 8
 TUNING = [
     "lego_car",
@@ -119,8 +119,9 @@ class Bench:
         self.args = args
         self.work_dir = Path(args.work_dir)
         self.scheduler = SCHEDULERS[args.recipe]
+        self.guidance = GUIDANCE[args.recipe]
         sample = self.sampler(args.model_dir)
-        folder = self.work_dir / f"original-{self.scheduler}-{GUIDANCE}"
+        folder = self.work_dir / f"original-{self.scheduler}-{self.guidance}"
         self.original = ImagesOnDisk(sample, folder)
         self.vae = sample.generator.pipeline.vae
         self.world = None
@@ -128,7 +129,7 @@ class Bench:
 
     def sampler(self, model_dir, lora_weights_dir=None):
         flags = ["--model_dir", str(model_dir), "--num_samples", str(self.args.num_samples)]
-        flags += ["--scheduler", self.scheduler, "--guidance_scale", str(GUIDANCE)]
+        flags += ["--scheduler", self.scheduler, "--guidance_scale", str(self.guidance)]
         return fidelity.Sampler(fidelity.parse_args(flags), model_dir, lora_weights_dir)
 
     def judge(self, name):
