@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
 )
 from huggingface_hub.repocard import metadata_load
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
@@ -152,9 +152,14 @@ def test_kohyas_names_and_the_mode_of_new_files(lora_dir, tmp_path):
 
 
 def test_what_kohyas_layout_cannot_be_made_of(lora_dir, tmp_path):
+    """A LoRA of diffusers' scripts has its alphas in the header; the layers' would be wrong."""
+    weights = load_file(lora_dir / pipeline_dir.LORA_FILE)
+    other = tmp_path / "other.safetensors"
+    save_file(weights, other, metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 2}'})
     for folder, name, message in (
+        (other, "subject.safetensors", "alphas of its own: only train.py's LoRAs are converted"),
         (lora_dir, "subject.bin", r"must end with \.safetensors"),
-        (tmp_path, "subject.safetensors", "no pytorch_lora_weights.safetensors there"),
+        (tmp_path / "empty", "subject.safetensors", "no pytorch_lora_weights.safetensors there"),
     ):
         with pytest.raises(UserError, match=message):
             run_export("kohya", folder, "--output", tmp_path / name)

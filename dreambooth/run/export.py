@@ -287,7 +287,9 @@ def export_card(args):
 
 
 def export_kohya(args):
-    """Write the LoRA of `args.lora_dir` to `args.output`. UserError: there is none."""
+    """Write the LoRA of `args.lora_dir` to `args.output`. UserError: there is none, or one that
+    train.py did not write."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     output = Path(args.output)
@@ -296,6 +298,11 @@ def export_kohya(args):
     atomic.check_writable(output.parent, "the directory of --output,")
     file = pipeline_dir.lora_file(args.lora_dir, "LORA_DIR")
     with pipeline_dir.loading(f"LORA_DIR {file}"):
+        with safe_open(file, "pt") as opened:
+            if "lora_adapter_metadata" in (opened.metadata() or {}):
+                raise UserError(
+                    f"{file} has alphas of its own: only train.py's LoRAs are converted"
+                )
         weights = load_file(file)
         if any(name.startswith("transformer.") for name in weights):
             raise UserError(f"{file} is a transformer's LoRA, which ComfyUI reads as it is")
