@@ -492,6 +492,25 @@ def test_a_folder_that_does_not_hold_rays_sockets_is_named(ray_init, tmp_path, n
     assert cluster.start_ray() == (2, 8)
 
 
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [("10.0.0.1:6379", "10.0.0.1"), ("ray://head:10001", "head"), ("[fd00::1]:6379", "fd00::1")],
+)
+def test_an_address_of_any_kind_is_tried(monkeypatch, address, host):
+    tried = MagicMock()
+    monkeypatch.setattr(cluster.socket, "create_connection", tried)
+    cluster.check_address(address)
+    assert tried.call_args.args[0][0] == host
+
+
+def test_workers_need_a_core_beside_that_of_the_data(monkeypatch):
+    """Else they would wait for ever."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(UserError, match="one CPU core, and reading images takes another"):
+        cluster.scaling_config((1, 1), 0, 1)
+    assert cluster.scaling_config((1, 1), 0, 2).num_workers == 1
+
+
 def test_on_macos_ray_does_not_look_at_tmpdir(ray_init, monkeypatch):
     """Which is set there, and longer than a socket's path may be."""
     os.environ.pop("RAY_TMPDIR", None)
