@@ -115,7 +115,9 @@ main() {
   if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --use_lora "* ]]; then LORA=1; fi
   choose_model
   OWN_MODEL=
-  if [[ -f "${ORIG_MODEL_PATH:-}/model_index.json" ]]; then  # a directory of the user's: no download
+  local cache=${ORIG_MODEL_DIR:-${DATA_PREFIX:-/tmp}/model-orig}
+  if [[ -f "${ORIG_MODEL_PATH:-}/model_index.json" && "$ORIG_MODEL_PATH" != "$cache"/* ]]; then
+    # A directory of the user's own: nothing is downloaded. (In the cache a download may be half done.)
     OWN_MODEL=1 ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-local}
     ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-$(basename "$ORIG_MODEL_PATH")}
   fi

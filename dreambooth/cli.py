@@ -115,15 +115,24 @@ def run_main(main, args):
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # which names no file
-        if error.errno not in OF_THE_DISK or not (error.filename or is_full):
-            raise
+        if error.errno not in OF_THE_DISK or not (error.filename or is_full(error)):
+            raise  # (a full disk names no file)
         file = f"{_one_line(error.filename)}: " if error.filename else ""
         print(f"error: {file}{error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def is_full(error):
+    """Whether `error`, or one before it, says that the disk or the user's quota of it is full.
+    (safetensors has errors of its own, with the system's message; torch's come after the file's.)
+    """
+    texts = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
+    if any(text in str(error) for text in texts):
+        return True
+    return error.__context__ is not None and is_full(error.__context__)
 
 
 class _Stream:

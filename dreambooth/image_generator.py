@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dreambooth.cli import UserError, configure_logs, hide_progress_bars, warn
@@ -208,14 +209,15 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     file = pipeline_dir.lora_file(lora_weights_dir)
     flag = f"--lora_weights_dir {file}"
     print(f"with the LoRA of {file}", flush=True)
-    weights = load_file(file)
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
     for sign, kind in OTHER_ADAPTERS.items():
-        if any(sign in name for name in weights):
+        if any(sign in name for name in names):
             raise UserError(f"{flag} is a {kind}, which is not read here: take a plain LoRA")
     # By its path: its header may hold the alphas, which its tensors do not.
     source, options = file.parent, {"weight_name": file.name}
-    if (file.parent / PEFT_CONFIG).exists() and any(name.startswith(PEFT) for name in weights):
-        source, options = from_peft(weights, file.parent / PEFT_CONFIG, flag), {}
+    if (file.parent / PEFT_CONFIG).exists() and any(name.startswith(PEFT) for name in names):
+        source, options = from_peft(load_file(file), file.parent / PEFT_CONFIG, flag), {}
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         given = pipeline.lora_state_dict(copy(source), **options)  # which changes a dict

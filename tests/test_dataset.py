@@ -165,12 +165,16 @@ def batches_of_workers(pairs, world_size, batch_size):
     return [list(dataset.read(shard["train"], batch_size)) for shard in shards]
 
 
-def check_that_workers_share_each_step(pairs, world_size):
+def positions_of_steps(pairs, world_size):
+    """For each step the positions that its workers get, one worker after the other."""
     workers = batches_of_workers(pairs, world_size, PAIRS_PER_STEP // world_size)
-    for step, batches in enumerate(zip(*workers, strict=True)):
-        positions = [position for batch in batches for position in batch["positions"]]
-        assert positions == list(range(step * PAIRS_PER_STEP, (step + 1) * PAIRS_PER_STEP))
-    assert step == NUM_PAIRS // PAIRS_PER_STEP - 1
+    return [
+        [position for batch in batches for position in batch["positions"]]
+        for batches in zip(*workers, strict=True)
+    ]
+
+
+IN_ORDER = np.arange(NUM_PAIRS).reshape(-1, PAIRS_PER_STEP).tolist()
 
 
 @pytest.fixture
@@ -182,11 +186,11 @@ def without_ray(monkeypatch):
 def test_all_workers_together_take_the_next_pairs_in_each_step(pairs, world_size, without_ray):
     """An equal share each, in order, none twice and none left out: so the updates do not depend on
     the number of workers."""
-    check_that_workers_share_each_step(pairs, world_size)
+    assert positions_of_steps(pairs, world_size) == IN_ORDER
 
 
 def test_ray_data_deals_them_likewise(pairs, ray_address):
-    check_that_workers_share_each_step(pairs, world_size=2)
+    assert positions_of_steps(pairs, world_size=2) == IN_ORDER
 
 
 def test_each_image_stands_beside_its_position_and_key(pairs, ray_address):

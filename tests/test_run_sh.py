@@ -289,6 +289,13 @@ def test_a_local_model_is_used_as_it_is(run_story, sd14_dir):
     assert " --lr 5e-6" in train
 
 
+def test_a_model_in_the_cache_is_completed_though_its_path_is_given(run_story, sd14_dir):
+    """README exports both; an interrupted download may have left the index alone."""
+    cache = {"ORIG_MODEL_PATH": str(sd14_dir), "ORIG_MODEL_DIR": str(sd14_dir.parent)}
+    _, commands = run_story(1, 79, **cache)
+    assert "cache_model.py" in commands
+
+
 def test_scenes_may_stand_on_lines_and_are_checked_before_the_training(run_story):
     _, commands = run_story(1, 79, SCENES="in the snow\nat night")
     _, sample = commands["generate.py"]

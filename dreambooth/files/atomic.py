@@ -17,7 +17,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from dreambooth.cli import UserError, warn
+from dreambooth.cli import UserError, is_full, warn
 
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EPERM, errno.EACCES)
 FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # put these into folders that they show
@@ -116,16 +116,6 @@ def unfinished(folder):
     """Where `replace_dir` writes the new directory; a killed process leaves it to the next one."""
     folder = Path(folder)
     return folder.with_name(f".{folder.name}.new")
-
-
-def is_full(error):
-    """Whether `error`, or one before it, says that the disk or the user's quota of it is full.
-    (safetensors has errors of its own, with the system's message; torch's come after the file's.)
-    """
-    texts = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
-    if any(text in str(error) for text in texts):
-        return True
-    return error.__context__ is not None and is_full(error.__context__)
 
 
 def lock(file, what):

@@ -186,7 +186,8 @@ def tokenize(tokenizer, captions):
 def train_unet(text_encoder, unet, tokenizer, latents, captions, work_dir, steps):
     """Epsilon prediction with min-SNR weights; U-Net and text encoder learn together.
 
-    The latents of an image are sampled from its posterior anew at each step; the timesteps of a
+    `latents`: the mean and the standard deviation of each image's posterior, (N, 4, 16, 16), from
+    which they are sampled anew at each step; `captions`: two for each image. The timesteps of a
     batch are spread evenly.
     """
     mean, std = latents
@@ -194,6 +195,7 @@ def train_unet(text_encoder, unet, tokenizer, latents, captions, work_dir, steps
     scheduler = DDPMScheduler.from_config(new_scheduler().config)
 
     def loss_of_step(step, rng):
+        """The loss of BATCH random images, a scalar (Hang et al. 2023, arXiv 2303.09556)."""
         rows = torch.from_numpy(rng.integers(len(mean), size=BATCH))
         x = mean[rows] + std[rows] * torch.randn(BATCH, 4, 16, 16)
         noise = torch.randn_like(x)

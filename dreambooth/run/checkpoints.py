@@ -27,7 +27,7 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dreambooth.cli import Diverged, Stopped, UserError
+from dreambooth.cli import Diverged, Stopped, UserError, is_full
 from dreambooth.files import atomic
 from dreambooth.machines import device
 
@@ -125,7 +125,7 @@ def write(state, step, folder, limit):
             atomic.flush(file)
     except (OSError, RuntimeError) as error:  # the latter after the former, by torch
         shutil.rmtree(temporary, ignore_errors=True)
-        if not atomic.is_full(error):
+        if not is_full(error):
             raise
         needed = sum(tensor.nbytes for tensor in tensors_of(state)) / 1e9
         raise UserError(

@@ -154,7 +154,9 @@ def add_captions(args, prompts, captions, instance_paths, class_paths):
     for path, text in of_instance.items():
         if own_words - set(re.findall(r"[^\s,.;:]+", text.lower())):
             warn(f"the caption of {path} lacks words of --instance_prompt: {text!r}")
-    of_class = read_captions(args.class_images_dir, class_paths, True) if class_paths else {}
+    of_class = {}
+    if class_paths:
+        of_class = read_captions(args.class_images_dir, class_paths, were_generated=True)
     of_class = {path: text for path, text in of_class.items() if text != args.class_prompt}
     if of_class:
         first = next(iter(of_class.values()))

@@ -58,10 +58,6 @@ def _typical_places(place, count=16):
     return torch.from_numpy(np.median(drawn, axis=1))
 
 
-def _flat(x):
-    return x.reshape(len(x), -1)
-
-
 class Likeness:
     """Compares images with drawings of `subject`, a render.Scene.
 
@@ -106,30 +102,26 @@ class Likeness:
         """For each image the drawing with the least mean squared difference on the subject and in
         the ring: (N, 64, 64, 3) in [0, 1], and the pixels to compare, (N, 64, 64) bool."""
         images = torch.from_numpy(images).float() / 255
-        squared = _flat((images**2).sum(3))
-        ring, inside = _flat(self.ring), _flat(self.inside)
+        squared = (images**2).sum(3).flatten(1)
+        ring, inside = self.ring.flatten(1), self.inside.flatten(1)
         # |image - light * drawing|^2 on the subject, with the light that makes it least.
         colours = self.drawn / self.alpha.clamp(min=0.5)[..., None] * self.inside[..., None]
-        products, powers = _flat(images) @ _flat(colours).T, (_flat(colours) ** 2).sum(1)
+        colours = colours.flatten(1)
+        products, powers = images.flatten(1) @ colours.T, (colours**2).sum(1)
         dimmed = 0.8 if place == "at night" else 1.0  # as in render.render
         light = (products / powers).clamp(*(dimmed * bound for bound in LIGHT))
         on_subject = squared @ inside.T - 2 * light * products + light**2 * powers
         # |image - place|^2 in the ring, for each horizon.
         differences = []
         for typical in self.places[place]:
-            products = _flat((images * typical).sum(3)) @ ring.T
+            products = (images * typical).sum(3).flatten(1) @ ring.T
             powers = ring @ (typical**2).sum(2).flatten()
             differences.append(on_subject + squared @ ring.T - 2 * products + powers)
         differences = torch.stack(differences, 1) / (inside.sum(1) + ring.sum(1))  # (N, 8, P)
-        horizon, best = _row_and_column(_flat(differences).argmin(1), len(self.drawn))
+        horizon, best = torch.unravel_index(differences.flatten(1).argmin(1), differences.shape[1:])
         background = self.places[place][horizon] * (1 - self.alpha[best])[..., None]
         light = light.gather(1, best[:, None])[..., None, None]
         return self.drawn[best] * light + background, self.compared[best]
-
-
-def _row_and_column(index, columns):
-    """The row and the column of each flat `index`."""
-    return index // columns, index % columns
 
 
 def _distance(images, others):
