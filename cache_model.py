@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, first_line, run_main
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.pocket.classes import POCKET_DIR
 
@@ -100,7 +100,7 @@ def hub_errors_as_one_line(name, revision, folder, offline_remedy):
     except RevisionNotFoundError:
         raise UserError(f"{name} has no revision {revision!r}") from None
     except HFValidationError as error:
-        raise UserError(f"{name!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name!r}: {first_line(error)}") from None
     except PermissionError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
     except (OSError, HTTPError) as error:

@@ -117,8 +117,7 @@ def forward_backward(denoiser, scheduler, batches, accumulation_steps, args):
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():
             loss, halves = training_loss(
                 denoiser, scheduler, posteriors, batch["conditions"], posterior_noise[:n],
-                noise[:n], timesteps[:n], args.prior_loss_weight or None, args.snr_gamma,
-                batch["original"],
+                noise[:n], timesteps[:n], args.prior_loss_weight, args.snr_gamma, batch["original"],
             )  # fmt: skip
             (loss / accumulation_steps).backward()
         step_losses += torch.cat([loss.detach().view(1), halves]) / accumulation_steps
@@ -191,8 +190,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
     pairs = dataset.pair_images(*folders, num_pairs, args.seed, plan.captions)
     pair_config = dataset.PairDataConfig(plan.pairs_per_step, plan.resolution, args.seed)
     in_driver = cluster.runs_in_driver(args.num_workers)  # then all pairs are for one
-    show = training_log.shown_by_worker(in_driver)
-    log = {"log_every": args.log_every, "started": started, "show": show}
+    log = {"log_every": args.log_every, "started": started}
 
     def build_dataset():
         first_step = checkpoints.find_newest(plan.run_dir)  # the workers go on from there
@@ -222,24 +220,21 @@ def main(args):
     check_flags(args)
     ray_start = cluster.start_ray_in_background(args.verbose)
     plan = make_plan(args)
-    in_driver = cluster.runs_in_driver(args.num_workers)
-    if in_driver:  # while Ray starts, import what train_fn needs
+    if cluster.runs_in_driver(args.num_workers):  # while Ray starts, import what train_fn needs
         from dreambooth import models  # noqa: F401
     ray_start.result()
     num_gpus, num_cpus = cluster.wait_for_workers(args.num_workers[0], args.wait_for_gpus)
     print(f"{plan}; {num_gpus} GPUs, {num_cpus} cores")
 
     # Go on where an earlier process with the same command has stopped, if one has.
-    fingerprint, default_of = plan.fingerprint(args), build_parser().get_default
-    first_step = checkpoints.prepare(plan.run_dir, fingerprint, default_of, args)
+    first_step = checkpoints.prepare(plan.run_dir, plan.fingerprint(args), args)
     training_log.prepare(plan.report_dir, first_step)
     stop = checkpoints.StopOnSignal(plan.run_dir)
     try:
         with training_log.RunRecord(args, plan, describe(num_gpus)) as record:
             folders = [args.model_dir, *plan.image_dirs, plan.run_dir, plan.report_dir]
             cluster.check_shared_storage(folders)
-            with training_log.followed(plan, in_driver):
-                result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))
+            result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))
             record.finish(result.return_value)
             export.write_card(args.output_dir, record.facts)
     except cluster.FAILURES as error:

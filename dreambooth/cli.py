@@ -103,6 +103,11 @@ def _one_line(message):
     return "\\n".join(str(message).splitlines())
 
 
+def first_line(error):
+    """What a library's error says, in one line; its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_main(main, args):
     """Call `main(args)` and exit. A `UserError` becomes one line and exit code 2, and so does a
     disk that is full or that may not be read or written; Ctrl-C, 130."""

@@ -1,5 +1,5 @@
 """What the model families compute in their own ways, by the class of the pipeline. Their facts
-(parts, limits, defaults) are in files/pipeline_dir.py; what is not here is the same for all.
+(parts, limits, defaults) are in files/pipelines.py; what is not here is the same for all.
 
 Letters: P prompts of a run; R rows of images with the same prompt; 2B images in a batch; L tokens
 in a prompt; D width of its embedding; N images; C, h, w channels, height and width of latents.
@@ -11,25 +11,26 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
-    Flux2KleinPipeline,
     Flux2Transformer2DModel,
     UNet2DConditionModel,
 )
+from torch.nn.functional import pixel_unshuffle
 from transformers import CLIPTextModel
 
 from dreambooth.files import pipeline_dir
 from dreambooth.schedules import DiffusionSchedule, FlowSchedule
 
 
-class StableDiffusion:
-    """Stable Diffusion 1.x and 2.x: the text encoder is part of every step, trained or not."""
+class Family:
+    """What a family says and computes; with U-Net and VAE as in Stable Diffusion, unless it says
+    otherwise."""
 
-    pipeline_class = "StableDiffusionPipeline"
+    pipeline_class: str
     schedule_class = DiffusionSchedule
     vae_class = AutoencoderKL
     part = "unet"  # what is trained
     denoiser_class = UNet2DConditionModel
-    text_encoder_class = CLIPTextModel
+    text_encoder_class = None  # of one that is part of every step; else prompts are encoded once
     dtype_on_gpu = torch.float16  # of sampling
     frozen_in_bf16 = False  # whether a GPU loads what is not trained in bfloat16
     old_lora_names = True  # those of diffusers' own layers, from before PEFT
@@ -49,7 +50,7 @@ class StableDiffusion:
 
     def vae_in_float16(self, vae):
         """Whether a GPU encodes images in float16, where that does not overflow."""
-        return True
+        return False
 
     def scale(self, vae, posteriors):
         """Means and standard deviations (N, 2, C, h, w) of the VAE's posteriors as those of latents
@@ -57,15 +58,48 @@ class StableDiffusion:
         return posteriors * vae.config.scaling_factor
 
     def encode_prompts(self, args, prompts, device):
-        """What `conditions` needs of a run's P prompts, tensors by name: here their token ids."""
+        """What `conditions` needs of a run's P prompts, by name; where they are encoded once also
+        "previews": for each of --preview_prompts what `sampler_inputs` returns."""
+        raise NotImplementedError
+
+    def conditions(self, prompts, batch):
+        """What `predict` needs beside the noisy latents of a batch, by name, from what
+        `encode_prompts` has returned."""
+        raise NotImplementedError
+
+    def one_per_image(self, conditions):
+        """The same conditions as tensors (2B, ...) alone, whatever prompts a batch has."""
+        return conditions
+
+    def predict(self, denoiser, noisy_latents, timesteps, conditions):
+        """What the denoiser predicts (2B, C, h, w) of noisy_latents (2B, C, h, w), at timesteps
+        (2B,)."""
+        raise NotImplementedError
+
+    def sampler_inputs(self, pipeline, prompt, device):
+        """The arguments with which `pipeline` generates one image of `prompt`, tensors (1, ...)."""
+        raise NotImplementedError
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x: the text encoder is part of every step, trained or not."""
+
+    pipeline_class = "StableDiffusionPipeline"
+    text_encoder_class = CLIPTextModel
+
+    def vae_in_float16(self, vae):
+        return True
+
+    def encode_prompts(self, args, prompts, device):
+        """Their token ids."""
         tokenizer = pipeline_dir.load_tokenizer(args.model_dir)
         length = {"padding": "max_length", "max_length": tokenizer.model_max_length}
         ids = tokenizer(prompts, **length).input_ids
         return {"prompt_ids": torch.tensor(ids, device=device)}  # (P, L)
 
     def conditions(self, prompts, batch):
-        """What `predict` needs beside the noisy latents of a batch. Consecutive images with one
-        prompt are a group: the token ids (R, L) of each group, and the groups' sizes."""
+        """Consecutive images with one prompt are a group: the token ids (R, L) of each group, and
+        the groups' sizes."""
         runs = [
             (prompt, len(list(images))) for prompt, images in itertools.groupby(batch["prompts"])
         ]
@@ -73,30 +107,24 @@ class StableDiffusion:
         return {"prompt_ids": ids, "counts": [n for _, n in runs]}
 
     def one_per_image(self, conditions):
-        """The same conditions as tensors (2B, ...) alone, whatever prompts a batch has."""
-        if "counts" not in conditions:
-            return conditions
         return {"prompt_ids": repeat(conditions["prompt_ids"], conditions["counts"])}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
-        """What the U-Net predicts (2B, C, h, w); noisy_latents (2B, C, h, w), timesteps (2B,)."""
         states = denoiser.text_encoder(conditions["prompt_ids"])[0]  # (R, L, D)
         if "counts" in conditions:
             states = repeat(states, conditions["counts"])  # (2B, L, D)
         return denoiser.unet(noisy_latents, timesteps, states).sample
 
     def sampler_inputs(self, pipeline, prompt, device):
-        """The arguments with which `pipeline` generates one image of `prompt`, tensors (1, ...)."""
         embeds, negative = pipeline.encode_prompt(prompt, device, 1, True)
         return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
 
 
-class StableDiffusionXL(StableDiffusion):
+class StableDiffusionXL(Family):
     """Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952): two frozen text encoders, whose
     embeddings are computed once, and the size and the crop of each image as a condition."""
 
     pipeline_class = "StableDiffusionXLPipeline"
-    text_encoder_class = None
 
     def vae_in_float16(self, vae):
         return not vae.config.force_upcast
@@ -144,7 +172,7 @@ class StableDiffusionXL(StableDiffusion):
         return dict(zip(names, pipeline.encode_prompt(prompt, None, device, 1, True), strict=True))
 
 
-class Flux2Klein(StableDiffusionXL):
+class Flux2Klein(Family):
     """FLUX.2-klein (Black Forest Labs 2025): a transformer that predicts a flow's velocity of 2 by
     2 patches of latents, (N, 128, h, w), from the hidden states of a language model."""
 
@@ -166,13 +194,10 @@ class Flux2Klein(StableDiffusionXL):
         targets = super().lora_targets_of(part, model, all_layers)
         return targets + [f"{block}.attn.to_out" for block in single]
 
-    def vae_in_float16(self, vae):
-        return False
-
     def scale(self, vae, posteriors):
         """Patches of 2 by 2 latents become channels, then the VAE's running mean and variance, of
         each, are 0 and 1: (N, 2, 32, 2h, 2w) to (N, 2, 128, h, w)."""
-        flat = Flux2KleinPipeline._patchify_latents(posteriors.flatten(0, 1))
+        flat = pixel_unshuffle(posteriors.flatten(0, 1), 2)  # (2N, 128, h, w)
         mean, std = flat.unflatten(0, (-1, 2)).unbind(1)
         shift = vae.bn.running_mean.float().view(-1, 1, 1)
         scale = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt().view(-1, 1, 1)
@@ -201,15 +226,17 @@ class Flux2Klein(StableDiffusionXL):
         prompt is attended to as well."""
         height, width = noisy_latents.shape[2:]
         model, states = denoiser.transformer, conditions["states"]
-        with states.device:  # where they make their tensors
-            latent_ids = Flux2KleinPipeline._prepare_latent_ids(noisy_latents[:1])
-            text_ids = Flux2KleinPipeline._prepare_text_ids(states[:1])
+        rows, columns, tokens, zero = (
+            torch.arange(n, device=states.device) for n in (height, width, states.shape[1], 1)
+        )
+        latent_ids = torch.cartesian_prod(zero, rows, columns, zero)  # (hw, 4)
+        text_ids = torch.cartesian_prod(zero, zero, zero, tokens)  # (L, 4)
         velocity = model(
             hidden_states=noisy_latents.flatten(2).transpose(1, 2),  # (2B, hw, C), row by row
             encoder_hidden_states=states,
             timestep=timesteps,
-            img_ids=latent_ids,
-            txt_ids=text_ids,
+            img_ids=latent_ids[None],
+            txt_ids=text_ids[None],
             guidance=torch.ones_like(timesteps) if model.config.guidance_embeds else None,
         ).sample
         return velocity.transpose(1, 2).unflatten(2, (height, width))
@@ -226,7 +253,7 @@ FAMILIES = {
 
 def family_of(model_dir):
     """The family of a pipeline directory."""
-    return FAMILIES[pipeline_dir.pipeline_class(model_dir)]()
+    return FAMILIES[pipeline_dir.read_facts(model_dir).class_name]()
 
 
 def select(tensor, rows):

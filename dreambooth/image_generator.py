@@ -224,8 +224,7 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
         given = given[0] if isinstance(given, tuple) else given  # some return alphas as well
         given = [name for name in given if not name.endswith("alpha")]
         pipeline.load_lora_weights(copy(source), adapter_name="subject", **options)
-    parts = ("unet", "transformer", "text_encoder", "text_encoder_2")
-    models = [m for m in (getattr(pipeline, part, None) for part in parts) if m is not None]
+    models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
     if not loaded:
         raise UserError(f"{flag} is no LoRA for --model_dir: no layer has such a name")

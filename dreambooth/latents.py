@@ -76,12 +76,6 @@ def encode_batches(vae, batches, family, prompts, device, original=None):
         }
 
 
-def sample_posterior(posteriors, noise):
-    """Latents (N, C, h, w) from `posteriors` (N, 2, C, h, w) and standard normal `noise`
-    (N, C, h, w): mean + standard deviation * noise."""
-    return posteriors[:, 0] + posteriors[:, 1] * noise
-
-
 def sample_noise(seed, positions, latent_shape, device):
     """Standard normal noise for the pairs at B `positions`: to sample each posterior with, and to
     add to the latents; two tensors (2B, C, h, w), instance half first.

@@ -8,8 +8,6 @@ prior preservation a batch is B images of the instance, and there is one prompt.
 
 import torch
 
-from dreambooth.latents import sample_posterior
-
 
 def training_loss(
     denoiser, scheduler, posteriors, conditions, posterior_noise, noise, timesteps,
@@ -46,16 +44,23 @@ def training_loss(
     return prior_preserving_loss(model_pred, target, prior_loss_weight, weights)
 
 
+def sample_posterior(posteriors, noise):
+    """Latents (2B, C, h, w) from `posteriors` (2B, 2, C, h, w) and standard normal `noise`
+    (2B, C, h, w): mean + standard deviation * noise."""
+    return posteriors[:, 0] + posteriors[:, 1] * noise
+
+
 def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
-    """What the U-Net should predict for `latents` that `noise` was added to.
+    """What the denoiser should predict for `latents` that `noise` was added to.
 
     "epsilon": the noise itself (Ho et al. 2020, arXiv 2006.11239, eq. 14).
     "v_prediction": sqrt(a) noise - sqrt(1 - a) latents, where a is the timestep's cumulative alpha
     (Salimans and Ho 2022, arXiv 2202.00512, appendix D).
     "flow": noise - latents, the velocity (Lipman et al. 2023, arXiv 2210.02747, eq. 23).
 
-    Shapes: latents and noise (2B, C, h, w), timesteps (2B,) integers below T, alphas_cumprod (T,)
-    in float32 (of a flow None). Returns (2B, C, h, w). Any other prediction type is a ValueError.
+    Shapes: latents and noise (2B, C, h, w); timesteps (2B,), integers below T, and alphas_cumprod
+    (T,), float32, which a flow has no use for. Returns (2B, C, h, w). ValueError: there is no such
+    prediction type.
     """
     if prediction_type == "epsilon":
         return noise
@@ -85,17 +90,17 @@ def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):
 
 def prior_preserving_loss(model_pred, target, prior_loss_weight, weights=None):
     """Mean squared error of the instance half plus `prior_loss_weight` times that of the class half
-    (Ruiz et al. 2022, arXiv 2208.12242, eq. 2), in float32. Without a class half, when the weight
-    is None, that of all images.
+    (Ruiz et al. 2022, arXiv 2208.12242, eq. 2), in float32. With a weight of 0 there is no class
+    half: that of all images.
 
     Shapes: model_pred and target (2B, C, h, w), instance half first; weights (2B,), a factor for
-    each image's error. Returns a scalar and, without gradients, the halves before weighting (2,),
-    or the one (1,).
+    each image's error. Returns a scalar and, without gradients, the means of the halves before
+    weighting (2,), or of the one (1,).
     """
     error = (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # (2B,)
     if weights is not None:
         error = error * weights
-    if prior_loss_weight is None:
+    if prior_loss_weight == 0:
         loss = error.mean()
         return loss, loss.detach().view(1)
     instance_loss, class_loss = [half.mean() for half in error.chunk(2)]

@@ -121,6 +121,7 @@ def load_models(args, device, autocast=None):
             text_encoder.activation_checkpointing_enable()
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # would split the blocks where DDP's buckets end
+        torch._dynamo.config.recompile_limit = 32  # blocks of each width, in training and previews
         model.compile_repeated_blocks()
     with pipeline_dir.loading(f"{args.model_dir}/scheduler"):
         schedule_class = denoiser.family.schedule_class

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,6 @@ import pytest
 import ray.train
 import torch
 
-import train
 from dreambooth import models
 from dreambooth.cli import Diverged, Stopped, UserError
 from dreambooth.machines import device
@@ -93,9 +93,8 @@ def prepare(tmp_path):
 
     def call(restart=False, **changes):
         args = Namespace(output_dir=str(tmp_path / "tuned"), restart=restart)
-        default_of = train.build_parser().get_default
         fingerprint = {**FINGERPRINT, **changes}
-        return checkpoints.prepare(tmp_path / "tuned.checkpoints", fingerprint, default_of, args)
+        return checkpoints.prepare(tmp_path / "tuned.checkpoints", fingerprint, args)
 
     return call
 
@@ -121,11 +120,17 @@ def test_the_same_run_goes_on_and_another_is_refused_by_what_differs(begun, prep
     assert prepare() == 10
 
 
-def test_a_flag_that_an_older_run_has_not_recorded_counts_as_its_default(begun, prepare):
+def test_a_run_from_before_a_flag_existed_goes_on_and_one_whose_record_is_damaged_does_not(
+    begun, prepare
+):
     """So that a new version of these scripts, with a flag more, goes on with an older one's run."""
-    with pytest.raises(UserError, match="lora_layers was attention, is all; |snr_gamma was None"):
-        prepare(lora_layers="all", snr_gamma=5.0)
-    assert prepare(lora_layers="attention", snr_gamma=None) == 10
+    assert prepare(lora_layers="attention") == 10
+    with pytest.raises(UserError, match="lora_layers was attention, is all"):
+        prepare(lora_layers="all")
+    (begun / "run.json").write_text('{"lr": 0.0')
+    with pytest.raises(UserError, match=r"run.json is damaged: give --restart"):
+        prepare()
+    assert prepare(restart=True) == 0
 
 
 def test_restart_begins_anew_and_a_run_without_checkpoints_leaves_nothing(
@@ -157,6 +162,18 @@ atomic.lock(sys.argv[1], "tuned")
 print("locked", flush=True)
 sys.stdin.read()
 """
+
+
+def test_storage_that_fails_for_a_moment_costs_no_checkpoint(begun, prepare, monkeypatch):
+    """A share that is gone, say, at the end of a run that it has stopped, or when that resumes."""
+    error = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "read_text", MagicMock(side_effect=error))
+        checkpoints.remove_unless_needed(begun)
+        for restart in (False, True):
+            with pytest.raises(OSError, match="Stale file handle"):
+                prepare(restart)
+    assert prepare() == 10
 
 
 def test_a_run_that_has_not_ended_is_left_alone(begun, prepare, root):
@@ -320,14 +337,45 @@ def test_room_is_for_the_copy_beside_the_object_store_and_four_gib(monkeypatch):
         assert checkpoints.has_room(5 * 2**30) == room
 
 
-def test_the_buffers_of_a_copy_are_kept_for_the_next_one(make):
-    """To make them took longer than to fill them."""
+def test_a_copy_for_a_gpu_takes_pinned_memory_which_comes_in_powers_of_two():
+    for num_bytes, expected in ((4, 4), (5, 8), (2**20, 2**20), (2**20 + 4, 2**21)):
+        tensor = SimpleNamespace(nbytes=num_bytes, is_cuda=True)
+        assert checkpoints.bytes_of_copy(tensor) == expected
+        assert checkpoints.bytes_of_copy(torch.zeros(num_bytes, dtype=torch.uint8)) == num_bytes
+
+
+def test_the_buffers_of_a_copy_are_kept_for_the_next_one_and_not_for_the_result(make):
+    """To make them took longer than to fill them; the result needs their memory."""
     run = make(checkpointing_steps=5)
     run.take_steps(0, 5)
     first = [buffer.data_ptr() for buffer in run.checkpointer.buffers]
     run.take_steps(5, 10)
     assert [buffer.data_ptr() for buffer in run.checkpointer.buffers] == first
     run.checkpointer.on_train_end()
+    assert run.checkpointer.buffers == []
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_goes_on_alike_whatever_the_memory_format_of_its_checkpoint(make, dtype):
+    """A GPU's convolutions are channels_last, and so are their moments; a CPU's are not. Fused
+    optimizers would take one element's moments for another's."""
+    first = make(param_dtype=dtype, checkpointing_steps=5)
+    first.take_steps(0, 6)
+    first.checkpointer.on_train_end()
+    plain = make(param_dtype=dtype)
+    plain.checkpointer.on_train_begin(5)
+    state = checkpoints.read(first.folder / "step_000005")
+    moments = state["optimizer"]["state"][0]
+    for name, value in moments.items():
+        if value.dim() == 2:
+            moments[name] = value.t().contiguous().t()
+    checkpoints.write(state, 6, first.folder, limit=9)
+    other = make(param_dtype=dtype)
+    other.checkpointer.on_train_begin(6)
+    for run in (plain, other):
+        run.take_steps(5, 9)
+    pairs = zip(plain.everything()[:-1], other.everything()[:-1], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("maps", [True, False])
@@ -407,6 +455,19 @@ def test_a_failed_write_ends_the_run_soon(make, monkeypatch):
         for step in range(500, 900):
             run.take_steps(step, step + 1)
             time.sleep(0.01)
+
+
+def test_a_last_checkpoint_that_fails_costs_no_result(make, monkeypatch, reports, capsys):
+    """Such as on a full disk which is not that of the result."""
+    run = make(checkpointing_steps=19)
+    run.take_steps(0, 18)
+    write = MagicMock(side_effect=UserError("no space for the checkpoint"))
+    monkeypatch.setattr(checkpoints, "write", write)
+    run.take_steps(18, NUM_STEPS)
+    run.checkpointer.on_train_end()
+    assert write.call_count == 1
+    assert reports == [None]  # as the other ranks report, too
+    assert "warning: the last checkpoint was not written" in capsys.readouterr().err
 
 
 def test_the_notice_of_a_preemption_is_answered_by_one_checkpoint(make, monkeypatch):

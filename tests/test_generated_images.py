@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont, PngImagePlugin
+from PIL import Image, ImageFont
 
 import generate
 from dreambooth.cli import UserError
@@ -133,31 +133,17 @@ def test_a_record_is_judged_by_the_fields_that_it_shares_with_the_planned_one(tm
     assert find_existing(tmp_path, planned) == Existing([], [], stale)
 
 
-def save_as_the_first_version(folder, records):
-    """A folder as the first version of generate.py wrote it: a digest of the pixels in each record,
-    and the records in images.jsonl. Written without any of this project's functions."""
-    folder.mkdir()
-    lines = []
-    for record in records:
-        info = PngImagePlugin.PngInfo()
-        lines.append(json.dumps({**record, "digest": "0123456789abcdef"}))
-        info.add_text("dreambooth", lines[-1])
-        image = random_image(record["index"])
-        image.save(folder / record["file"], pnginfo=info, compress_level=1)
-    (folder / "images.jsonl").write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture
 def earlier(sampling_args, tmp_path):
-    """A folder of an earlier version, with three images of one prompt and the seed 0."""
+    """A folder of an earlier run, with three images of one prompt and the seed 0."""
     folder = tmp_path / "new"
-    save_as_the_first_version(
-        folder, generate.plan(sampling_args(folder, num_samples_per_prompt=3))
-    )
+    folder.mkdir()
+    for record in generate.plan(sampling_args(folder, num_samples_per_prompt=3)):
+        save(folder, record)
     return folder
 
 
-def test_images_of_an_earlier_version_are_recognized_and_not_sampled_again(
+def test_images_of_an_earlier_run_are_recognized_and_not_sampled_again(
     earlier, generate_args, digests, capsys
 ):
     before = digests(earlier)

@@ -138,8 +138,8 @@ def test_more_pairs_or_pixels_or_parameters_need_more():
         assert needed(flags, Job(pairs=8)) - base == pytest.approx(4 * per_pair)
         larger = needed(flags, Job(pairs=4, resolution=1024)) - base
         assert larger == pytest.approx(12 * per_pair)
-        assert needed(flags, Job(pairs=4, trained=2)) > base
-        assert needed(flags, Job(pairs=4, unet=2)) > base
+        assert needed(flags, Job(pairs=4, trained_ratio=2)) > base
+        assert needed(flags, Job(pairs=4, denoiser_ratio=2)) > base
 
 
 def test_a_preview_between_two_steps_needs_no_less_than_an_image():
@@ -151,8 +151,8 @@ def test_a_preview_between_two_steps_needs_no_less_than_an_image():
 
 def test_stable_diffusion_is_as_large_as_counted(sd14_dir):
     assert memory.relative(sd14_dir, pipeline_dir.num_parameters(sd14_dir), True) == {
-        "unet": pytest.approx(1, rel=0.01),
-        "trained": pytest.approx(1, rel=0.01),
+        "denoiser_ratio": pytest.approx(1, rel=0.01),
+        "trained_ratio": pytest.approx(1, rel=0.01),
         "reference": memory.SD14,
     }
 

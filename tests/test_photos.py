@@ -284,7 +284,7 @@ def test_what_is_no_image_of_the_folder_is_skipped(flat_image, tmp_path):
     """Others' leftovers, and what generate.py puts beside its images."""
     folder = tmp_path / "photos"
     (tmp_path / "photos" / "rejected").mkdir(parents=True)
-    others = (".DS_Store", "Thumbs.db", "notes.txt", "._a.png", "images.jsonl", "metadata.jsonl")
+    others = (".DS_Store", "Thumbs.db", "notes.txt", "._a.png", "metadata.jsonl")
     for name in others:
         (folder / name).write_text("no image")
     flat_image("contact_sheet.png", 0, folder=folder)

@@ -48,6 +48,11 @@ def replace_file(file, write):
             temporary.unlink(missing_ok=True)
 
 
+def write_text(file, text):
+    """Write `text` to `file`, whole or not at all."""
+    replace_file(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def append_line(file, text):
     """Append one line of `text` to `file` in a single write."""
     with open(file, "ab", buffering=0) as opened:

@@ -67,8 +67,8 @@ def read_record(file):
 def find_existing(folder, planned):
     """What generate.py has made in `folder`, an `Existing`, given the records `planned` for it.
 
-    A record is judged by the fields that it shares with what is planned: images of earlier
-    versions, which recorded other fields, stay valid. Truncated images, and files that generate.py
+    A record is judged by the fields that it has: images from before a setting existed stay valid.
+    Truncated images, and files that generate.py
     did not make, count as absent. UserError: nothing can be written to `folder`.
     """
     atomic.check_writable(folder)
@@ -81,9 +81,6 @@ def find_existing(folder, planned):
         record = read_record(file) if FILE_NAME.fullmatch(file.name) else None
         if record is None:
             continue
-        if "resolution" not in record:  # of an earlier version
-            with Image.open(file) as image:
-                record["resolution"] = image.width
         expected = planned.get(file.name)
         if expected is None:  # another index or seed of a planned prompt, or another prompt
             prompt = prompts.get(_prompt_number(file.name), record.get("prompt"))
@@ -125,7 +122,7 @@ def _is_running(process_id):
 def write_metadata(folder, records):
     """Replace the folder's metadata.jsonl: one line per image."""
     lines = "".join(f"{_metadata_line(record)}\n" for record in records)
-    atomic.replace_file(folder / METADATA, lambda path: path.write_text(lines, encoding="utf-8"))
+    atomic.write_text(folder / METADATA, lines)
 
 
 def append_metadata(folder, record):

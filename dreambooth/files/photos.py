@@ -18,7 +18,7 @@ import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
-from dreambooth.cli import STORAGE_FAILED, ArgumentParser, UserError, run_main, warn
+from dreambooth.cli import STORAGE_FAILED, ArgumentParser, UserError, first_line, run_main, warn
 from dreambooth.files import atomic
 
 DAMAGED = (  # what Pillow and its plugins raise on reading a file
@@ -37,7 +37,7 @@ UNREADABLE = {  # images that Pillow cannot read: the raw formats of cameras, an
 COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may replace
 CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; it is not one of them
 METADATA = "metadata.jsonl"  # of generated images, and with the captions of photos
-OURS = {CONTACT_SHEET, METADATA, "images.jsonl", "compared"}  # beside generated images
+OURS = {CONTACT_SHEET, METADATA, "compared"}  # beside generated images
 FEW_PHOTOS = 3  # with fewer, the model learns the photo rather than the subject
 LARGE = (
     50e6  # pixels: larger JPEGs are decoded at a half or a quarter of their size, to save memory
@@ -197,7 +197,7 @@ def open_image(path):
     except DAMAGED as error:
         if getattr(error, "errno", None) in STORAGE_FAILED:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"{path}: unreadable or truncated image ({reason}); replace or remove it"
         ) from None

@@ -1,4 +1,5 @@
-"""A diffusers pipeline directory: what it must hold, checks that load no model, its fingerprint."""
+"""A diffusers pipeline directory: its files, what is checked before anything costly starts, loading
+it, and its fingerprint."""
 
 import hashlib
 import json
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth.cli import STORAGE_FAILED, UserError
+from dreambooth.cli import STORAGE_FAILED, UserError, first_line
 from dreambooth.files.pipelines import DISTILLED_SAMPLER, OTHER_MODELS, PIPELINES
 from dreambooth.pocket import classes
 
@@ -55,23 +56,13 @@ def facts_of(index, where):
         model = f"{model} ({pipeline})" if model else f"a {pipeline}"
         raise UserError(f"{where} is {model}; these scripts take {known}")
     if index.get("is_distilled"):
-        return PIPELINES[pipeline]._replace(sampler=DISTILLED_SAMPLER)
+        return PIPELINES[pipeline]._replace(is_distilled=True, sampler=DISTILLED_SAMPLER)
     return PIPELINES[pipeline]
-
-
-def pipeline_class(model_dir):
-    """The name of the pipeline's class."""
-    return _read_json(Path(model_dir) / INDEX)["_class_name"]
 
 
 def read_facts(model_dir):
     """The `PipelineFacts` of a directory that `check_model_dir` has passed."""
     return facts_of(_read_json(Path(model_dir) / INDEX), model_dir)
-
-
-def is_distilled(model_dir):
-    """Whether a model was made to sample in few steps."""
-    return bool(_read_json(Path(model_dir) / INDEX).get("is_distilled"))
 
 
 class Weights(NamedTuple):
@@ -233,7 +224,7 @@ def read_config(file, flag):
     try:
         config = _read_json(file)
     except (ValueError, OSError) as error:
-        reason = "byte order mark" if "BOM" in str(error) else str(error).splitlines()[0]
+        reason = "byte order mark" if "BOM" in str(error) else first_line(error)
         remedy = "save it as UTF-8 without" if "BOM" in str(error) else _fetch_again(file)
         raise UserError(f"{flag}: {file} is damaged ({reason}); {remedy}") from None
     if not isinstance(config, dict):
@@ -300,14 +291,11 @@ def trains_text_encoder(args):
     return read_facts(args.model_dir).trains_text_encoder if given is None else given
 
 
-def denoiser_size(sizes):
-    """Of the numbers of parameters `sizes`, as `num_parameters` gives them, the denoiser's."""
-    return sizes["unet"] if "unet" in sizes else sizes["transformer"]
-
-
-def num_trained(sizes, train_text_encoder=True):
-    """Likewise, those that full fine-tuning trains."""
-    return denoiser_size(sizes) + (sizes["text_encoder"] if train_text_encoder else 0)
+def num_trained(model_dir, sizes, train_text_encoder):
+    """Of the numbers of parameters `sizes`, as `num_parameters` gives them, those that full
+    fine-tuning trains."""
+    text_encoder = sizes["text_encoder"] if train_text_encoder else 0
+    return sizes[read_facts(model_dir).denoiser] + text_encoder
 
 
 def resolution(model_dir, flag="--model_dir"):
@@ -355,8 +343,7 @@ def loading(what):
     except Exception as error:
         if "OutOfMemory" in type(error).__name__ or getattr(error, "errno", None) in STORAGE_FAILED:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what} cannot be loaded: {reason}") from error
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 def load_tokenizer(model_dir, part="tokenizer"):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 class PipelineFacts(NamedTuple):
     """What holds for all models of one pipeline class."""
 
+    class_name: str  # as model_index.json has it
     name: str
     tokenizers: tuple  # parts, each a folder with the files of its model
     text_encoders: tuple
@@ -18,6 +19,7 @@ class PipelineFacts(NamedTuple):
     tags: tuple  # of the model card
     classes: dict  # of diffusers, by part
     extras: dict = {}  # what the pipeline's class is told beside its models
+    is_distilled: bool = False  # a model that was made to sample in few steps
     is_flow: bool = False  # the noise schedule: a flow, else a diffusion
     pixels: int = 512  # the side of its images, where no configuration says it
     patch: int = 1  # latents on each side that its denoiser takes as one
@@ -37,8 +39,9 @@ class PipelineFacts(NamedTuple):
 
 
 SD_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-PIPELINES = {
-    "StableDiffusionPipeline": PipelineFacts(
+ROWS = (
+    PipelineFacts(
+        class_name="StableDiffusionPipeline",
         name="Stable Diffusion 1.x and 2.x",
         tokenizers=("tokenizer",),
         text_encoders=("text_encoder",),
@@ -53,7 +56,8 @@ PIPELINES = {
             "requires_safety_checker": False,
         },
     ),
-    "StableDiffusionXLPipeline": PipelineFacts(
+    PipelineFacts(
+        class_name="StableDiffusionXLPipeline",
         name="Stable Diffusion XL",
         tokenizers=("tokenizer", "tokenizer_2"),
         text_encoders=("text_encoder", "text_encoder_2"),
@@ -64,7 +68,8 @@ PIPELINES = {
         classes=SD_CLASSES,
         extras={"add_watermarker": False},
     ),
-    "Flux2KleinPipeline": PipelineFacts(
+    PipelineFacts(
+        class_name="Flux2KleinPipeline",
         name="FLUX.2-klein",
         tokenizers=("tokenizer",),
         text_encoders=("text_encoder",),
@@ -81,7 +86,8 @@ PIPELINES = {
         max_tokens=512,
         has_chat_template=True,
     ),
-}
+)
+PIPELINES = {facts.class_name: facts for facts in ROWS}
 DISTILLED_SAMPLER = {"scheduler": "model", "num_inference_steps": 4, "guidance_scale": 1.0}
 OTHER_MODELS = {  # of pipelines that people bring, by the beginning of the class's name
     "StableDiffusion3": "Stable Diffusion 3",

@@ -22,7 +22,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import dreambooth
-from dreambooth.cli import OutOfMemory, UserError, configure_logs, silent_stderr
+from dreambooth.cli import OutOfMemory, UserError, configure_logs, first_line, silent_stderr
 from dreambooth.machines import device
 
 SETTINGS = {
@@ -110,7 +110,7 @@ def fit(trainer):
             # does.
             atexit.register(_stop_ray)
             return result
-        if len(ray.nodes()) < 2:  # its preemption ends the whole run: nobody could answer a notice
+        if not os.environ.get("RAY_ADDRESS"):  # no cluster, whose nodes could be preempted
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         return wait_and_tell(_in_thread(trainer.fit), trainer.scaling_config)
     except FAILURES as error:
@@ -159,10 +159,9 @@ def _connect(address, verbose, log_to_driver):
             cores = device.num_cores()  # Ray would count all of the machine's, bound to them or not
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **log_settings)
         except (RuntimeError, ConnectionError, TimeoutError, ray.exceptions.RayError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"Ray did not start ({reason}): the machine may be busy, or out of memory;"
-                " try again, with --verbose to see what Ray says"
+                f"Ray did not start ({first_line(error)}): the machine may be busy, or out of"
+                " memory; try again, with --verbose to see what Ray says"
             ) from error
         atexit.register(_kill_monitor)
         return

@@ -65,12 +65,12 @@ PREVIEW = 4096 / 2**30  # GiB per pixel, for one image with guidance and its dec
 
 
 class Reference(NamedTuple):
-    """What was counted, and for what model: pixels, and parameters of U-Net and of all trained."""
+    """What was counted, and for what model."""
 
     counted: dict
-    resolution: int
-    unet: float
-    trained: float
+    resolution: int  # pixels
+    denoiser: float  # its number of parameters
+    trained: float  # that of all that is trained
     text: float = 0.0  # the share of the activations that is the prompt's, at that resolution
 
 
@@ -89,8 +89,8 @@ class Job(NamedTuple):
     keeps_gradients: bool = False
     is_recorded: bool = False  # with --cuda_graph, which keeps gradients as well
     resolution: int = 512  # pixels
-    unet: float = 1.0  # parameters of the U-Net; the reference has 1
-    trained: float = 1.0  # parameters of what is trained, likewise
+    denoiser_ratio: float = 1.0  # of its parameters to the reference's
+    trained_ratio: float = 1.0  # of all trained ones to the reference's
     reference: Reference = SD14
     original: float = 0.0  # parameters of a frozen copy, for --prior_target original
 
@@ -110,7 +110,10 @@ def needed(flags, job):
     else:
         activations = max(activations, preview)
     original = 2 * job.original / device.GIB  # in bfloat16
-    return RESERVE * (fixed * job.trained + activations * job.unet + original) + LIBRARIES
+    return (
+        RESERVE * (fixed * job.trained_ratio + activations * job.denoiser_ratio + original)
+        + LIBRARIES
+    )
 
 
 def choose(gib, job, given=()):
@@ -123,7 +126,8 @@ def choose(gib, job, given=()):
 
 def check_device(args, plan, num_workers, torch_device):
     """Warn if the training of `args` may not fit the free memory of a GPU, or is slow without one.
-    Each worker calls it before it loads the models. UserError: a GPU without bfloat16."""
+    Each worker calls it before it loads the models. UserError: a GPU without bfloat16, or no
+    compiler for what needs one."""
     sizes = pipeline_dir.num_parameters(args.model_dir)
     if torch_device.type == "cpu":
         device.warn_if_slow(sizes, "a step")
@@ -143,13 +147,14 @@ def check_device(args, plan, num_workers, torch_device):
         warn_of_host_memory(sizes)
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
     has_copy = args.prior_target == "original" and plan.has_class_half and not args.use_lora
-    trains_text_encoder = pipeline_dir.read_facts(args.model_dir).trains_text_encoder
+    facts = pipeline_dir.read_facts(args.model_dir)
+    own = pipeline_dir.num_trained(args.model_dir, sizes, facts.trains_text_encoder)
     job = Job(
         pairs=pairs_per_pass * plan.images_per_pair / 2,
         keeps_gradients=num_workers > 1 or accumulation_steps > 1,
         is_recorded=args.cuda_graph,
         resolution=plan.resolution,
-        original=has_copy * pipeline_dir.num_trained(sizes, trains_text_encoder),
+        original=has_copy * own,
         **relative(args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)),
     )
     gib = device.free_memory(torch_device)
@@ -169,10 +174,14 @@ def warn_of_host_memory(sizes):
 
 def relative(model_dir, sizes, trains_text_encoder):
     """The fields of a `Job` that say how large a model is, of its numbers of parameters."""
-    reference = REFERENCES[pipeline_dir.pipeline_class(model_dir)]
-    trained = pipeline_dir.num_trained(sizes, trains_text_encoder) / reference.trained
-    denoiser = pipeline_dir.denoiser_size(sizes)
-    return {"unet": denoiser / reference.unet, "trained": trained, "reference": reference}
+    facts = pipeline_dir.read_facts(model_dir)
+    reference = REFERENCES[facts.class_name]
+    trained = pipeline_dir.num_trained(model_dir, sizes, trains_text_encoder)
+    return {
+        "denoiser_ratio": sizes[facts.denoiser] / reference.denoiser,
+        "trained_ratio": trained / reference.trained,
+        "reference": reference,
+    }
 
 
 def choose_for_gpus(free, job, given):

@@ -292,7 +292,7 @@ def main(args):
     if not record:
         raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
     html, found = render(folder, args.images_dir)
-    atomic.replace_file(folder / PAGE, lambda file: file.write_text(html, encoding="utf-8"))
+    atomic.write_text(folder / PAGE, html)
     pairs, _ = subjects_and_others(find_pairs(args.images_dir), record["flags"])
     output_dir = Path(record["flags"]["output_dir"])
     if pairs and record["status"] == "finished" and output_dir.is_dir():

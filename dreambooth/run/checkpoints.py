@@ -27,7 +27,7 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dreambooth.cli import Diverged, Stopped, UserError, is_full
+from dreambooth.cli import Diverged, Stopped, UserError, first_line, is_full, warn
 from dreambooth.files import atomic
 from dreambooth.machines import device
 
@@ -42,24 +42,24 @@ def checkpoint_dir(folder, step):
 
 
 def find_newest(folder):
-    """The number of steps at the newest complete checkpoint in `folder`; 0 if there is none."""
+    """The number of steps at the newest complete checkpoint in `folder`; 0 if there is none.
+    OSError: the storage fails, and what it holds is not known."""
     for path in sorted(Path(folder).glob("step_*"), reverse=True):
         try:
             complete = json.loads((path / "complete.json").read_text(encoding="utf-8"))
             if (path / "state.pt").stat().st_size == complete["num_bytes"]:
                 return complete["step"]
-        except (OSError, ValueError, KeyError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
             continue
     return 0
 
 
-def prepare(folder, fingerprint, default_of, args):
+def prepare(folder, fingerprint, args):
     """Make a run's directory ready, for this process alone; returns the number of steps that it
     goes on after, and says so.
 
-    `fingerprint`: a flat dict of all that decides the result. `default_of(flag)`: what a flag was
-    that an older run has not recorded. UserError: the checkpoints there belong to a run with
-    another fingerprint, or to a run that has not ended.
+    `fingerprint`: a flat dict of all that decides the result. UserError: the checkpoints there
+    belong to a run with another fingerprint, or to a run that has not ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
     atomic.lock(folder / "lock", args.output_dir)
@@ -67,26 +67,26 @@ def prepare(folder, fingerprint, default_of, args):
     if args.restart or not (folder / "run.json").exists():
         step = 0
     if step:
-        check_fingerprint(folder, fingerprint, default_of)
+        check_fingerprint(folder, fingerprint)
         print(f"resuming after step {step}: {checkpoint_dir(folder, step)}")
     for other in folder.iterdir():  # of the previous process: Ray Train's files, a stop request
         if other.name in ("lock", "run.json") or step and other.name.startswith("step_"):
             continue
         shutil.rmtree(other) if other.is_dir() else other.unlink()
     text = json.dumps(fingerprint, indent=1)
-    atomic.replace_file(folder / "run.json", lambda file: file.write_text(text, encoding="utf-8"))
+    atomic.write_text(folder / "run.json", text)
     return step
 
 
-def check_fingerprint(folder, fingerprint, default_of):
-    """The run in `folder` must be this one; a UserError names what differs."""
+def check_fingerprint(folder, fingerprint):
+    """The run in `folder` must be this one; a UserError names what differs. A flag that is newer
+    than that run counts as the same."""
     try:
         earlier = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        earlier = {}
+        raise UserError(f"{folder}/run.json is damaged: give --restart to start over") from None
     now = json.loads(json.dumps(fingerprint))
-    earlier = {name: earlier.get(name, default_of(name)) for name in now}
-    differing = [name for name in now if earlier[name] != now[name]]
+    differing = [name for name in now if name in earlier and earlier[name] != now[name]]
     if differing:
         changes = ", ".join(f"{name} was {earlier[name]}, is {now[name]}" for name in differing)
         raise UserError(
@@ -103,9 +103,10 @@ def remove(folder):
 
 
 def remove_unless_needed(folder):
-    """Delete them if there is no checkpoint to go on from."""
-    if not find_newest(folder):
-        remove(folder)
+    """Delete them if there is no checkpoint to go on from, as far as the storage tells."""
+    with suppress(OSError):
+        if not find_newest(folder):
+            remove(folder)
 
 
 def write(state, step, folder, limit):
@@ -154,6 +155,11 @@ def read(path):
 
 def tensors_of(state):
     return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+
+
+def bytes_of_copy(tensor):
+    """What a copy in the CPU's memory takes: pinned memory, for a GPU's, comes in powers of two."""
+    return 1 << (tensor.nbytes - 1).bit_length() if tensor.is_cuda else tensor.nbytes
 
 
 def has_room(num_bytes):
@@ -209,19 +215,22 @@ class Checkpointer:
             for name, p in self._trained():
                 p.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        for values in self.optimizer.state.values():  # none stays mapped to a file that is deleted
+        # None stays mapped to a file that is deleted. Each is laid out as its parameter, which may
+        # have had another memory format on a GPU: fused optimizers go through both side by side.
+        for p, values in self.optimizer.state.items():
             for name, value in values.items():
-                if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-                    values[name] = value.clone()
+                if isinstance(value, torch.Tensor):
+                    own = p if value.shape == p.shape else value
+                    values[name] = torch.empty_like(own, dtype=value.dtype).copy_(value)
         self.lr_schedule.load_state_dict(state["lr_schedule"])
 
     def on_step_end(self, step, **metrics):
         """UserError: a signal asked the run to stop, and the checkpoint is written; or the disk is
         full."""
-        if self.writing and self.writing.done():
-            self.writing.result()  # raises what went wrong
         if step == self.num_steps:
             return
+        if self.writing and self.writing.done():
+            self.writing.result()  # raises what went wrong
         if self.rank == 0 and (self.folder / "stop").exists():
             self._save(step)
             self.writing.result()
@@ -231,7 +240,13 @@ class Checkpointer:
             self._save(step)
 
     def on_train_end(self):
+        """The last checkpoint may fail: the result is complete without it."""
+        error = self.writing and self.writing.exception()  # waits
+        if isinstance(error, OSError | UserError):
+            warn(f"the last checkpoint was not written, nor is it needed: {first_line(error)}")
+            self.writing = None
         self._report()
+        self._free_buffers()
 
     def save_result(self, save, denoiser, args):
         """Call `save(denoiser, args)`. UserError: it fails, for whatever reason; the state of the
@@ -239,7 +254,7 @@ class Checkpointer:
         try:
             save(denoiser, args)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             try:
                 write(self._state(), self.num_steps, self.folder, self.limit)
             except (OSError, UserError):
@@ -280,7 +295,7 @@ class Checkpointer:
         tensors = tensors_of(state)
         if len(self.buffers) != len(tensors):
             self.buffers = []
-            if not has_room(sum(tensor.nbytes for tensor in tensors)):
+            if not has_room(sum(map(bytes_of_copy, tensors))):
                 return None
             try:
                 self.buffers = [
@@ -288,6 +303,7 @@ class Checkpointer:
                     for tensor in tensors
                 ]
             except RuntimeError:  # no memory that can be pinned
+                self._free_buffers()
                 return None
         for buffer, tensor in zip(self.buffers, tensors, strict=True):
             buffer.copy_(tensor, non_blocking=True)
@@ -295,6 +311,10 @@ class Checkpointer:
             torch.cuda.synchronize()
         buffers = iter(self.buffers)
         return tree_map_only(torch.Tensor, lambda tensor: next(buffers), state)
+
+    def _free_buffers(self):
+        self.buffers = []
+        torch.accelerator.empty_host_cache()  # else torch would keep what was pinned
 
     def _save(self, step):
         """Write the state, or copy it and start to write it."""
@@ -319,7 +339,7 @@ class Checkpointer:
         if self.reported:
             return
         checkpoint = None
-        if self.rank == 0:
+        if self.writing:
             checkpoint = ray.train.Checkpoint.from_directory(self.writing.result())
         ray.train.report(  # [4]
             {},

@@ -167,8 +167,7 @@ def write_card(output_dir, record, image=None, repo=None):
     if image:
         atomic.replace_file(output_dir / IMAGE, lambda file: shutil.copyfile(image, file))
     card = build_card(repo or output_dir.name, record, (output_dir / IMAGE).exists())
-    text = str(card)
-    atomic.replace_file(output_dir / CARD, lambda file: file.write_text(text, encoding="utf-8"))
+    atomic.write_text(output_dir / CARD, str(card))
 
 
 def build_card(name, record, has_image):
@@ -181,7 +180,7 @@ def build_card(name, record, has_image):
     lora = flags["use_lora"]
     base = record["model"]
     on_hub = "/" in base
-    pipeline = record.get("pipeline", "StableDiffusionPipeline")
+    pipeline = record["pipeline"]
     facts = pipeline_dir.facts_of({"_class_name": pipeline}, base)
     data = ModelCardData(
         base_model=base if on_hub else None,

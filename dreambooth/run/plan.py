@@ -205,7 +205,7 @@ def check_pipeline(args):
     facts = pipeline_dir.read_facts(args.model_dir)
     if args.snr_gamma and facts.is_flow:
         raise UserError("--snr_gamma is for diffusion models: leave it out")
-    if pipeline_dir.is_distilled(args.model_dir):
+    if facts.is_distilled:
         warn(
             "--model_dir is distilled to few steps, which training undoes: train its base model;"
             " generate.py takes that LoRA with either"
@@ -302,7 +302,9 @@ def check_space_for_checkpoints(args, sizes):
     if args.checkpointing_steps is not None:
         every = args.checkpointing_steps or args.max_train_steps
         count = min(count, (args.max_train_steps - 1) // every)
-    trained = pipeline_dir.num_trained(sizes, pipeline_dir.trains_text_encoder(args))
+    trained = pipeline_dir.num_trained(
+        args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)
+    )
     num_bytes = {"fp32": 12, "bf16": 8}[args.param_dtype] * trained
     what = f"{count} checkpoints at a time (none with --checkpointing_steps 0)"
     existing = run_dir(args).glob("*step_*/state.pt")  # also unfinished ones

@@ -1,5 +1,4 @@
-"""What a training run logs: progress (a bar on a terminal, else a line every few steps), and beside
-its result
+"""What a training run logs: a line every few steps, and beside its result
 
     TUNED_MODEL_DIR.report/run.json         command, flags, versions, hardware, and how it ended
     TUNED_MODEL_DIR.report/metrics.jsonl    a line every --log_every steps; losses are means since
@@ -16,15 +15,12 @@ import platform
 import shlex
 import shutil
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from tqdm import tqdm
-
-from dreambooth.cli import Diverged, warn
+from dreambooth.cli import Diverged, first_line, warn
 from dreambooth.files import atomic, pipeline_dir
 
 RECORD = "run.json"
@@ -41,24 +37,21 @@ TAGS = {  # under which TensorBoard shows the metrics
     "peak_gib": "peak memory, GiB",
     "reserved_gib": "reserved memory, GiB",
 }
-SECONDS_BETWEEN_LOOKS = 0.5  # of the bar of several workers at their metrics
 
 
 class TrainingLog:
     """Kept by each worker, shown by rank 0. Nothing in an ordinary step waits for the device:
     losses stay on it until a line is due, every `log_every` steps.
 
-    `started` is when the script began, in seconds since the epoch. `show` is what rank 0 shows, as
-    `shown_by_worker` says.
+    `started` is when the script began, in seconds since the epoch.
     """
 
-    def __init__(self, plan, device, log_every, started, enabled, show):
+    def __init__(self, plan, device, log_every, started, enabled):
         self.plan = plan
         self.device = device
         self.log_every = log_every
         self.enabled = enabled
         self.folder = plan.report_dir
-        self.show = show if enabled else "nothing"
         # Of clocks, other processes share only the wall's, which may be set back.
         self.metrics = {"start_s": max(0.0, time.time() - started)}
         self.phase_began = time.monotonic()
@@ -66,7 +59,6 @@ class TrainingLog:
         self.waits_for_first = True
         self.first_step = 0
         self.events = None  # TensorBoard's writer
-        self.bar = None
         self.lost = set()  # what could not be written
 
     def _end_phase(self, name):
@@ -103,8 +95,6 @@ class TrainingLog:
 
             prepare(self.folder, first_step)
             self.events = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
-        if self.show == "bar":
-            self.bar = new_bar(self.plan.num_steps, first_step)
 
     def on_step_end(self, step, losses, grad_norm, lr):
         """`losses` as in `LOSSES`, a tensor. Diverged, with the step: one is not finite."""
@@ -117,8 +107,6 @@ class TrainingLog:
         self.unread_losses.append(losses.reshape(-1))
         if step % self.log_every == 0 or step == self.plan.num_steps:
             self._log(step, grad_norm, lr)
-        if self.bar is not None:
-            self.bar.update()
 
     def _log(self, step, grad_norm, lr):
         losses = mean_of_workers(self.unread_losses)
@@ -138,9 +126,7 @@ class TrainingLog:
         if not math.isfinite(grad_norm):  # an earlier step's would show in the losses
             self._give_up(f"the gradients are not finite at step {step}")
         self.metrics["loss"] = losses[-1][0]
-        if self.bar is not None:
-            show_metrics(self.bar, row)
-        if self.show == "lines":
+        if self.enabled:
             print(self._line(row), flush=True)
 
     def _write(self, row):
@@ -163,8 +149,6 @@ class TrainingLog:
             self.lost.add(what)
 
     def _give_up(self, reason):
-        if self.bar is not None:
-            self.bar.close()
         raise Diverged(f"{reason}: lower --lr, with --restart; nothing was saved")
 
     def _images_per_s(self, step):
@@ -191,8 +175,6 @@ class TrainingLog:
 
     def on_train_end(self):
         self._end_phase("steps")
-        if self.bar is not None:
-            self.bar.close()
         if self.events:
             self.events.close()
 
@@ -246,7 +228,7 @@ def prepare(folder, first_step):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in read_metrics(folder) if row["step"] <= first_step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    atomic.replace_file(folder / METRICS, lambda file: file.write_text(text, encoding="utf-8"))
+    atomic.write_text(folder / METRICS, text)
     if first_step == 0:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "report.html").unlink(missing_ok=True)
@@ -280,7 +262,7 @@ class RunRecord:
             "flags": vars(args),
             "model": name,
             "revision": revision,
-            "pipeline": pipeline_dir.pipeline_class(args.model_dir),
+            "pipeline": pipeline_dir.read_facts(args.model_dir).class_name,
             "plan": str(plan),
             "num_steps": plan.num_steps,
             "instance_paths": [str(path) for path in plan.instance_paths],
@@ -302,14 +284,11 @@ class RunRecord:
         if error is not None:
             stopped = not isinstance(error, Exception)  # by Ctrl-C or a signal
             self.facts["status"] = getattr(error, "status", "stopped" if stopped else "failed")
-            self.facts["message"] = (str(error).strip().splitlines() or [""])[0]
+            self.facts["message"] = first_line(error)
             self._write()
 
     def _write(self):
-        text = json.dumps(self.facts, indent=1)
-        atomic.replace_file(
-            self.folder / RECORD, lambda file: file.write_text(text, encoding="utf-8")
-        )
+        atomic.write_text(self.folder / RECORD, json.dumps(self.facts, indent=1))
 
 
 def read_record(folder):
@@ -318,57 +297,3 @@ def read_record(folder):
         return json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def shown_by_worker(in_driver):
-    """What rank 0 shows: "lines" where nobody watches, as on a log file or in CI; else "bar", or
-    "nothing", where it is no child of the terminal and the driver shows the bar."""
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):
-        return "lines"
-    return "bar" if in_driver else "nothing"
-
-
-def new_bar(num_steps, first_step):
-    """A tqdm bar over a run's steps."""
-    return tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=True)
-
-
-def show_metrics(bar, row):
-    """Put the losses and the rate of a row of metrics behind the bar."""
-    names = {"instance_loss": "instance", "class_loss": "class", "images_per_s": "images/s"}
-    shown = {label: f"{row[name]:.3g}" for name, label in names.items() if name in row}
-    bar.set_postfix(shown, refresh=False)
-
-
-@contextmanager
-def followed(plan, in_driver):
-    """While the body trains, show the bar, from the metrics that another process writes; unless the
-    worker shows it itself."""
-    if shown_by_worker(in_driver) != "nothing":
-        yield
-        return
-    done = threading.Event()
-    thread = threading.Thread(target=_follow, args=(plan, done), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _follow(plan, done):
-    bar = None
-    finished = False
-    while not finished:
-        finished = done.wait(SECONDS_BETWEEN_LOOKS)  # then one last look
-        rows = read_metrics(plan.report_dir)
-        if not rows:
-            continue
-        if bar is None:
-            bar = new_bar(plan.num_steps, 0)
-        show_metrics(bar, rows[-1])
-        bar.update(rows[-1]["step"] - bar.n)  # backwards if workers went on from a checkpoint
-        bar.refresh()
-    if bar is not None:
-        bar.close()
