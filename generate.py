@@ -12,7 +12,6 @@ rounding). A second run of the same command generates only what is missing.
 
 import argparse
 import itertools
-import math
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from dreambooth.cli import (
     warn,
 )
 from dreambooth.files import generated_images, pipeline_dir
+from dreambooth.files.pipeline_dir import PIPELINE_PIXELS
 from dreambooth.image_generator import MAX_BATCH, ImageGenerator, with_defaults
 
 
@@ -72,6 +72,7 @@ def parse_args(argv=None):
     batch_help = f"images per batch on a GPU (default: what fits, at most {MAX_BATCH})"
     add("--batch_size", type=int, help=batch_help)
     add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
+    add("--dry_run", action="store_true", help="check everything, and generate nothing")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")
     return parser.parse_args(argv)
 
@@ -91,9 +92,7 @@ def check_args(args):
         if args.scheduler in ("dpm", "ode") and pipeline_dir.read_facts(model_dir).is_flow:
             raise UserError(f"--scheduler {args.scheduler} is for diffusion models: leave it out")
         if args.resolution is not None:
-            step = math.lcm(8, pipeline_dir.resolution(model_dir)[1])
-            if args.resolution < step or args.resolution % step:
-                raise UserError(f"--resolution {args.resolution}: must be a multiple of {step}")
+            pipeline_dir.check_resolution(model_dir, args.resolution, PIPELINE_PIXELS)
     if args.lora_weights_dir:
         pipeline_dir.lora_file(args.lora_weights_dir)
     if args.prompts_file:
@@ -195,6 +194,8 @@ def main(args):
         runs.append(with_defaults(argparse.Namespace(**{**vars(args), **other})))
     plans = [plan(run) for run in runs]
     found = [find_existing(*pair) for pair in zip(runs, plans, strict=True)]  # in both, before any
+    if args.dry_run:
+        return
     images = [generate_missing(*job) for job in zip(runs, plans, found, strict=True)]
     rows = {}
     for prompt in args.prompts:

@@ -113,17 +113,18 @@ main() {
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
   if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --use_lora "* ]]; then LORA=1; fi
+  [[ "${LORA:-0}" == [01] ]] || { echo "error: LORA=$LORA: must be 0 or 1" >&2; exit 2; }
   choose_model
   OWN_MODEL=
   local cache=${ORIG_MODEL_DIR:-${DATA_PREFIX:-/tmp}/model-orig}
-  if [[ -f "${ORIG_MODEL_PATH:-}/model_index.json" && "$ORIG_MODEL_PATH" != "$cache"/* ]]; then
+  if [[ -n "${ORIG_MODEL_PATH:-}" && "$ORIG_MODEL_PATH" != "$cache"/* ]]; then
     # A directory of the user's own: nothing is downloaded. (In the cache a download may be half done.)
     OWN_MODEL=1 ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-local}
     ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-$(basename "$ORIG_MODEL_PATH")}
   fi
-  if ((NUM_GPUS == 0)); then
-    echo "no CUDA GPU here: using the embedded pocket model, unless ORIG_MODEL_NAME is set"
-    ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-pocket}
+  if ((NUM_GPUS == 0)) && [[ -z "${ORIG_MODEL_NAME:-}" ]]; then
+    echo "no CUDA GPU here: using the embedded pocket model (MODEL names another)"
+    ORIG_MODEL_NAME=pocket
   fi
   ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
   case "$ORIG_MODEL_NAME" in
@@ -142,22 +143,21 @@ main() {
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
   OTHER_PROMPT=${OTHER_PROMPT:-photo of a house}  # what must not change, beside the class
   if [[ "$OTHER_PROMPT" == "$CLASS_PROMPT" ]]; then OTHER_PROMPT="photo of a car"; fi
-  local scenes scene prompts=()
-  IFS='|' read -ra scenes <<<"${SCENES//$'\n'/|}"
+  local scenes scene prompts=() all_scenes=${SCENES//$'\n'/|}
+  IFS='|' read -ra scenes <<<"$all_scenes"
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
   prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
   check_cheaply
   echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
   echo "results go to $SUBJECT_DIR and replace earlier ones there; class images to $IMAGES_REG_DIR"
 
-  step 1 "cache the original model (SD 1.4: a download of 4 GB, minutes; pocket: no time)"
+  step 1 "cache the original model (Stable Diffusion 1.4: a download of 4 GB, minutes)"
   if [[ -z "$OWN_MODEL" ]]; then
     "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
   fi
-  if [[ "$ORIG_MODEL_NAME" != pocket ]]; then  # what step 5 would find only after the training
-    "$PYTHON" -c 'import sys, generate; generate.check_args(generate.parse_args(sys.argv[1:]))' \
-      --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" $SAMPLE_FLAGS
-  fi
+  # A mistake of step 5 is found now, and not after the training.
+  "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
+    --overwrite --dry_run $SAMPLE_FLAGS
   [[ -n "$OWN_TRAIN_FLAGS" ]] || choose_train_flags
   if [[ "${LORA:-0}" == 1 && "$TRAIN_FLAGS" != *--use_lora* ]]; then TRAIN_FLAGS+=" --use_lora"; fi
   if ((NUM_CLASS_IMAGES == 0)); then TRAIN_FLAGS+=" --prior_loss_weight 0"; fi
@@ -171,6 +171,10 @@ main() {
 
   step 2 "get the photos of the subject (seconds)"
   if is_example; then "$PYTHON" download_example_dataset.py images/dog; fi
+  # A mistake of step 4 is found now, except in class images: there are none yet.
+  "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
+    --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" --num_workers "$NUM_WORKERS" \
+    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) --dry_run
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"
@@ -184,7 +188,7 @@ main() {
   fi
 
   step 4 "fine-tune (minutes)"
-  local previews=(--preview_prompts "$INSTANCE_PROMPT ${SCENES%%|*}" "$CLASS_PROMPT" --preview_every "$PREVIEW_EVERY")
+  local previews=(--preview_prompts "${prompts[0]}" "$CLASS_PROMPT" --preview_every "$PREVIEW_EVERY")
   if ((PREVIEW_EVERY == 0)); then previews=(); fi
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
@@ -198,16 +202,14 @@ main() {
   step 6 "put photos, class images and new images on one sheet, and the run on a page"
   "$PYTHON" -m dreambooth.files.generated_images --output "$SUBJECT_DIR/dreambooth.png" \
     "photos of the subject=$IMAGES_OWN_DIR" ${class_images[@]+"${class_images[@]}"} \
-    "$INSTANCE_PROMPT ${SCENES//|/, }; $CLASS_PROMPT; $OTHER_PROMPT, ${scenes[${#scenes[@]}-1]}=$IMAGES_NEW_DIR"
+    "$INSTANCE_PROMPT ${all_scenes//|/, }; $CLASS_PROMPT; $OTHER_PROMPT, ${scenes[${#scenes[@]}-1]}=$IMAGES_NEW_DIR"
   echo "done: $SUBJECT_DIR/dreambooth.png, and the page ($SECONDS s in all)"
   "$PYTHON" -m dreambooth.report.page "$RESULT_DIR.report" --images_dir "$IMAGES_NEW_DIR"
 }
 
-# What costs seconds comes before what costs gigabytes or minutes: the prompts, the photos, the flags.
+# Before gigabytes are downloaded: the flags and the photos.
 check_cheaply() {
-  if [[ "$ORIG_MODEL_NAME" == pocket ]]; then
-    "$PYTHON" -m dreambooth.pocket.classes "$CLASS_PROMPT" "$INSTANCE_PROMPT" "$OTHER_PROMPT"
-  else
+  if [[ "$ORIG_MODEL_NAME" != pocket && -z "$OWN_MODEL" ]]; then  # else nothing is downloaded
     "$PYTHON" -c 'import sys, train; train.parse_args(sys.argv[1:])' --model_dir "$ORIG_MODEL_DIR" \
       --output_dir "$TUNED_MODEL_DIR" --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" \
       --class_prompt "$CLASS_PROMPT" $OWN_TRAIN_FLAGS ${MORE_FLAGS:-}

@@ -57,7 +57,7 @@ def build_parser():
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step")
     add("--num_epochs", type=int, default=4, help="times each class image is used")
     add("--max_train_steps", type=int, default=800, help="maximum optimizer steps")
-    add("--lr", type=float, default=5e-6, help="learning rate of AdamW")
+    add("--lr", type=float, help="learning rate of AdamW (default: 5e-6; of LoRA: 1e-4)")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
     weight_help = "weight of the class loss; 0: no class images, epochs count instance images"
@@ -92,12 +92,16 @@ def build_parser():
     add("--log_every", type=int, default=10, help="steps between two lines of the log")
     add("--preview_prompts", nargs="+", type=valid_prompt, default=[], help="prompts of previews")
     add("--preview_every", type=int, default=0, help="steps between previews; 0: none")
+    add("--dry_run", action="store_true", help="check everything, print the plan, and stop")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")
     return parser
 
 
 def parse_args(argv=None):
-    return build_parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
+    if args.lr is None:
+        args.lr = 1e-4 if args.use_lora else 5e-6
+    return args
 
 
 def forward_backward(denoiser, scheduler, batches, accumulation_steps, args):
@@ -146,11 +150,11 @@ def train_fn(config):
     # Set up the models: prepare_model moves to the device and, with several workers, wraps in DDP.
     vae, denoiser, scheduler = models.load_models(args, device)
     ddp_settings = models.ddp_settings(accumulation_steps)
-    ddp = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)  # [3]
+    wrapped = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)  # [3]
     if num_workers > 1 and device.type == "cuda":  # exchange gradients in bfloat16: half the bytes
-        ddp.register_comm_hook(None, bf16_compress_hook)
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     if args.cuda_graph and device.type == "cuda":
-        ddp = models.Recorded(denoiser)
+        wrapped = models.Recorded(denoiser)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
@@ -167,7 +171,7 @@ def train_fn(config):
     # Encode each image once, when a step first needs it.
     batches = latents.encode_batches(vae, batches, denoiser.family, prompts, device, original)
     for step in range(first_step, plan.num_steps):
-        losses = forward_backward(ddp, scheduler, batches, accumulation_steps, args)
+        losses = forward_backward(wrapped, scheduler, batches, accumulation_steps, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         lr = lr_schedule.get_last_lr()[0]
         optimizer.step()
@@ -218,6 +222,9 @@ def main(args):
     """Check the flags, start Ray, train, and say where the result is."""
     started, began = time.time(), time.monotonic()  # for other processes, and for this one
     check_flags(args)
+    if args.dry_run:
+        print(make_plan(args))
+        return
     ray_start = cluster.start_ray_in_background(args.verbose)
     plan = make_plan(args)
     if cluster.runs_in_driver(args.num_workers):  # while Ray starts, import what train_fn needs

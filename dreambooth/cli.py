@@ -105,7 +105,8 @@ def _one_line(message):
 
 def first_line(error):
     """What a library's error says, in one line; its class if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def run_main(main, args):

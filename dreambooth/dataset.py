@@ -61,6 +61,7 @@ def build_dataset(pairs, verbose=False, num_cpus=None):
     tasks that will read them take at most `num_cpus` cores (default: all)."""
     blocks = max(1, math.ceil(len(pairs) / PAIRS_PER_BLOCK))
     rows = ray.data.from_items(pairs, override_num_blocks=blocks)
+    # Set here as well as in start_ray: Ray Train's controller calls this in a process of its own.
     rows.context.execution_options.preserve_order = True
     rows.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=num_cpus)
     rows.context.enable_progress_bars = verbose
@@ -128,7 +129,7 @@ def read(shard, batch_size):
 
 
 class Prefetched:
-    """An iterator over `batches`, the first of which is fetched in a thread from now on."""
+    """An iterable over `batches`, whose first one a thread starts to fetch at once."""
 
     def __init__(self, batches):
         self.batches = iter(batches)

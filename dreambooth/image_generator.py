@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from peft.utils.other import get_pattern_key
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -216,7 +217,8 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
             raise UserError(f"{flag} is a {kind}, which is not read here: take a plain LoRA")
     # By its path: its header may hold the alphas, which its tensors do not.
     source, options = file.parent, {"weight_name": file.name}
-    if (file.parent / PEFT_CONFIG).exists() and any(name.startswith(PEFT) for name in names):
+    is_peft = any(name.startswith(PEFT) for name in names)
+    if is_peft and (file.parent / PEFT_CONFIG).exists():
         source, options = from_peft(load_file(file), file.parent / PEFT_CONFIG, flag), {}
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -227,7 +229,10 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
     if not loaded:
-        raise UserError(f"{flag} is no LoRA for --model_dir: no layer has such a name")
+        needs = f"; PEFT's own file needs {PEFT_CONFIG} beside it" if is_peft else ""
+        raise UserError(
+            f"{flag} is no LoRA for --model_dir: no layer is called {names[0]}, say{needs}"
+        )
     partly = any("additional target modules" in str(warning.message) for warning in caught)
     if partly or len(loaded) < len(given):
         count = f"{len(loaded)} of {len(given)}"
@@ -247,14 +252,22 @@ def from_peft(weights, config_file, flag):
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
         raise UserError(f"{flag}: {config_file.name} has no r and lora_alpha")
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    alphas = config.get("alpha_pattern") or {}  # of layers that have another; ranks show in shapes
+
+    def scale(name, matrix):
+        layer = name.removeprefix(PEFT).partition(".lora_B.")[0]
+        own = alphas.get(get_pattern_key(alphas, layer), alpha)
+        return own / (matrix.shape[1] ** 0.5 if config.get("use_rslora") else matrix.shape[1])
+
     parts = dict.fromkeys(("down_blocks.", "mid_block.", "up_blocks."), "unet")
     parts["transformer_blocks.0"] = "transformer"
     found = [part for layer, part in parts.items() if any(layer in name for name in weights)]
     part = found[0] if found else "text_encoder"
     return {
-        f"{part}.{name.removeprefix(PEFT)}": tensor * scale if ".lora_B." in name else tensor
-        for name, tensor in weights.items()
+        f"{part}.{name.removeprefix(PEFT)}": matrix * scale(name, matrix)
+        if ".lora_B." in name
+        else matrix
+        for name, matrix in weights.items()
     }
 
 

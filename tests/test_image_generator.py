@@ -429,6 +429,20 @@ def test_an_adapter_of_peft_takes_the_same_effect(predict, lora_dir, tmp_path):
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
     found = predict(tmp_path / "peft", 1.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    # A layer may have a rank and an alpha of its own: here 4 and 2 again, among others' 8 and 8.
+    pattern = {"to_[qkv]": 2, "to_out.0": 2}
+    config = {"r": 8, "lora_alpha": 8, "rank_pattern": {"to_q": 4}, "alpha_pattern": pattern}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    found = predict(tmp_path / "peft", 1.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_file_of_peft_needs_its_configuration(pipeline_with, tmp_path):
+    """Which holds the scale."""
+    weights = {"base_model.model.mid_block.to_q.lora_A.weight": torch.zeros(4, 8)}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="PEFT's own file needs adapter_config.json beside it"):
+        pipeline_with(str(tmp_path))
 
 
 def test_a_cosine_schedule_is_sampled_from_its_noise_to_its_end():

@@ -270,7 +270,7 @@ def test_compared_models_have_their_own_defaults(generate_args, klein_dir, tmp_p
     ]
     assert [record["num_inference_steps"] for record in records] == [4, 50]
     assert [record["guidance_scale"] for record in records] == [1.0, 4.0]
-    with pytest.raises(UserError, match="must be a multiple of 8"):
+    with pytest.raises(UserError, match="takes multiples of 8"):
         generate.check_args(generate_args("out", model_dir=klein_dir, resolution=68))
 
 

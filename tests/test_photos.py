@@ -3,6 +3,7 @@ subject."""
 
 import errno
 import json
+import os
 import struct
 import unicodedata
 from io import BytesIO
@@ -259,11 +260,20 @@ def test_files_that_are_no_images_are_refused_by_name(flat_image, tmp_path, monk
     """Also images of hundreds of megapixels, which Pillow refuses; here its limit is lowered."""
     vast = flat_image("vast.png", 0, size=(400, 400))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
-    with pytest.raises(UserError, match="vast.png: unreadable"):
+    with pytest.raises(UserError, match="vast.png has more than 0.1 megapixels: scale it down"):
         photos.open_image(vast)
-    for content in (b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"):
+    postscript = (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"  # for which a program would run
+    )
+    for content, reason in (
+        (b"", "the file is empty"),
+        (b"<html>not found</html>", "its format is not recognized"),
+        (postscript, "its format is not recognized"),
+        (b"\x89PNG\r\n\x1a\n", ""),
+        (b"\xff\xd8\xff\xe0", ""),
+    ):
         (tmp_path / "odd.jpg").write_bytes(content)
-        with pytest.raises(UserError, match="odd.jpg: unreadable or truncated image"):
+        with pytest.raises(UserError, match=f"odd.jpg: unreadable or truncated image .{reason}"):
             photos.open_image(tmp_path / "odd.jpg")
 
 
@@ -271,13 +281,20 @@ def test_storage_that_fails_for_a_while_is_not_the_images_fault(flat_image, monk
     """Ray then reads it again; a damaged image would end the run."""
     path = flat_image("a.png", (255, 0, 0))
 
-    def stale(file):
+    def stale(file, formats):
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(Image, "open", stale)
     with pytest.raises(OSError, match="Stale file handle") as error:
         photos.open_image(path)
     assert not isinstance(error.value, UserError)
+
+
+def test_a_pipe_is_no_photo(flat_image, tmp_path):
+    """To read one would wait for ever."""
+    photo = flat_image("a.png", (255, 0, 0))
+    os.mkfifo(tmp_path / "b.png")
+    assert photos.find_images(tmp_path) == [photo]
 
 
 def test_what_is_no_image_of_the_folder_is_skipped(flat_image, tmp_path):
@@ -436,7 +453,7 @@ def test_a_photo_of_200_megapixels_is_read_in_bounded_memory(tmp_path):
     image = photos.open_image(tmp_path / "phone.jpg")
     assert image.size == (8160, 6120)
     assert image.getpixel((0, 0))[0] in (119, 120, 121)
-    with pytest.raises(UserError, match="bomb.jpg: unreadable"):
+    with pytest.raises(UserError, match="bomb.jpg has more than 320 megapixels"):
         Image.new("1", (30000, 12000)).save(tmp_path / "bomb.jpg", format="PNG")
         photos.open_image(tmp_path / "bomb.jpg")
 
@@ -495,6 +512,7 @@ def test_captions_are_read_from_either_file(captioned):
     assert captioned(a="photo of unqtkn car, red\r\n") == {a: "photo of unqtkn car, red"}
     rows = [{"file_name": "caf\u00e9.png", "text": "at night", "seed": 3}]
     rows.append({"file_name": "a.png", "text": "photo of unqtkn car, red"})
+    rows.append("")  # an empty line
     assert captioned(metadata=rows) == {a: "photo of unqtkn car, red", cafe: "at night"}
 
 
@@ -508,13 +526,37 @@ def test_captions_are_read_from_either_file(captioned):
         ([{"file_name": "a.png", "text": " "}], {}, "line 1: an empty caption"),
         ([{"file_name": "a.png", "text": 7}], {}, "line 1: an empty caption"),
         (None, {"a": "\n"}, "a.txt: an empty caption"),
-        ([{"file_name": "a.png", "text": "x"}], {"a": "y"}, "a.png: .* different captions"),
+        ([{"file_name": "a.png", "text": "x"}], {"a": "y"}, "line 1: a.png has another caption"),
+        (
+            [{"file_name": "a.png", "text": t} for t in "xy"],
+            {},
+            "line 2: a.png has another caption",
+        ),
+        (["[" * 100_000], {}, "line 1: no"),
+        (['{"file_name": "a.png", "text": "\\ud83d"}'], {}, "line 1: .* is not UTF-8"),
     ],
 )
 def test_captions_that_cannot_be_meant_are_one_line(captioned, metadata, texts, message):
     with pytest.raises(UserError, match=message) as error:
         captioned(metadata, **texts)
     assert "\n" not in str(error.value)
+
+
+def test_a_line_ends_where_json_lines_end(captioned, tmp_path):
+    """Not at the line separators of Unicode, which a text of JSON may hold."""
+    a, _ = captioned.paths
+    metadata = tmp_path / "photos" / "metadata.jsonl"
+    metadata.write_text(
+        '{"file_name": "a.png", "text": "red\u2028\u0085car"}\r\n', encoding="utf-8"
+    )
+    assert captioned() == {a: "red\u2028\u0085car"}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "a.caption"])
+def test_captions_in_a_form_that_is_not_read_are_a_warning(captioned, tmp_path, capsys, name):
+    (tmp_path / "photos" / name).write_text("a red car")
+    photos.find_images(tmp_path / "photos", report=True)
+    assert f"{name} is not read: captions are taken from .txt" in capsys.readouterr().err
 
 
 def test_a_caption_in_capitals_is_one(captioned, tmp_path):

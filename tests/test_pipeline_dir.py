@@ -51,7 +51,10 @@ def test_full_precision_goes_before_half_and_safetensors_before_pickles(copied):
         assert pipeline_dir.weights(copied, "unet") == (variant, [file])
         pipeline_dir.check_model_dir(copied)
         file.unlink()
-    with pytest.raises(UserError, match="unet/diffusion_pytorch_model.safetensors is missing"):
+    other = shutil.copy(copied / "vae" / weights.name, weights.with_name("unet.bf16.safetensors"))
+    with pytest.raises(
+        UserError, match=f"unet/{weights.name} is missing .*fp16 are read, not {Path(other).name}"
+    ):
         pipeline_dir.check_model_dir(copied)
 
 
@@ -76,6 +79,11 @@ def test_sharded_and_half_precision_models_are_trained_and_sampled(
     assert pipeline_dir.num_parameters(copied) == pipeline_dir.num_parameters(model_dir)
     loaded = pipeline_dir.load_pipeline(copied, torch.float32)
     assert torch.equal(loaded.unet.conv_in.weight, expected.unet.conv_in.weight)
+    (index,) = (copied / "unet").glob("*.index*.json")
+    name = f"diffusion_pytorch_model{'.fp16' if variant else ''}.safetensors.index.json"
+    aside = index.rename(copied / "aside")
+    assert pipeline_dir.missing_file(copied) == f"unet/{name}"
+    aside.rename(index)
     last = pipeline_dir.weights(copied, "unet").files[-1]
     last.unlink()  # as an interrupted download leaves it
     assert pipeline_dir.missing_file(copied) == f"unet/{last.name}"
@@ -125,6 +133,25 @@ def test_models_that_the_scripts_cannot_train_are_refused(copied):
 def test_parts_that_were_not_made_for_each_other_are_refused(copied):
     set_json(copied / "text_encoder" / "config.json", hidden_size=768)
     with pytest.raises(UserError, match=r"text_encoder and unet do not belong together \(768 and"):
+        pipeline_dir.check_model_dir(copied)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet", {"class_embed_type": "timestep"}, "unet has class_embed_type, which"),
+        ("unet", {"num_class_embeds": 10}, "unet has num_class_embeds, which"),
+        ("unet", {"addition_embed_type": "text_time"}, "unet has addition_embed_type, which"),
+        ("unet", {"out_channels": 8}, r"vae and unet do not belong together \(4 and 8"),
+        ("unet", {"_class_name": "UNet2DModel"}, "unet is a UNet2DModel; .* UNet2DConditionModel"),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "vae is a AutoencoderTiny"),
+        ("vae", {"scaling_factor": None}, "vae/config.json has scaling_factor: None"),
+    ],
+)
+def test_parts_of_other_pipelines_are_refused(copied, part, changes, message):
+    """They load, and would fail in the first step."""
+    set_json(copied / part / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
         pipeline_dir.check_model_dir(copied)
 
 
@@ -187,6 +214,16 @@ def test_a_prompt_that_is_too_long_is_quoted_where_it_would_be_cut_off(model_dir
     with pytest.raises(UserError, match="48; 'at night' would be cut off") as error:
         pipeline_dir.check_prompts(model_dir, [longest, longest + "at night"])
     assert "prompt too long" in str(error.value)
+
+
+def test_a_token_that_the_text_encoder_has_no_embedding_of_is_named(copied):
+    """That of a textual inversion, which was saved in the tokenizer alone."""
+    tokenizer = pipeline_dir.load_tokenizer(copied)
+    tokenizer.add_tokens("<my-cat>")
+    tokenizer.save_pretrained(copied / "tokenizer")
+    pipeline_dir.check_prompts(copied, ["photo of a car"])
+    with pytest.raises(UserError, match="the text encoder has no embedding of '<my-cat>'"):
+        pipeline_dir.check_prompts(copied, ["photo of a <my-cat> car"])
 
 
 def test_pocket_alone_is_asked_for_its_classes(model_dir, tmp_path):

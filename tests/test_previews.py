@@ -19,7 +19,7 @@ NUM_STEPS = 3
 def make(train_args, folder, vae=None, denoiser=None, enabled=True, **flags):
     """A run's Previews and its log."""
     plan = SimpleNamespace(num_steps=NUM_STEPS, report_dir=folder, resolution=64)
-    log = training_log.TrainingLog(plan, torch.device("cpu"), 1, time.time(), enabled, "nothing")
+    log = training_log.TrainingLog(plan, torch.device("cpu"), 1, time.time(), enabled)
     log.on_train_begin(0)
     args = train_args("out", **flags)
     return previews.Previews(args, plan, vae, denoiser, {}, log), log

@@ -31,6 +31,7 @@ def replace_file(file, write):
     if file.is_dir():
         raise UserError(f"{file} is a directory: name a file in it")
     temporary = file.with_name(f".{file.name}.{HOST}.{os.getpid()}.tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode

@@ -201,7 +201,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser("Put the images of folders on one sheet, a row for each folder.")
     parser.add_argument("rows", nargs="+", metavar="CAPTION=DIR", help="a row of the sheet")
     parser.add_argument("--output", default=CONTACT_SHEET, help="the sheet, a PNG")
     parser.add_argument("--columns", type=int, default=8, help="maximum images per row")

@@ -1,6 +1,7 @@
 """Photos: found in a folder, with their captions, and decoded as upright 8 bit sRGB; and a folder
 for one subject alone.
 
+python -m dreambooth.files.photos SOURCE             # says which photo or caption cannot be read
 python -m dreambooth.files.photos SOURCE FOLDER      # FOLDER then holds the images of SOURCE alone
 """
 
@@ -10,13 +11,14 @@ import os
 import shutil
 import struct
 import unicodedata
+import warnings
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from dreambooth.cli import STORAGE_FAILED, ArgumentParser, UserError, first_line, run_main, warn
 from dreambooth.files import atomic
@@ -39,13 +41,13 @@ CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; i
 METADATA = "metadata.jsonl"  # of generated images, and with the captions of photos
 OURS = {CONTACT_SHEET, METADATA, "compared"}  # beside generated images
 FEW_PHOTOS = 3  # with fewer, the model learns the photo rather than the subject
-LARGE = (
-    50e6  # pixels: larger JPEGs are decoded at a half or a quarter of their size, to save memory
-)
+LARGE = 50e6  # pixels: larger JPEGs are decoded at a half or a quarter of their size, for memory
 
 pillow_heif.register_heif_opener()  # Pillow then reads HEIC, what phones take photos in
 Image.init()  # loads all of Pillow's plugins, which register their extensions
+OPENED = sorted(set(Image.OPEN) - NOT_OPENED)
 Image.MAX_IMAGE_PIXELS = 160_000_000  # an error from twice that on: phones have 200 megapixels
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from once that on
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of a text or a profile: more than 1 MB is usual
 
 
@@ -83,7 +85,7 @@ def find_images(folder, report=False):
         if file.is_dir():
             if any(inner.suffix.lower() in readable for inner in _files_in(file)):
                 subfolders.append(f"{file.name}/")
-        elif suffix in readable:
+        elif suffix in readable and file.is_file():  # no pipe, which may never end
             found.append(file)
         elif suffix in UNREADABLE:
             raise UserError(f"{file}: {file.suffix} cannot be read; convert it to JPEG or PNG")
@@ -92,6 +94,9 @@ def find_images(folder, report=False):
     if not found:
         inside = f"; there are some in {_names(subfolders)}: give that folder" if subfolders else ""
         raise UserError(f"{folder}: no images there (such as .jpg, .png, .webp or .heic){inside}")
+    others = [name for name in skipped if name.endswith((".caption", "metadata.csv"))]
+    if report and others:
+        warn(f"{folder}/{others[0]} is not read: captions are taken from .txt and {METADATA}")
     if report and skipped:
         plural = "s that are no images" if len(skipped) > 1 else " that is no image"
         print(f"skipped in {folder}: {len(skipped)} file{plural} ({_names(skipped)})", flush=True)
@@ -132,13 +137,15 @@ def read_captions(folder, images, were_generated=False):
         if file := texts.get(image.stem):
             captions[image] = _caption(_read_text(file).rstrip("\r\n"), file)
     metadata = folder / METADATA
-    lines = _read_text(metadata).splitlines() if metadata.is_file() else []
+    lines = _read_text(metadata).split("\n") if metadata.is_file() else []
     for number, line in enumerate(lines, start=1):
         where = f"{metadata}, line {number}"
+        if not line.strip():
+            continue
         try:
             name, text = (json.loads(line)[field] for field in ("file_name", "text"))
             name = _normal(name)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{where}: no {{"file_name": ..., "text": ...}}') from None
         image = by_name.get(name)
         if image is None:
@@ -146,7 +153,7 @@ def read_captions(folder, images, were_generated=False):
                 continue
             raise UserError(f"{where}: there is no image {name!r}")
         if captions.get(image, text) != text:
-            raise UserError(f"{image}: {METADATA} and {image.stem}.txt have different captions")
+            raise UserError(f"{where}: {image.name} has another caption already")
         captions[image] = _caption(text, where)
     return captions
 
@@ -154,6 +161,10 @@ def read_captions(folder, images, were_generated=False):
 def _caption(text, where):
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: an empty caption")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a character: JSON can say that, UTF-8 cannot
+        raise UserError(f"{where}: {text!r} is not UTF-8") from None
     return text
 
 
@@ -197,7 +208,13 @@ def open_image(path):
     except DAMAGED as error:
         if getattr(error, "errno", None) in STORAGE_FAILED:
             raise
+        if isinstance(error, Image.DecompressionBombError):
+            most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+            raise UserError(f"{path} has more than {most:g} megapixels: scale it down") from None
         reason = first_line(error)
+        if isinstance(error, UnidentifiedImageError):  # Pillow's own text names a Python object
+            is_empty = not Path(path).stat().st_size
+            reason = "the file is empty" if is_empty else "its format is not recognized"
         raise UserError(
             f"{path}: unreadable or truncated image ({reason}); replace or remove it"
         ) from None
@@ -207,7 +224,7 @@ def _decode(opened):
     """The image in an open file, all of it decoded, and how to turn it upright: one of Pillow's
     `Transpose`, or None."""
     opened.seek(0)
-    with Image.open(opened) as image:
+    with Image.open(opened, formats=OPENED) as image:
         if image.format == "JPEG" and image.width * image.height > LARGE:
             factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
             image.draft(None, (image.width // factor, image.height // factor))
@@ -387,7 +404,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser("Check that each photo in a folder can be read, and copy them.")
     parser.add_argument("source", help="a folder with photos of the subject")
     where = "where to put them; replaced if this command made it (default: only check them)"
     parser.add_argument("folder", nargs="?", help=where)

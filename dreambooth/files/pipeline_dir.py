@@ -20,10 +20,12 @@ from dreambooth.files.pipelines import DISTILLED_SAMPLER, OTHER_MODELS, PIPELINE
 from dreambooth.pocket import classes
 
 INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILES = ["README.md", "before-after.png"]  # the model card
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-
+CONDITIONS = {"addition_embed_type", "class_embed_type", "num_class_embeds"}  # of U-Nets
+PIPELINE_PIXELS = 8  # the sides of images that diffusers' pipelines generate are multiples of it
 
 # What the result of a training run may hold, whatever its pipeline.
 PIPELINE_NAMES = [INDEX, *sorted({part for facts in PIPELINES.values() for part in facts.parts})]
@@ -99,15 +101,19 @@ def weights(model_dir, part):
     """The `Weights` of a model in a directory, their files as paths and without the index; None if
     there are none."""
     folder = Path(model_dir)
-    found = choose_weights(part, [f"{part}/{file.name}" for file in (folder / part).glob("*")])
+    found = choose_weights(part, _names(folder, part))
     if found is None:
         return None
     return found._replace(files=[folder / n for n in found.files if not n.endswith(".json")])
 
 
+def _names(folder, part):
+    return [f"{part}/{file.name}" for file in (folder / part).glob("*")]
+
+
 def needed_files(facts):
     """What a pipeline directory must have beside weights: one file of each row."""
-    rows = [(INDEX,), ("scheduler/scheduler_config.json",)]
+    rows = [(INDEX,), (SCHEDULER,)]
     for part in facts.tokenizers:
         rows += [(f"{part}/tokenizer.json", f"{part}/{name}") for name in TOKENIZER_FILES]
     return rows + [(f"{part}/config.json",) for part in facts.models]
@@ -128,14 +134,16 @@ def missing_file(model_dir):
         if not any((folder / name).exists() for name in names):
             return names[0]
     for part in facts.models:
-        found = weights(folder, part)
+        found = choose_weights(part, _names(folder, part))
         if found is None:
             is_text_encoder = part.startswith("text_encoder")
             return f"{part}/{'' if is_text_encoder else 'diffusion_pytorch_'}model.safetensors"
-        shards = {file.name for file in found.files}
-        absent = [name for name in _all_shards(found.files[0].name) if name not in shards]
+        first = next(name for name in found.files if not name.endswith(".json"))
+        absent = [name for name in _all_shards(first) if name not in found.files]
         if absent:
-            return f"{part}/{absent[0]}"
+            return absent[0]
+        if SHARD.search(first) and len(found.files) == len(_all_shards(first)):
+            return f"{SHARD.sub('', first)}.index.json"
     return None
 
 
@@ -163,17 +171,18 @@ def check_model_dir(model_dir, flag="--model_dir"):
             f"{flag} {folder}: no such directory; a model of the Hub is downloaded with"
             " cache_model.py, which prints the directory to use"
         )
+    where = f"{flag} {folder}"
     if (folder / INDEX).exists():
-        facts_of(read_config(folder / INDEX, flag), f"{flag} {folder}")
+        facts_of(read_config(folder / INDEX, flag), where)
     missing = missing_file(folder)
     if missing:
+        others = [file.name for file in (folder / missing).parent.glob("*.safetensors")]
+        variant = f" (only full precision and fp16 are read, not {others[0]})" if others else ""
         raise UserError(
-            f"{flag} {folder} is not a diffusers pipeline directory: {missing} is missing"
+            f"{where} is not a diffusers pipeline directory: {missing} is missing{variant}"
             " (cache_model.py prints the directory to use)"
         )
     facts = read_facts(folder)
-    configs = {part: read_config(folder / part / "config.json", flag) for part in facts.models}
-    scheduler = read_config(folder / "scheduler" / "scheduler_config.json", flag)
     for part in facts.tokenizers:
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
             if (folder / part / name).exists():
@@ -181,31 +190,45 @@ def check_model_dir(model_dir, flag="--model_dir"):
     for part in facts.models:
         for file in weights(folder, part).files:
             check_not_damaged(file, flag)
-    if str(scheduler.get("_class_name")).startswith("EDM"):
-        raise UserError(f"{flag} {folder} has an EDM noise schedule, which is not supported")
-    if str(scheduler.get("_class_name")).startswith("FlowMatch") != facts.is_flow:
-        raise UserError(
-            f"{flag} {folder}: a {scheduler.get('_class_name')} is not the noise schedule of"
-            f" {facts.name}"
-        )
-    prediction_type = scheduler.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"{flag} {folder} predicts {prediction_type};"
-            " these scripts take epsilon and v_prediction"
-        )
-    check_widths(facts, configs, f"{flag} {folder}")
+    check_noise_schedule(facts, read_config(folder / SCHEDULER, flag), where)
+    configs = {part: read_config(folder / part / "config.json", flag) for part in facts.models}
+    check_parts(facts, configs, where)
     resolution(folder, flag)
 
 
-def check_widths(facts, configs, where):
-    """The denoiser must have been made for the text encoders, side by side, and for the VAE."""
-    denoiser = configs[facts.denoiser]
+def check_noise_schedule(facts, scheduler, where):
+    """The configuration `scheduler` must be of a noise schedule for which the pipeline trains."""
+    name = str(scheduler.get("_class_name"))
+    if name.startswith("EDM"):
+        raise UserError(f"{where} has an EDM noise schedule, which is not supported")
+    if name.startswith("FlowMatch") != facts.is_flow:
+        raise UserError(f"{where}: a {name} is not the noise schedule of {facts.name}")
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{where} predicts {prediction_type}; these scripts take epsilon and v_prediction"
+        )
+
+
+def check_parts(facts, configs, where):
+    """Denoiser and VAE must be of the pipeline's classes, and the denoiser made for the VAE, for
+    the text encoders, side by side, and for no condition that the pipeline has not."""
+    for part, name in facts.classes.items():
+        found = configs[part].get("_class_name", name)
+        if found != name:
+            raise UserError(f"{where}: {part} is a {found}; {facts.name} takes a {name}")
+    denoiser, vae = configs[facts.denoiser], configs["vae"]
+    if not isinstance(vae.get("scaling_factor", 1.0), int | float):
+        raise UserError(f"{where}: vae/config.json has scaling_factor: {vae['scaling_factor']}")
+    for name in CONDITIONS - facts.conditions:
+        if denoiser.get(name) is not None:
+            raise UserError(f"{where}: {facts.denoiser} has {name}, which {facts.name} has not")
     widths = [configs[part].get("hidden_size") for part in facts.text_encoders]
-    channels = configs["vae"].get("latent_channels", 4)
+    channels = vae.get("latent_channels", 4)
     pairs = [
         ("text_encoder", widths * facts.text_layers, facts.text_field),
         ("vae", [channels] * facts.patch**2, "in_channels"),
+        ("vae", [channels] * facts.patch**2, "out_channels"),
     ]
     for part, widths, name in pairs:
         expected = denoiser.get(name)
@@ -299,8 +322,9 @@ def num_trained(model_dir, sizes, train_text_encoder):
 
 
 def resolution(model_dir, flag="--model_dir"):
-    """The side of the model's images, and of the square of pixels that one latent stands for: as
-    the denoiser's sample_size says (of two, the smaller), else the VAE's; else the pipeline's."""
+    """In pixels, the side of the model's images, and of the square that one latent stands for. The
+    former as the denoiser's sample_size says (of two, the smaller), else the VAE's; else the
+    pipeline's."""
     facts = read_facts(model_dir)
     denoiser = read_config(Path(model_dir) / facts.denoiser / "config.json", flag)
     vae = read_config(Path(model_dir) / "vae" / "config.json", flag)
@@ -315,12 +339,14 @@ def resolution(model_dir, flag="--model_dir"):
     return latents * pixels_per_latent, pixels_per_latent
 
 
-def check_resolution(model_dir, given):
-    """The side of images in pixels: --resolution as `given`, or if that is None the model's own."""
+def check_resolution(model_dir, given, multiple_of=1):
+    """The side of images in pixels: --resolution as `given`, or if that is None the model's own. It
+    must be whole latents, and for a pipeline `multiple_of` so many pixels."""
     side, pixels_per_latent = resolution(model_dir)
     side = side if given is None else given
-    if side < pixels_per_latent or side % pixels_per_latent:
-        raise UserError(f"--resolution {side}: this model takes multiples of {pixels_per_latent}")
+    step = math.lcm(pixels_per_latent, multiple_of)
+    if side < step or side % step:
+        raise UserError(f"--resolution {side}: this model takes multiples of {step}")
     return side
 
 
@@ -346,6 +372,11 @@ def loading(what):
         raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
+def _text_encoder_config(model_dir, tokenizer):
+    """The configuration of the text encoder that the part `tokenizer` belongs to."""
+    return Path(model_dir) / tokenizer.replace("tokenizer", "text_encoder") / "config.json"
+
+
 def load_tokenizer(model_dir, part="tokenizer"):
     """A model's tokenizer, whose `model_max_length` is the number of tokens that the text encoder
     takes: the tokenizer's own files need not know it. UserError: its files are damaged."""
@@ -353,8 +384,7 @@ def load_tokenizer(model_dir, part="tokenizer"):
 
     with loading(f"{model_dir}/{part}"):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder=part)
-    text_encoder = part.replace("tokenizer", "text_encoder")
-    config = read_config(Path(model_dir) / text_encoder / "config.json", "--model_dir")
+    config = read_config(_text_encoder_config(model_dir, part), "--model_dir")
     limit = read_facts(model_dir).max_tokens or config.get("max_position_embeddings")
     if isinstance(limit, int) and limit > 0:
         own = tokenizer.model_max_length
@@ -420,8 +450,13 @@ def check_prompts(model_dir, prompts):
         if facts.has_chat_template:
             with loading(f"{model_dir}/{part}"):
                 limit -= num_template_tokens(tokenizer)
+        text_encoder = read_config(_text_encoder_config(model_dir, part), "--model_dir")
         for prompt in prompts:
-            ids = tokenizer(prompt, verbose=False).input_ids
+            with loading(f"{model_dir}/{part}"):
+                ids = tokenizer(prompt, verbose=False).input_ids
+            if max(ids) >= text_encoder.get("vocab_size", math.inf):
+                token = tokenizer.convert_ids_to_tokens(max(ids))
+                raise UserError(f"{prompt!r}: the text encoder has no embedding of {token!r}")
             if len(ids) > limit:
                 end = None if facts.has_chat_template else -1  # CLIP's end of text
                 lost = tokenizer.decode(ids[limit + (end or 0) : end]).strip()
@@ -443,8 +478,8 @@ def num_template_tokens(tokenizer):
 
 
 def lora_file(path, flag="--lora_weights_dir"):
-    """The file of the LoRA in a directory, or `path` itself if it is a file: pytorch_lora_weights
-    .safetensors, else the only .safetensors there. UserError: none, several, or a damaged one."""
+    """The file of a LoRA: `path` itself if it is a file; of a directory LORA_FILE, else the only
+    .safetensors there. UserError: none, several, or a damaged one."""
     path = Path(path)
     file = path
     if path.is_dir():

@@ -3,11 +3,10 @@
 python -m dreambooth.pocket.classes "photo of a dog"    # refused, with exit code 2
 """
 
-import argparse
 import re
 from pathlib import Path
 
-from dreambooth.cli import UserError, run_main, valid_prompt
+from dreambooth.cli import ArgumentParser, UserError, run_main, valid_prompt
 from dreambooth.pocket.render import CLASSES
 
 POCKET_DIR = Path(__file__).parent / "model"
@@ -26,6 +25,6 @@ def check_classes(prompts):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=check_classes.__doc__)
+    parser = ArgumentParser("Check that pocket knows the class in each prompt.")
     parser.add_argument("prompts", nargs="+", type=valid_prompt, metavar="PROMPT")
     run_main(lambda args: check_classes(args.prompts), parser.parse_args())

@@ -231,14 +231,12 @@ def facts_of(record):
     return facts
 
 
-def render(folder, images_dir=None):
-    """The page's HTML, and the advice on it."""
-    record = training_log.read_record(folder)
+def render(folder, record, pairs, kept):
+    """The page's HTML, and the advice on it, for the run in `record` (training_log.py), whose
+    report is in `folder`. `pairs` and `kept`: what `subjects_and_others` returns."""
     rows = training_log.read_metrics(folder)
-    pairs, kept = subjects_and_others(find_pairs(images_dir), record["flags"])
     moved = distance(pairs)
-    prior_target = record["flags"].get("prior_target", "noise")
-    found = advice(rows, relative_contrast(pairs), prior_target)
+    found = advice(rows, relative_contrast(pairs), record["flags"]["prior_target"])
     photos = [path for path in record["instance_paths"] if Path(path).exists()]
     template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -291,9 +289,9 @@ def main(args):
     record = training_log.read_record(folder)
     if not record:
         raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
-    html, found = render(folder, args.images_dir)
+    pairs, kept = subjects_and_others(find_pairs(args.images_dir), record["flags"])
+    html, found = render(folder, record, pairs, kept)
     atomic.write_text(folder / PAGE, html)
-    pairs, _ = subjects_and_others(find_pairs(args.images_dir), record["flags"])
     output_dir = Path(record["flags"]["output_dir"])
     if pairs and record["status"] == "finished" and output_dir.is_dir():
         write_before_after(pairs, folder / export.IMAGE)

@@ -314,11 +314,13 @@ def export_kohya(args):
 def parse_args(argv=None):
     parser = ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="card|kohya")
-    add = commands.add_parser("card", description=export_card.__doc__).add_argument
+    text = "write the model card of a result anew, and with --push upload the result to the Hub"
+    add = commands.add_parser("card", help=text, description=text).add_argument
     add("output_dir", type=absolute_path, help="a result of train.py")
     add("--push", metavar="REPO", help="upload to this repository of the Hub")
     add("--public", action="store_true", help="let anybody see it")
-    add = commands.add_parser("kohya", description=export_kohya.__doc__).add_argument
+    text = "write a LoRA in kohya's layout, for ComfyUI and AUTOMATIC1111"
+    add = commands.add_parser("kohya", help=text, description=text).add_argument
     add("lora_dir", type=absolute_path, help=f"a result of train.py: {LORA_FILE}")
     add("--output", type=absolute_path, required=True, help="the file to write")
     return parser.parse_args(argv)

@@ -25,7 +25,7 @@ FACTORS = {  # count only by the pairs per step and the steps that follow, which
 HOW_IT_RUNS = {
     "gradient_checkpointing", "compile", "cuda_graph", "checkpointing_steps",
     "checkpoints_total_limit", "restart", "max_failures", "wait_for_gpus", "log_every",
-    "preview_prompts", "preview_every", "verbose",
+    "preview_prompts", "preview_every", "dry_run", "verbose",
 }  # fmt: skip
 MAY_CHANGE = PATHS | FACTORS | HOW_IT_RUNS
 
@@ -285,6 +285,8 @@ def check_output_dir(args):
     atomic.check_replaceable(args.output_dir, [*names, *pipeline_dir.CARD_FILES])
     atomic.check_writable(report_dir(args.output_dir), "the report's directory,")
     atomic.check_writable(run_dir(args), "the checkpoints' directory,")
+    if (run_dir(args) / "lock").exists():  # of another run, perhaps one that has ended
+        atomic.lock(run_dir(args) / "lock", args.output_dir)
     if not args.use_lora:
         sizes = pipeline_dir.num_parameters(args.model_dir)
         num_bytes = 4 * sum(sizes.values())  # float32

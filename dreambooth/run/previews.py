@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from dreambooth.files import generated_images, pipeline_dir
+from dreambooth.files.pipeline_dir import PIPELINE_PIXELS
 
 FOLDER = "previews"
 FILM_STRIP = "film-strip.png"
@@ -47,7 +48,7 @@ class Previews:
         self.num_steps = plan.num_steps
         self.folder = plan.report_dir
         self.seed = args.seed
-        self.resolution = plan.resolution // 8 * 8  # diffusers' pipelines take no others
+        self.resolution = plan.resolution // PIPELINE_PIXELS * PIPELINE_PIXELS
         self.model_dir = args.model_dir
         self.vae = vae
         self.denoiser = denoiser
