@@ -147,7 +147,7 @@ main() {
   IFS='|' read -ra scenes <<<"$all_scenes"
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
   prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
-  check_cheaply
+  if [[ "$ORIG_MODEL_NAME" != pocket && -z "$OWN_MODEL" ]]; then check_cheaply; fi
   echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
   echo "results go to $SUBJECT_DIR and replace earlier ones there; class images to $IMAGES_REG_DIR"
 
@@ -209,11 +209,9 @@ main() {
 
 # Before gigabytes are downloaded: the flags and the photos.
 check_cheaply() {
-  if [[ "$ORIG_MODEL_NAME" != pocket && -z "$OWN_MODEL" ]]; then  # else nothing is downloaded
-    "$PYTHON" -c 'import sys, train; train.parse_args(sys.argv[1:])' --model_dir "$ORIG_MODEL_DIR" \
-      --output_dir "$TUNED_MODEL_DIR" --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" \
-      --class_prompt "$CLASS_PROMPT" $OWN_TRAIN_FLAGS ${MORE_FLAGS:-}
-  fi
+  "$PYTHON" -c 'import sys, train; train.parse_args(sys.argv[1:])' --model_dir "$ORIG_MODEL_DIR" \
+    --output_dir "$TUNED_MODEL_DIR" --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" \
+    --class_prompt "$CLASS_PROMPT" $OWN_TRAIN_FLAGS ${MORE_FLAGS:-}
   is_example || "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR"
 }
 

@@ -24,6 +24,7 @@ from dreambooth import models
 from dreambooth.cli import Diverged, Stopped, UserError
 from dreambooth.machines import device
 from dreambooth.run import checkpoints
+from dreambooth.run.plan import check_flags
 
 STATE = {"weights": {"w": torch.arange(6.0)}, "optimizer": {"state": {0: {"step": 3}}}}
 NUM_STEPS = 20
@@ -176,7 +177,7 @@ def test_storage_that_fails_for_a_moment_costs_no_checkpoint(begun, prepare, mon
     assert prepare() == 10
 
 
-def test_a_run_that_has_not_ended_is_left_alone(begun, prepare, root):
+def test_a_run_that_has_not_ended_is_left_alone(begun, prepare, train_args, root):
     """Two at a time would write each other's checkpoints and result. When its process has ended,
     in whatever way, the run can resume."""
     (begun / "lock").unlink()  # of this process
@@ -189,6 +190,8 @@ def test_a_run_that_has_not_ended_is_left_alone(begun, prepare, root):
             with pytest.raises(UserError, match=f"another run is writing {begun.with_suffix('')}"):
                 prepare(restart)
         assert names(begun) == before
+        with pytest.raises(UserError, match="another run is writing"):
+            check_flags(train_args(begun.with_suffix("")))  # before anything starts
         process.kill()
     assert prepare() == 10
 

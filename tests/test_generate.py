@@ -109,6 +109,17 @@ def test_prompts_come_from_flag_and_file_together(generate_args, tmp_path):
     assert args.prompts == ["photo of a car", "photo of a boat", "photo of a cup, in the snow"]
 
 
+def test_a_dry_run_generates_nothing(generate_args, tmp_path, capsys):
+    """Nor deletes, with --overwrite; and finds what a run would find."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "000-0000-seed0.png").write_bytes(b"an image")
+    generate.main(generate_args(folder, dry_run=True, overwrite=True))
+    assert [file.name for file in folder.iterdir()] == ["000-0000-seed0.png"]
+    with pytest.raises(UserError, match="a prompt is given twice"):
+        generate.main(generate_args(folder, dry_run=True, prompts=["photo of a car"] * 2))
+
+
 def test_a_flag_without_effect_is_named(generate_args, tmp_path, capsys):
     generate.check_args(generate_args(tmp_path / "out", num_workers=2))
     assert "--num_workers is for --use_ray_data" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_what_may_change_does_not_change_the_fingerprint(
         "gradient_checkpointing": True, "compile": True, "cuda_graph": True,
         "checkpointing_steps": 5, "checkpoints_total_limit": 2, "restart": True, "max_failures": 0,
         "wait_for_gpus": 1, "log_every": 1, "preview_prompts": "photo of a car",
-        "preview_every": 1, "verbose": True,
+        "preview_every": 1, "dry_run": True, "verbose": True,
     }  # fmt: skip
     wide = {"num_workers": 4, "num_epochs": 2}  # two steps of four pairs
     narrow = {"num_workers": 2, "gradient_accumulation_steps": 2, "max_train_steps": 2}

@@ -60,7 +60,8 @@ def run_story(root, tmp_path, sd14_dir):
             script, *argv = shlex.split(line.removeprefix("-m "))
             PARSERS.get(script, list)(argv)
             command = " ".join(argv).partition(" --preview_prompts ")[0]  # they cost no memory
-            commands.setdefault(script, []).append(command)
+            name = f"{script} --dry_run" if "--dry_run" in argv else script
+            commands.setdefault(name, []).append(command)
         return done, commands
 
     return run
@@ -186,9 +187,10 @@ def test_images_are_generated_by_ray_where_that_is_faster(
 def test_each_variable_can_be_set_from_outside(run_story):
     """And the last subject's photos do not stay in the folder of own images, as in fault 11 of the
     published example: run.sh fills it with dreambooth.files.photos, which replaces it whole."""
-    names = ["ORIG_MODEL_DIR", "ORIG_MODEL_PATH", "TUNED_MODEL_DIR", "INSTANCE_DIR"]
+    names = ["ORIG_MODEL_DIR", "TUNED_MODEL_DIR", "INSTANCE_DIR"]
     names += ["IMAGES_REG_DIR", "IMAGES_OWN_DIR", "IMAGES_NEW_DIR"]
     paths = {name: f"/given/{name}" for name in names}
+    paths["ORIG_MODEL_PATH"] = "/given/ORIG_MODEL_DIR/its/snapshot"
     others = {"ORIG_MODEL_NAME": "own/model", "ORIG_MODEL_HASH": "c0ffee", "CLASS_NAME": "owl"}
     others |= {"UNIQUE_TOKEN": "zwx", "CLASS_PROMPT": "photo of an owl", "SCENES": "in a barn"}
     others |= {"NUM_WORKERS": "3", "PAIRS": "6", "STEPS": "70", "NUM_CLASS_IMAGES": "50"}
@@ -201,7 +203,7 @@ def test_each_variable_can_be_set_from_outside(run_story):
     ]
     (train,) = commands["train.py"]
     assert train.startswith(
-        "--model_dir /given/ORIG_MODEL_PATH --output_dir /given/TUNED_MODEL_DIR"
+        "--model_dir /given/ORIG_MODEL_DIR/its/snapshot --output_dir /given/TUNED_MODEL_DIR"
         " --instance_images_dir /given/IMAGES_OWN_DIR --instance_prompt photo of zwx owl"
         " --class_images_dir /given/IMAGES_REG_DIR --class_prompt photo of an owl --num_workers 3"
         " --train_batch_size 2 --num_epochs 9 --max_train_steps 70 "
@@ -271,12 +273,28 @@ def test_what_must_not_change_is_generated_too(run_story):
 
 
 def test_cheap_checks_come_before_dear_steps(run_story):
-    """The photos are looked at, and the flags of train.py parsed, before anything is downloaded."""
-    _, commands = run_story(1, 79, INSTANCE_DIR="images/lego-car", MORE_FLAGS="--seed 3")
+    """The photos are looked at, and the flags of train.py parsed, before anything is downloaded;
+    then steps 4 and 5 are tried dry before class images are generated and photos replaced."""
+    flags = {"INSTANCE_DIR": "images/lego-car", "MORE_FLAGS": "--seed 3"}
+    _, commands = run_story(1, 79, **flags, SAMPLE_FLAGS="--seed 5")
     names = list(commands)
     assert names.index("dreambooth.files.photos") < names.index("cache_model.py")
     assert names.index("-c") < names.index("cache_model.py")
     assert commands["-c"][0].endswith("--class_prompt photo of a dog --seed 3")
+    assert names[names.index("cache_model.py") + 1] == "generate.py --dry_run"
+    assert commands["generate.py --dry_run"][0].endswith(" --overwrite --dry_run --seed 5")
+    assert names.index("train.py --dry_run") < names.index("generate.py")
+    (trial,) = commands["train.py --dry_run"]
+    assert "/images/lego-car --instance_prompt photo of unqtkn dog " in trial
+    assert trial.endswith(" --lr 5e-6 --seed 3 --prior_loss_weight 0 --num_epochs 400 --dry_run")
+
+
+def test_lora_is_asked_for_with_1(run_story):
+    """LORA=true would train the whole model without a word."""
+    done, commands = run_story(0, LORA="true")
+    assert done.returncode == 2
+    assert done.stderr == "error: LORA=true: must be 0 or 1\n"
+    assert commands == {}
 
 
 def test_a_local_model_is_used_as_it_is(run_story, sd14_dir):
@@ -286,6 +304,8 @@ def test_a_local_model_is_used_as_it_is(run_story, sd14_dir):
     assert "cache_model.py" not in commands
     (train,) = commands["train.py"]
     assert train.startswith(f"--model_dir {sd14_dir} ")
+    _, commands = run_story(1, 79, ORIG_MODEL_PATH="/no/model", MODEL="sd")
+    assert "cache_model.py" not in commands  # the dry run says that there is none
     assert " --lr 5e-6" in train
 
 
@@ -300,10 +320,10 @@ def test_scenes_may_stand_on_lines_and_are_checked_before_the_training(run_story
     _, commands = run_story(1, 79, SCENES="in the snow\nat night")
     _, sample = commands["generate.py"]
     assert "photo of unqtkn dog in the snow photo of unqtkn dog at night photo of a dog" in sample
-    checks = commands["-c"]
-    assert any("photo of unqtkn dog at night" in check for check in checks)
+    (check,) = commands["generate.py --dry_run"]
+    assert "photo of unqtkn dog in the snow photo of unqtkn dog at night photo of a dog" in check
     names = list(commands)
-    assert names.index("-c") < names.index("train.py")
+    assert names.index("generate.py --dry_run") < names.index("train.py")
 
 
 def test_own_photos_are_not_taken_for_the_example_by_macos(run_story, tmp_path):
@@ -316,9 +336,8 @@ def test_own_photos_are_not_taken_for_the_example_by_macos(run_story, tmp_path):
     path = f"{tmp_path}/bin:/usr/bin:/bin"
     _, commands = run_story(0, PATH=path, INSTANCE_DIR="./images/lego-car", PREVIEW_EVERY="0")
     assert "download_example_dataset.py" not in commands
-    check, copy = commands["dreambooth.files.photos"]
-    assert check.endswith("/images/lego-car")
-    assert "/./" not in copy
+    (copy,) = commands["dreambooth.files.photos"]
+    assert "/images/lego-car " in copy and "/./" not in copy
     assert "train.py" in commands
 
 

@@ -272,6 +272,22 @@ def test_a_mistake_is_found_before_anything_starts(train_args, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_prints_the_plan_and_starts_nothing(train_args, tmp_path, monkeypatch, capsys):
+    """And finds what a run would find."""
+    monkeypatch.setattr(train.cluster, "start_ray_in_background", lambda *args: pytest.fail("Ray"))
+    train.main(train_args(tmp_path / "out", dry_run=True))
+    assert "5 instance and 4 class images at 64 px, 3 steps of 1 pairs" in capsys.readouterr().out
+    with pytest.raises(UserError, match="prompt too long"):
+        train.main(train_args(tmp_path / "out", dry_run=True, class_prompt="a car " * 50))
+    assert not [*tmp_path.glob("out*")]
+
+
+def test_the_learning_rate_is_that_of_what_is_trained(train_argv, tmp_path):
+    """At the rate of full fine-tuning, a LoRA would learn next to nothing."""
+    for flags, lr in (({}, 5e-6), ({"use_lora": True}, 1e-4), ({"use_lora": True, "lr": 1}, 1)):
+        assert train.parse_args(train_argv(tmp_path / "out", **flags)).lr == lr
+
+
 def test_a_run_that_diverges_leaves_its_record_alone(train_here, tmp_path):
     with pytest.raises(Diverged, match="the loss is .* at step 2: lower --lr.*nothing was saved"):
         train_here(tmp_path / "out", lr=1e30)
