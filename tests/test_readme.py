@@ -1,7 +1,8 @@
 """What README.md, run.sh and the cluster files say is true of this checkout."""
 
-import argparse
 import ast
+import contextlib
+import io
 import math
 import re
 import runpy
@@ -74,16 +75,11 @@ def text(request, root):
 
 
 def flags_of(script):
-    """The flags of a script's parser."""
-    parsers = []
-
-    def keep(parser, argv=None):
-        parsers.append(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", keep)
-        script.parse_args([])
-    return set(parsers[0]._option_string_actions)
+    """The flags that a script's --help explains."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    return set(re.findall(r"--\w[\w-]*", text.getvalue()))
 
 
 def test_the_readmes_commands_are_accepted_by_the_scripts(readme, tmp_path):
@@ -103,6 +99,14 @@ def test_the_readmes_commands_are_accepted_by_the_scripts(readme, tmp_path):
             parsers[script](argv)
         if argv[0] == "dreambooth.run.export":
             export.parse_args(argv[1:])
+
+
+def test_the_core_has_as_many_lines_as_the_readme_says(readme, root):
+    files, lines = re.search(r"The core is (\w+) files, (\d+) lines", readme).groups()
+    core = readme.partition("in reading order:\n\n```\n")[2].partition("```")[0]
+    paths = re.findall(r"^\S+", core, re.MULTILINE)
+    assert (files, len(paths)) == ("six", 6)
+    assert int(lines) == sum(len((root / path).read_text().splitlines()) for path in paths)
 
 
 def test_each_flag_named_belongs_to_some_script(text, root):
