@@ -20,7 +20,7 @@ from transformers import (
 from dreambooth.cli import UserError
 from dreambooth.files.pipeline_dir import load_tokenizer
 from dreambooth.pocket import render, subjects
-from tests.benchmarks import encoders, fidelity, realism
+from tests.benchmarks import fidelity, paper_metrics, realism
 from tests.benchmarks.likeness import LIMIT, Likeness
 
 
@@ -243,7 +243,7 @@ def tiny_encoders(tmp_path_factory, model_dir):
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     ).save_pretrained(clip_dir)
     tokenizer.save_pretrained(clip_dir)
-    return encoders.Encoders(dino_dir, clip_dir)
+    return paper_metrics.Encoders(dino_dir, clip_dir)
 
 
 def test_the_papers_metrics_of_a_model_that_repeats_a_photo(tiny_encoders, monkeypatch):
@@ -259,8 +259,10 @@ def test_the_papers_metrics_of_a_model_that_repeats_a_photo(tiny_encoders, monke
         prompts.append(prompt)
         return [photo if "unqtkn" in prompt else other] * 3
 
-    scenes = encoders.LIVE[:2]
-    metrics = encoders.paper_report(sample, tiny_encoders, [photo], "unqtkn dog", "dog", scenes)
+    scenes = paper_metrics.LIVE[:2]
+    metrics = paper_metrics.paper_report(
+        sample, tiny_encoders, [photo], "unqtkn dog", "dog", scenes
+    )
     assert metrics["DINO"] == pytest.approx(1, abs=1e-5)
     assert metrics["CLIP-I"] == pytest.approx(1, abs=1e-5)
     assert metrics["DIV"] == pytest.approx(0, abs=1e-5)
@@ -272,5 +274,5 @@ def test_the_papers_metrics_of_a_model_that_repeats_a_photo(tiny_encoders, monke
 
 def test_mean_cosine_and_distance_by_hand():
     a = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
-    assert encoders.mean_cosine(a[:2], a[2:]) == pytest.approx(0.7)
-    assert encoders.mean_distance(a) == pytest.approx(1 - (0.0 + 0.6 + 0.8) / 3)
+    assert paper_metrics.mean_cosine(a[:2], a[2:]) == pytest.approx(0.7)
+    assert paper_metrics.mean_distance(a) == pytest.approx(1 - (0.0 + 0.6 + 0.8) / 3)

@@ -23,12 +23,7 @@ Prior, diversity and the other classes are relative to the original model's, fro
 which no tuned model need surpass. A row says how the judge itself does on fresh renders. What is
 below its aim is measured again with --more_samples images, and that number counts.
 
-With a real model, --encoder names a DINO and a CLIP directory, and the metrics are the paper's: see
-encoders.py.
-
-    python tests/benchmarks/fidelity.py --model_dir $ORIG_MODEL_PATH \\
-        --tuned_model_dir $TUNED_MODEL_DIR --encoder ~/dino-vits16 ~/clip-vit-base-patch32 \\
-        --instance_images_dir images/dog --live_subject --num_samples 4 --guidance_scale 7.5
+The metrics of the paper, for real models, are in paper_metrics.py.
 """
 
 import json
@@ -45,10 +40,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import generate
 from dreambooth.cli import ArgumentParser
-from dreambooth.files.photos import find_images, open_image
 from dreambooth.image_generator import ImageGenerator, to_pil_image
 from dreambooth.pocket import render
-from tests.benchmarks.encoders import LIVE, OBJECT, Encoders, paper_report
 from tests.benchmarks.likeness import Likeness
 
 SNOW = "in the snow"
@@ -332,18 +325,20 @@ def print_row(name, metrics):
     print(f"{name:>12}  {'  '.join(columns)}", flush=True)
 
 
-def report_paper_metrics(args, samplers):
-    device = samplers["original"].generator.device
-    encoders = Encoders(*args.encoder, device=device)
-    photos = [np.asarray(open_image(path)) for path in find_images(args.instance_images_dir)]
-    scenes = LIVE if args.live_subject else OBJECT
-    for name, sample in samplers.items():
-        metrics = paper_report(sample, encoders, photos, args.subject, args.class_name, scenes)
-        print_row(name, metrics)
+def samplers_of(args):
+    """A `Sampler` for the original model and for each tuned one, by name."""
+    samplers = {"original": Sampler(args, args.model_dir)}
+    for folder in args.tuned_model_dir:
+        samplers[Path(folder).name] = Sampler(args, folder)
+    for folder in args.lora_weights_dir:
+        samplers[Path(folder).name] = Sampler(args, args.model_dir, folder)
+    return samplers
 
 
-def report_pocket_metrics(args, samplers):
-    original = samplers["original"]
+def main(args):
+    """A row for the judge itself, one for the original model, one for each tuned model."""
+    samplers = samplers_of(args)
+    original = samplers.pop("original")
     subject = render.SUBJECTS[args.pocket_subject]
     vae = original.generator.pipeline.vae
     judge = Judge(subject, label_world(vae), label_subject(subject, vae), vae)
@@ -352,62 +347,35 @@ def report_pocket_metrics(args, samplers):
     for name, row in rows.items():
         print_row(name, row)
     for name, sample in samplers.items():
-        if name != "original":
-            rows[name] = subject_report(
-                sample, original, judge, args.num_samples, args.more_samples
-            )
-            print_row(name, rows[name])
+        rows[name] = subject_report(sample, original, judge, args.num_samples, args.more_samples)
+        print_row(name, rows[name])
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def main(args):
-    samplers = {"original": Sampler(args, args.model_dir)}
-    for folder in args.tuned_model_dir:
-        samplers[Path(folder).name] = Sampler(args, folder)
-    for folder in args.lora_weights_dir:
-        samplers[Path(folder).name] = Sampler(args, args.model_dir, folder)
-    if args.encoder:
-        report_paper_metrics(args, samplers)
-    else:
-        report_pocket_metrics(args, samplers)
+def build_parser(description):
+    """The flags that say which models are sampled, and how."""
+    parser = ArgumentParser(description)
+    add = parser.add_argument
+    add("--model_dir", required=True, help="the original model")
+    add("--tuned_model_dir", nargs="+", default=[], help="tuned models: a row each")
+    add("--lora_weights_dir", nargs="+", default=[], help="LoRAs on the original: a row each")
+    add("--num_samples", type=int, default=64, help="images per prompt")
+    add("--num_inference_steps", type=int, default=25, help="denoising steps")
+    schedulers = ["dpm", "ode", "model"]
+    add("--scheduler", choices=schedulers, default="dpm", help="as in generate.py")
+    add("--guidance_scale", type=float, default=3.0, help="weight of the prompt")
+    add("--seed", type=int, default=0, help="seed of the images")
+    return parser
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--model_dir", required=True, help="the original model")
-    parser.add_argument("--tuned_model_dir", nargs="+", default=[], help="tuned models: a row each")
-    parser.add_argument(
-        "--lora_weights_dir", nargs="+", default=[], help="LoRAs on the original model: a row each"
-    )
-    parser.add_argument("--num_samples", type=int, default=64, help="images per prompt")
-    parser.add_argument(
-        "--more_samples", type=int, default=192, help="where a metric is below its aim"
-    )
-    parser.add_argument("--json", help="write the rows to this file as well")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps")
-    parser.add_argument(
-        "--scheduler", choices=["dpm", "ode", "model"], default="dpm", help="as in generate.py"
-    )
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="weight of the prompt")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the images")
-    parser.add_argument(
-        "--pocket_subject",
-        choices=list(render.SUBJECTS),
-        default="lego_car",
-        help="the subject that pocket has learned",
-    )
-    group = parser.add_argument_group("the paper's metrics")
-    group.add_argument(
-        "--encoder",
-        nargs=2,
-        metavar=("DINO_DIR", "CLIP_DIR"),
-        help="report these, with two encoders",
-    )
-    group.add_argument("--instance_images_dir", help="photos of the subject")
-    group.add_argument("--subject", default="unqtkn dog", help="the subject's name in prompts")
-    group.add_argument("--class_name", default="dog", help="the class's name in prompts")
-    group.add_argument("--live_subject", action="store_true", help="use the paper's animal scenes")
+    parser = build_parser(__doc__)
+    add = parser.add_argument
+    add("--more_samples", type=int, default=192, help="where a metric is below its aim")
+    add("--json", help="write the rows to this file as well")
+    subjects = list(render.SUBJECTS)
+    add("--pocket_subject", choices=subjects, default="lego_car", help="what pocket has learned")
     return parser.parse_args(argv)
 
 

@@ -2,6 +2,10 @@
 4.1), with two encoders that the user has as directories: a DINO (ViT-S/16 in the paper) and a CLIP
 (ViT-B/32).
 
+    python tests/benchmarks/paper_metrics.py --model_dir $ORIG_MODEL_PATH \\
+        --tuned_model_dir $TUNED_MODEL_DIR --encoder ~/dino-vits16 ~/clip-vit-base-patch32 \\
+        --instance_images_dir images/dog --live_subject --num_samples 4 --guidance_scale 7.5
+
     DINO      images of the subject in 25 scenes and its photos: mean cosine in DINO       higher
     CLIP-I    the same with CLIP's image embeddings                                        higher
     CLIP-T    each image and the text of its scene: cosine in CLIP                         higher
@@ -16,9 +20,18 @@ CC BY 4.0).
 Letters: N images, H and W height and width, D size of an embedding.
 """
 
+import sys
+from pathlib import Path
+
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from dreambooth.files.photos import find_images, open_image
+from tests.benchmarks import fidelity
 
 ANY = [
     "{} in the jungle",
@@ -127,3 +140,29 @@ def paper_report(sample, encoders, photos, subject, class_name, scenes):
     others = encoders.embed_images(sample(f"photo of a {class_name}"))
     means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
     return {**means, "PRES": mean_cosine(others["dino"], real["dino"])}
+
+
+def main(args):
+    """A row for the original model and for each tuned one."""
+    samplers = fidelity.samplers_of(args)
+    encoders = Encoders(*args.encoder, device=samplers["original"].generator.device)
+    photos = [np.asarray(open_image(path)) for path in find_images(args.instance_images_dir)]
+    scenes = LIVE if args.live_subject else OBJECT
+    for name, sample in samplers.items():
+        metrics = paper_report(sample, encoders, photos, args.subject, args.class_name, scenes)
+        fidelity.print_row(name, metrics)
+
+
+def parse_args(argv=None):
+    parser = fidelity.build_parser(__doc__)
+    add = parser.add_argument
+    add("--encoder", nargs=2, metavar=("DINO_DIR", "CLIP_DIR"), required=True, help="two encoders")
+    add("--instance_images_dir", required=True, help="photos of the subject")
+    add("--subject", default="unqtkn dog", help="the subject's name in prompts")
+    add("--class_name", default="dog", help="the class's name in prompts")
+    add("--live_subject", action="store_true", help="use the paper's animal scenes")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())
