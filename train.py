@@ -64,6 +64,8 @@ def build_parser():
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
     target_help = "what the class half should predict: the noise, or what the original model does"
     add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
+    noise_help = "the share of the noise schedule, its least noisy, that photos are trained at"
+    add("--max_instance_noise", type=float, default=1.0, help=noise_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
     add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
@@ -114,8 +116,8 @@ def forward_backward(denoiser, scheduler, batches, accumulation_steps, args):
         n = len(posteriors)  # 2B; B without a class half, whose random numbers go unused
         seed, shape, device = args.seed, posteriors.shape[2:], posteriors.device
         posterior_noise, noise = latents.sample_noise(seed, positions, shape, device)
-        fractions = latents.sample_fractions(seed, positions)
-        timesteps = scheduler.timesteps_at(fractions).to(device, non_blocking=True)
+        timesteps = latents.sample_timesteps(scheduler, seed, positions, args.max_instance_noise)
+        timesteps = timesteps.to(device, non_blocking=True)
         # DDP averages the workers' gradients once per step, in its last backward pass.
         last = i == accumulation_steps - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():

@@ -95,6 +95,20 @@ def sample_noise(seed, positions, latent_shape, device):
     return posterior_noise, latent_noise
 
 
+def sample_timesteps(scheduler, seed, positions, max_instance_noise=1.0):
+    """The timesteps of both images of the pairs at B `positions`: (2B,), instance half first.
+
+    Those of the instance half are of the least noisy `max_instance_noise`, in (0, 1], of the
+    schedule. Where there is more noise than that, little but an image's place and light is left to
+    predict: a subject that is trained there takes on those of its few photos, whatever the prompt
+    (Soboleva et al. 2025, arXiv 2507.05964, train fewer weights there).
+    """
+    fractions = sample_fractions(seed, positions)
+    most = torch.ones_like(fractions)
+    most[: len(positions)] = max_instance_noise
+    return scheduler.timesteps_at(fractions, most)
+
+
 def sample_fractions(seed, positions):
     """For each image of the pairs at B `positions` where in the noise schedule it is trained: (2B,)
     in [0, 1), float64, instance half first.

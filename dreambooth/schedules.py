@@ -13,9 +13,10 @@ class DiffusionSchedule(DDPMScheduler):
     """Discrete timesteps, at each of which latents are scaled and noise is added (Ho et al. 2020,
     arXiv 2006.11239, eq. 4)."""
 
-    def timesteps_at(self, fractions):
-        """The timesteps (N,), integers, at `fractions` (N,) in [0, 1) of the schedule."""
-        return (fractions * len(self.alphas_cumprod)).long()
+    def timesteps_at(self, fractions, most=1.0):
+        """The timesteps (N,), integers, at `fractions` (N,) in [0, 1) of the schedule's least noisy
+        `most`, (N,) in (0, 1]."""
+        return (fractions * most * len(self.alphas_cumprod)).long()
 
     def to(self, device):
         self.alphas_cumprod = self.alphas_cumprod.to(device)
@@ -42,9 +43,10 @@ class FlowSchedule:
         ).config
         return cls(1.0 if config.use_dynamic_shifting else config.shift)
 
-    def timesteps_at(self, fractions):
-        """The sigmas (N,), float32, at `fractions` (N,) in [0, 1): 0 is pure noise."""
-        sigmas = 1 - fractions
+    def timesteps_at(self, fractions, most=1.0):
+        """The sigmas (N,), float32, at `fractions` (N,) in [0, 1): 0 is the most noise, `most` (N,)
+        of the schedule, in (0, 1]."""
+        sigmas = (1 - fractions) * most
         return (self.shift * sigmas / (1 + (self.shift - 1) * sigmas)).float()
 
     def to(self, device):

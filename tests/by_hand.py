@@ -102,7 +102,9 @@ class ByHand:
         posterior_noise, noise = latents.sample_noise(
             self.args.seed, positions, posterior.mean.shape[1:], "cpu"
         )
-        timesteps = (latents.sample_fractions(self.args.seed, positions) * 1000).long()
+        of_instance, of_class = latents.sample_fractions(self.args.seed, positions).chunk(2)
+        of_instance = of_instance * self.args.max_instance_noise
+        timesteps = (torch.cat([of_instance, of_class]) * 1000).long()
         n = len(pixels)
         posterior_noise, noise, timesteps = posterior_noise[:n], noise[:n], timesteps[:n]
         x = posterior.mean + posterior.std * posterior_noise

@@ -9,6 +9,7 @@ from dreambooth import latents
 from dreambooth.families import StableDiffusion
 from dreambooth.images import crop_image
 from dreambooth.loss import sample_posterior
+from dreambooth.schedules import DiffusionSchedule, FlowSchedule
 
 SHAPE = (4, 8, 8)  # of one image's latents
 
@@ -71,6 +72,22 @@ def test_timesteps_of_consecutive_pairs_are_spread_evenly(seed):
         counts = torch.bincount(half // 100)
         assert len(counts) == 10
         assert (counts - 100).abs().max() <= 2
+
+
+def test_photos_may_be_kept_from_the_most_noise():
+    """And the class half never: it is trained at all timesteps, as without the flag. A flow's
+    sigmas are shares of noise already."""
+    every = DiffusionSchedule()  # 1000 timesteps
+    whole = latents.sample_timesteps(every, 3, range(500))
+    part = latents.sample_timesteps(every, 3, range(500), max_instance_noise=0.75)
+    assert whole.dtype == part.dtype == torch.long
+    assert torch.equal(whole[500:], part[500:])
+    assert (part[:500] - 0.75 * whole[:500]).abs().max() <= 1
+    assert 740 <= part[:500].max() < 750 < 990 <= whole[:500].max()
+    sigmas = latents.sample_timesteps(FlowSchedule(shift=3.0), 3, range(500))
+    part = latents.sample_timesteps(FlowSchedule(shift=3.0), 3, range(500), 0.5)
+    assert torch.equal(sigmas[500:], part[500:])
+    assert part[:500].max() == pytest.approx(3 * 0.5 / (1 + 2 * 0.5), abs=0.01)
 
 
 def test_over_seeds_a_timestep_is_uniform():

@@ -192,6 +192,7 @@ REFUSED = [
     *(({name: "nan"}, f"--{name} is nan") for name in ("lr", "prior_loss_weight", "snr_gamma")),
     *(({name: "inf"}, f"--{name} is inf") for name in ("lr", "adam_epsilon")),
     *(({"resolution": r}, f"--resolution {r}: this model takes") for r in (66, 0, -4, 2)),
+    *(({"max_instance_noise": n}, f"--max_instance_noise is {n}") for n in (0.0, 1.5)),
     ({"lr_warmup_steps": 1}, "give --lr_scheduler constant_with_warmup"),
     ({"adam_beta1": 1.0}, "below 1"),
     ({"adam_beta2": 1.0}, "below 1"),

@@ -42,7 +42,7 @@ def make(train_args, load_models):
 
 def gradients(made, weight):
     """Losses and gradient of a step with this weight of the class loss."""
-    args = SimpleNamespace(seed=3, prior_loss_weight=weight, snr_gamma=None)
+    args = SimpleNamespace(seed=3, prior_loss_weight=weight, snr_gamma=None, max_instance_noise=1.0)
     made.denoiser.zero_grad()
     losses = train.forward_backward(made.denoiser, made.scheduler, made.batches(), 1, args)
     found = [p.grad.flatten() for p in made.denoiser.parameters() if p.requires_grad]

@@ -32,6 +32,7 @@ RECIPE = {
     "lr_scheduler": "linear",
     "lr_warmup_steps": 1,
     "prior_loss_weight": 0.3,
+    "max_instance_noise": 0.6,
     "snr_gamma": 2.0,
     "max_grad_norm": 0.5,
     "adam_beta1": 0.8,
@@ -456,7 +457,9 @@ def step(load_models):
             batch = {"posteriors": posteriors[rows], "positions": positions}
             batches.append({**batch, "conditions": conditions, "original": None})
             start += size
-        args = SimpleNamespace(seed=3, prior_loss_weight=weight, snr_gamma=5.0)
+        args = SimpleNamespace(
+            seed=3, prior_loss_weight=weight, snr_gamma=5.0, max_instance_noise=0.9
+        )
         denoiser.zero_grad()
         losses = train.forward_backward(wrapped, scheduler, iter(batches), len(sizes), args)
         gradients = [p.grad.flatten() for p in denoiser.parameters() if p.grad is not None]

@@ -242,6 +242,9 @@ def check_numbers(args):
         "preview_every",
     )  # fmt: skip
     check_at_least(args, 0, "lr", "max_grad_norm", "snr_gamma", above=True)  # 0 would learn nothing
+    check_at_least(args, 0, "max_instance_noise", above=True)
+    if args.max_instance_noise > 1:
+        raise UserError(f"--max_instance_noise is {args.max_instance_noise}: must be at most 1")
     if bool(args.preview_every) != bool(args.preview_prompts):
         raise UserError("--preview_prompts and --preview_every go together: give both or neither")
     if args.lr_scheduler == "polynomial" and args.lr <= POLYNOMIAL_END:
