@@ -16,7 +16,7 @@ use_pocket() {
   CLASS_NAME=${CLASS_NAME:-car}
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
-  TRAIN_FLAGS=${TRAIN_FLAGS:---lr 4e-4 --lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.75}
+  TRAIN_FLAGS=${TRAIN_FLAGS:---lr 3e-4 --lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.75}
   LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine}
   PAIRS=${PAIRS:-8} STEPS=${STEPS:-300}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike

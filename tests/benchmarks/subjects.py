@@ -41,7 +41,7 @@ from dreambooth.run.plan import make_plan
 from tests.benchmarks import fidelity
 
 STEPS = "--train_batch_size 8 --num_epochs 12 --max_train_steps 300"
-FULL = "--lr 4e-4 --lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.75"
+FULL = "--lr 3e-4 --lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.75"
 LORA = "--lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine"
 RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
 SCHEDULERS = {"full": "dpm", "lora": "ode"}  # of class images and of those judged
