@@ -166,7 +166,8 @@ def test_help_is_the_docstring_and_every_default_but_off_and_none(capsys, monkey
         assert not re.search(r"\(default: (None|False|\[\])\)", text)
         if script is train:
             assert "steps of linear warm-up from 0 (default: 0)\n" in text
-            assert "learning rate of AdamW (default: 5e-06)\n" in text
+            assert "learning rate of AdamW (default: 5e-6; of LoRA: 1e-4)\n" in text
+            assert "gradients are clipped to this norm (default: 1.0)\n" in text
             assert "train LoRA matrices only: less memory, small file\n" in text
 
 

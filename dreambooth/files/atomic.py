@@ -49,7 +49,7 @@ def replace_file(file, write):
             temporary.unlink(missing_ok=True)
 
 
-def write_text(file, text):
+def replace_text(file, text):
     """Write `text` to `file`, whole or not at all."""
     replace_file(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

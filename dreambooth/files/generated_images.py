@@ -122,7 +122,7 @@ def _is_running(process_id):
 def write_metadata(folder, records):
     """Replace the folder's metadata.jsonl: one line per image."""
     lines = "".join(f"{_metadata_line(record)}\n" for record in records)
-    atomic.write_text(folder / METADATA, lines)
+    atomic.replace_text(folder / METADATA, lines)
 
 
 def append_metadata(folder, record):

@@ -110,7 +110,8 @@ def fit(trainer):
             # does.
             atexit.register(_stop_ray)
             return result
-        if not os.environ.get("RAY_ADDRESS"):  # no cluster, whose nodes could be preempted
+        # One node, and no more to come: its preemption ends the run, nobody could answer a notice.
+        if len(ray.nodes()) < 2 and isinstance(trainer.scaling_config.num_workers, int):
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         return wait_and_tell(_in_thread(trainer.fit), trainer.scaling_config)
     except FAILURES as error:

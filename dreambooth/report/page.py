@@ -291,7 +291,7 @@ def main(args):
         raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
     pairs, kept = subjects_and_others(find_pairs(args.images_dir), record["flags"])
     html, found = render(folder, record, pairs, kept)
-    atomic.write_text(folder / PAGE, html)
+    atomic.replace_text(folder / PAGE, html)
     output_dir = Path(record["flags"]["output_dir"])
     if pairs and record["status"] == "finished" and output_dir.is_dir():
         write_before_after(pairs, folder / export.IMAGE)

@@ -74,7 +74,7 @@ def prepare(folder, fingerprint, args):
             continue
         shutil.rmtree(other) if other.is_dir() else other.unlink()
     text = json.dumps(fingerprint, indent=1)
-    atomic.write_text(folder / "run.json", text)
+    atomic.replace_text(folder / "run.json", text)
     return step
 
 

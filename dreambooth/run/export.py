@@ -167,7 +167,7 @@ def write_card(output_dir, record, image=None, repo=None):
     if image:
         atomic.replace_file(output_dir / IMAGE, lambda file: shutil.copyfile(image, file))
     card = build_card(repo or output_dir.name, record, (output_dir / IMAGE).exists())
-    atomic.write_text(output_dir / CARD, str(card))
+    atomic.replace_text(output_dir / CARD, str(card))
 
 
 def build_card(name, record, has_image):

@@ -228,7 +228,7 @@ def prepare(folder, first_step):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in read_metrics(folder) if row["step"] <= first_step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    atomic.write_text(folder / METRICS, text)
+    atomic.replace_text(folder / METRICS, text)
     if first_step == 0:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "report.html").unlink(missing_ok=True)
@@ -288,7 +288,7 @@ class RunRecord:
             self._write()
 
     def _write(self):
-        atomic.write_text(self.folder / RECORD, json.dumps(self.facts, indent=1))
+        atomic.replace_text(self.folder / RECORD, json.dumps(self.facts, indent=1))
 
 
 def read_record(folder):
