@@ -68,8 +68,8 @@ def find_existing(folder, planned):
     """What generate.py has made in `folder`, an `Existing`, given the records `planned` for it.
 
     A record is judged by the fields that it has: images from before a setting existed stay valid.
-    Truncated images, and files that generate.py
-    did not make, count as absent. UserError: nothing can be written to `folder`.
+    Truncated images, and files that generate.py did not make, count as absent. UserError: nothing
+    can be written to `folder`.
     """
     atomic.check_writable(folder)
     planned = {record["file"]: record for record in planned}

@@ -312,6 +312,7 @@ def export_kohya(args):
 
 
 def parse_args(argv=None):
+    """The flags of both commands; `command` is "card" or "kohya"."""
     parser = ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="card|kohya")
     text = "write the model card of a result anew, and with --push upload the result to the Hub"

@@ -21,7 +21,8 @@ and seeds of subjects.py, whose flags this script takes as well.
     teacher_frozen     the images of mixed_places, the teacher, and that
     min_snr            --snr_gamma 5
     fewer_steps        200 steps, not 300
-    faster             the same at lr 3e-4, not 2e-4
+    faster             the same at lr 4.5e-4, not 3e-4
+    all_noise          the photos are trained at all timesteps, and at lr 2e-4
 
 A candidate that wins becomes part of the recipe; one that does not is a line in RESULTS.md.
 """
@@ -53,7 +54,8 @@ TEACHER = "--prior_target original"
 FLAGS = {
     "min_snr": "--snr_gamma 5",
     "fewer_steps": "--max_train_steps 200 --num_epochs 8",
-    "faster": "--max_train_steps 200 --num_epochs 8 --lr 3e-4",
+    "faster": "--max_train_steps 200 --num_epochs 8 --lr 4.5e-4",
+    "all_noise": "--max_instance_noise 1 --lr 2e-4",
     "teacher": TEACHER,
     "teacher_mixed": TEACHER,
     "teacher_places": TEACHER,
