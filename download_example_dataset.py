@@ -45,7 +45,7 @@ def main(args):
     """Download the photos; an existing folder of photos is left as it is."""
     folder = Path(args.dir)
     atomic.check_writable(folder, "DIR")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and {file.name for file in folder.iterdir()} - atomic.FILE_MANAGERS:
         print(f"photos in {folder} already: {len(find_images(folder))}")
         return
     atomic.replace_dir(folder, download_photos)

@@ -28,7 +28,6 @@ from dreambooth.cli import (
     warn,
 )
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.files.pipeline_dir import PIPELINE_PIXELS
 from dreambooth.image_generator import MAX_BATCH, ImageGenerator, with_defaults
 
 
@@ -92,7 +91,7 @@ def check_args(args):
         if args.scheduler in ("dpm", "ode") and pipeline_dir.read_facts(model_dir).is_flow:
             raise UserError(f"--scheduler {args.scheduler} is for diffusion models: leave it out")
         if args.resolution is not None:
-            pipeline_dir.check_resolution(model_dir, args.resolution, PIPELINE_PIXELS)
+            pipeline_dir.check_resolution(model_dir, args.resolution, pipeline_dir.PIPELINE_PIXELS)
     if args.lora_weights_dir:
         pipeline_dir.lora_file(args.lora_weights_dir)
     if args.prompts_file:
@@ -111,7 +110,7 @@ def plan(args):
     settings = {
         "model": pipeline_dir.fingerprint(args.model_dir),
         "lora": pipeline_dir.lora_fingerprint(lora) if lora else "",
-        "lora_scale": args.lora_scale,
+        "lora_scale": args.lora_scale if lora else 1.0,
         "scheduler": args.scheduler,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,

@@ -174,7 +174,7 @@ main() {
   # A mistake of step 4 is found now, except in class images: there are none yet.
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" --num_workers "$NUM_WORKERS" \
-    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) --dry_run
+    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) --dry_run >/dev/null
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"

@@ -64,7 +64,7 @@ def build_parser():
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
     target_help = "what the class half should predict: the noise, or what the original model does"
     add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
-    noise_help = "the share of the noise schedule, its least noisy, that photos are trained at"
+    noise_help = "train photos at this least noisy share of the timesteps alone; 1: at all"
     add("--max_instance_noise", type=float, default=1.0, help=noise_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")

@@ -9,8 +9,8 @@ while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
 os.close(descriptor)
 
-# How long a thread of torch that waits for another one keeps its core: by default, beside other
-# programs, until its share of the time is up.
+# How long an idle thread of torch spins, and so keeps its core from other programs. (By default:
+# until its time slice ends.)
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # Python's garbage collector goes through all modules again and again while they are imported, 0.9 s
 # of each script on two cores, unless it waits for more new objects than by default (700).

@@ -6,7 +6,12 @@ from pathlib import Path
 import pandas as pd
 import ray.data
 
-from dreambooth.image_generator import MAX_BATCH, ImageGenerator, cpu_batch_size, warn_if_slow
+from dreambooth.image_generator import (
+    MAX_BATCH,
+    ImageGenerator,
+    cpu_batch_size,
+    warn_if_images_are_slow,
+)
 from dreambooth.machines import cluster
 
 
@@ -24,7 +29,7 @@ def generate_with_ray(args, records):
     cluster.check_shared_storage([path for path in paths if path])
     num_workers = args.num_workers or max(1, num_gpus)
     if not num_gpus:
-        warn_if_slow(args)  # what an actor prints is not shown
+        warn_if_images_are_slow(args)  # what an actor prints is not shown
     max_batch = (args.batch_size or MAX_BATCH) if num_gpus else cpu_batch_size(args.resolution)
     num_batches = count_batches(len(records), num_workers, num_gpus, max_batch)
     num_workers = min(num_workers, num_batches)

@@ -1,8 +1,9 @@
 """What the model families compute in their own ways, by the class of the pipeline. Their facts
 (parts, limits, defaults) are in files/pipelines.py; what is not here is the same for all.
 
-Letters: P prompts of a run; R rows of images with the same prompt; 2B images in a batch; L tokens
-in a prompt; D width of its embedding; N images; C, h, w channels, height and width of latents.
+Letters: P prompts of a run; R groups of consecutive images with the same prompt; 2B images in a
+batch; L tokens in a prompt; D width of its embedding; N images; C, h, w channels, height and width
+of latents.
 """
 
 import itertools
@@ -100,11 +101,11 @@ class StableDiffusion(Family):
     def conditions(self, prompts, batch):
         """Consecutive images with one prompt are a group: the token ids (R, L) of each group, and
         the groups' sizes."""
-        runs = [
+        groups = [
             (prompt, len(list(images))) for prompt, images in itertools.groupby(batch["prompts"])
         ]
-        ids = select(prompts["prompt_ids"], [prompt for prompt, _ in runs])  # (R, L)
-        return {"prompt_ids": ids, "counts": [n for _, n in runs]}
+        ids = select(prompts["prompt_ids"], [prompt for prompt, _ in groups])  # (R, L)
+        return {"prompt_ids": ids, "counts": [n for _, n in groups]}
 
     def one_per_image(self, conditions):
         return {"prompt_ids": repeat(conditions["prompt_ids"], conditions["counts"])}

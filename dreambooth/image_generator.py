@@ -28,7 +28,6 @@ from dreambooth.seeds import seed_for
 CPU_PIXELS = 16 * 64 * 64  # per batch on a CPU
 MAX_BATCH = 16  # on a GPU: larger batches are hardly faster
 VAE_WIDTH = 256  # channels of the decoder's widest layer at full size
-BYTES_PER_PIXEL = 4096  # GPU memory per image being generated, as an H100 reserves
 MIN_LAST_ALPHA = 1e-4  # Stable Diffusion's cumulative alpha ends at 0.0047
 KEPT_PROMPTS = 32  # encoded: of FLUX.2-klein, 15 MiB of GPU memory each
 MAX_ATTEMPTS = 10  # an image without content is sampled again, with other noise
@@ -44,7 +43,7 @@ class ImageGenerator:
         self.device = device.pick_device()
         self.padded_size = cpu_batch_size(args.resolution) if self.device == "cpu" else None
         if self.device == "cpu":
-            warn_if_slow(args)
+            warn_if_images_are_slow(args)
         elif args.compile:
             device.check_compiler("--compile")
         self.folder = Path(args.output_dir)
@@ -168,7 +167,7 @@ def with_defaults(args):
     return argparse.Namespace(**{**vars(args), **missing})
 
 
-def warn_if_slow(args):
+def warn_if_images_are_slow(args):
     """Say that an image takes long, with a large model and without a GPU."""
     device.warn_if_slow(pipeline_dir.num_parameters(args.model_dir), "an image")
 
@@ -289,8 +288,9 @@ def batch_size_that_fits(side):
     """The number of images of `side` pixels for which the GPU's free memory should suffice, at most
     MAX_BATCH, and for which the VAE's widest layer has an index that fits 32 bits."""
     free, _ = torch.cuda.mem_get_info()
-    widest = side * side * VAE_WIDTH
-    return max(1, min(MAX_BATCH, free // (side * side * BYTES_PER_PIXEL), (2**31 - 1) // widest))
+    pixels = side * side
+    fits = free // (pixels * device.BYTES_PER_PIXEL)
+    return max(1, min(MAX_BATCH, fits, (2**31 - 1) // (pixels * VAE_WIDTH)))
 
 
 def to_pil_image(image):

@@ -4,7 +4,7 @@ The frozen VAE's posterior of an image, a mean and a standard deviation per late
 during a run: it is computed once per crop. Each step samples it anew, as if the VAE ran at every
 step; no single sample is frozen.
 
-Letters: B pairs in a batch; R resolution; C, h, w channels, height and width of a latent.
+Letters: N images; B pairs in a batch; R resolution; C, h, w channels, height and width of a latent.
 """
 
 from contextlib import nullcontext
@@ -104,9 +104,9 @@ def sample_timesteps(scheduler, seed, positions, max_instance_noise=1.0):
     (Soboleva et al. 2025, arXiv 2507.05964, train fewer weights there).
     """
     fractions = sample_fractions(seed, positions)
-    most = torch.ones_like(fractions)
-    most[: len(positions)] = max_instance_noise
-    return scheduler.timesteps_at(fractions, most)
+    share = torch.ones_like(fractions)
+    share[: len(positions)] = max_instance_noise
+    return scheduler.timesteps_at(fractions, share)
 
 
 def sample_fractions(seed, positions):

@@ -2,7 +2,7 @@
 passed in.
 
 Letters: 2B images in a batch, B of the instance first and then B of the class; C latent channels;
-h, w height and width of a latent; L tokens in a prompt; T timesteps of the noise schedule. Without
+h, w height and width of a latent; T timesteps of the noise schedule. Without
 prior preservation a batch is B images of the instance, and there is one prompt.
 """
 

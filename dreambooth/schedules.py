@@ -13,10 +13,10 @@ class DiffusionSchedule(DDPMScheduler):
     """Discrete timesteps, at each of which latents are scaled and noise is added (Ho et al. 2020,
     arXiv 2006.11239, eq. 4)."""
 
-    def timesteps_at(self, fractions, most=1.0):
-        """The timesteps (N,), integers, at `fractions` (N,) in [0, 1) of the schedule's least noisy
-        `most`, (N,) in (0, 1]."""
-        return (fractions * most * len(self.alphas_cumprod)).long()
+    def timesteps_at(self, fractions, share=1.0):
+        """Integer timesteps (N,), each at its place `fractions` (N,) in [0, 1) of the least noisy
+        `share` (N,), in (0, 1], of the schedule. 0 is the least noise."""
+        return (fractions * share * len(self.alphas_cumprod)).long()
 
     def to(self, device):
         self.alphas_cumprod = self.alphas_cumprod.to(device)
@@ -43,10 +43,10 @@ class FlowSchedule:
         ).config
         return cls(1.0 if config.use_dynamic_shifting else config.shift)
 
-    def timesteps_at(self, fractions, most=1.0):
-        """The sigmas (N,), float32, at `fractions` (N,) in [0, 1): 0 is the most noise, `most` (N,)
-        of the schedule, in (0, 1]."""
-        sigmas = (1 - fractions) * most
+    def timesteps_at(self, fractions, share=1.0):
+        """Sigmas (N,), float32, each at its place `fractions` (N,) in [0, 1) of the least noisy
+        `share` (N,), in (0, 1], of the schedule. Here 0 is the most noise."""
+        sigmas = (1 - fractions) * share
         return (self.shift * sigmas / (1 + (self.shift - 1) * sigmas)).float()
 
     def to(self, device):

@@ -78,7 +78,6 @@ def test_a_plan_has_all_that_an_image_depends_on(sampling_args, broken_model_dir
     changes = {
         "model_dir": broken_model_dir,
         "lora_weights_dir": lora_dir,
-        "lora_scale": 0.5,
         "scheduler": "model",
         "num_inference_steps": 3,
         "guidance_scale": 1,
@@ -89,6 +88,9 @@ def test_a_plan_has_all_that_an_image_depends_on(sampling_args, broken_model_dir
     for name, value in changes.items():
         (changed,) = plan("out", **{name: value})
         assert {**changed, "file": None} != {**record, "file": None}, name
+    scaled = [plan("out", lora_weights_dir=lora_dir, lora_scale=scale) for scale in (1, 0.5)]
+    assert scaled[0] != scaled[1]
+    assert plan("out", lora_scale=0.5) == [record]  # there is no LoRA
     for name, value in {"use_ray_data": True, "num_workers": 2, "batch_size": 1}.items():
         assert plan("elsewhere", **{name: value}) == [record]
 

@@ -105,14 +105,14 @@ def test_training_goes_on_as_without_previews(run):
 def test_training_goes_on_in_training_mode_after_a_preview_that_failed(
     train_args, load_models, tmp_path, monkeypatch
 ):
-    def full(*_args):
+    def full(**settings):
         raise OSError(28, "No space left on device")
 
     vae, denoiser, _ = load_models()
     preview, log = make(
         train_args, tmp_path, vae, denoiser, preview_prompts=["photo of a car"], preview_every=1
     )
-    monkeypatch.setattr(preview, "_sample", full)
+    monkeypatch.setattr(preview, "pipeline", full)
     preview.on_step_end(1)
     assert denoiser.training
 

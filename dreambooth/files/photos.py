@@ -118,7 +118,7 @@ def _files_in(folder):
 
 def _is_caption(file, files):
     """Whether a text file stands beside an image of the same name, as kohya's captions do."""
-    return any(other.stem == file.stem and other != file for other in files)
+    return any(_normal(other.stem) == _normal(file.stem) and other != file for other in files)
 
 
 def read_captions(folder, images, were_generated=False):
@@ -127,14 +127,15 @@ def read_captions(folder, images, were_generated=False):
     They are in metadata.jsonl, lines of {"file_name": "a.jpg", "text": "..."} as Hugging Face's
     ImageFolder has it, or in a.txt beside a.jpg as kohya's scripts have it. Names match in either
     Unicode normalization. UserError: a line or a file that cannot be read, an empty caption, two
-    that differ, or an unknown file name, unless the images `were_generated`: bad ones are deleted.
+    that differ, or the name of no image here; where the images `were_generated` that is allowed, as
+    the user may have deleted bad ones.
     """
     folder = Path(folder)
     captions = {}
     by_name = {_normal(image.name): image for image in images}
-    texts = {file.stem: file for file in folder.iterdir() if file.suffix.lower() == ".txt"}
+    texts = {_normal(file.stem): file for file in folder.iterdir() if file.suffix.lower() == ".txt"}
     for image in images:
-        if file := texts.get(image.stem):
+        if file := texts.get(_normal(image.stem)):
             captions[image] = _caption(_read_text(file).rstrip("\r\n"), file)
     metadata = folder / METADATA
     lines = _read_text(metadata).split("\n") if metadata.is_file() else []

@@ -223,11 +223,12 @@ def check_temp_dir():
     names = ("RAY_TMPDIR", "TMPDIR") if sys.platform == "linux" else ("RAY_TMPDIR",)  # as Ray does
     name = next((name for name in names if name in os.environ), None)
     folder = os.environ[name] if name else "/tmp"
-    remedy = "set RAY_TMPDIR to a short path, such as /tmp"
+    where = f"{name} {folder}" if name else folder
+    remedy = "set RAY_TMPDIR to a short path that can be written to"
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"{name} {folder}: Ray cannot write there; {remedy}")
+        raise UserError(f"{where}: Ray cannot write there; {remedy}")
     if len(os.path.abspath(folder)) > MAX_TEMP_DIR:
-        raise UserError(f"{name} {folder} is too long for Ray's sockets; {remedy}")
+        raise UserError(f"{where} is too long for Ray's sockets; {remedy}")
 
 
 def _for_the_user_alone(path, flags):

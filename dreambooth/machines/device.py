@@ -20,6 +20,7 @@ DRIVER_FOR_CUDA = {11: 450, 12: 525, 13: 580}  # NVIDIA's oldest for each major 
 USE_THE_CPU = 'set CUDA_VISIBLE_DEVICES="" to use the CPU'
 HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that ask for no GPU
 GIB = 2**30
+BYTES_PER_PIXEL = 4096  # of GPU memory per image being generated, as an H100 reserves
 
 LARGE = 100e6  # parameters of a model: pocket has 6 M
 
@@ -78,10 +79,7 @@ def check_compiler(flag):
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if compiler is None or not header.exists():
         missing = "a C compiler" if compiler is None else f"Python's headers ({header})"
-        raise UserError(
-            f"{flag} needs {missing}: apt install gcc python3-dev, or leave it out (LoRA needs less"
-            " memory, too)"
-        )
+        raise UserError(f"{flag} needs {missing}: apt install gcc python3-dev, or leave it out")
 
 
 def host_memory():

@@ -61,7 +61,7 @@ RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds; measured
 LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL; measured: 0.8
 HOST_LIBRARIES = 4.0  # GiB of the machine's memory: Python's, Ray's and CUDA's
 RECORDED = 1.0  # GiB that CUDA graphs take beside what they hold
-PREVIEW = 4096 / 2**30  # GiB per pixel, for one image with guidance and its decoding
+PREVIEW = device.BYTES_PER_PIXEL / device.GIB  # per pixel: one image, with guidance
 
 
 class Reference(NamedTuple):

@@ -45,6 +45,7 @@ SHEET_PROMPTS = (
     "photo of a boat at night",
     "photo of a car",
 )
+SHEET_COLUMNS = 16
 
 
 def new_models(vocab_size):
@@ -236,15 +237,15 @@ def export(tokenizer, vae, text_encoder, unet, output_dir):
     return pipeline.to(torch.float32)
 
 
-def sample_sheet(pipeline, file, count=16):
-    """Write one row of `count` images for each of SHEET_PROMPTS."""
+def sample_sheet(pipeline, file):
+    """Write one row of SHEET_COLUMNS images for each of SHEET_PROMPTS."""
     pipeline.set_progress_bar_config(disable=True)
     side = SIZE + 2
-    sheet = Image.new("RGB", (count * side, len(SHEET_PROMPTS) * side))
+    sheet = Image.new("RGB", (SHEET_COLUMNS * side, len(SHEET_PROMPTS) * side))
     for row, prompt in enumerate(SHEET_PROMPTS):
         output = pipeline(
             prompt,
-            num_images_per_prompt=count,
+            num_images_per_prompt=SHEET_COLUMNS,
             num_inference_steps=25,
             guidance_scale=5.0,
             generator=torch.Generator().manual_seed(row),

@@ -33,7 +33,7 @@ from dreambooth.machines import device
 
 SHORT_RUN = 60  # seconds: by default, runs shorter than this write no checkpoint
 ROOM = 4 * 2**30  # bytes of memory that a copy of the state leaves free
-STEPS_BETWEEN_NOTICES = 10  # steps between two questions whether a node is about to be preempted
+PREEMPTION_CHECK_EVERY = 10  # steps: then Ray is asked whether a node will be taken away
 
 
 def checkpoint_dir(folder, step):
@@ -272,7 +272,7 @@ class Checkpointer:
 
     def _preemption_is_near(self, step):
         """Whether Ray has heard, since it was last asked, that a node will be taken away."""
-        if step % STEPS_BETWEEN_NOTICES:
+        if step % PREEMPTION_CHECK_EVERY:
             return False
         notice = ray.train.get_preemption_info()
         is_new = notice is not None and notice != self.noticed
@@ -365,7 +365,8 @@ class StopOnSignal:
         self.signal = number
         with suppress(OSError):  # the run may have ended, and its folder be gone
             (self.folder / "stop").touch()
-        print("stopping after this step (again: at once)", flush=True)
+        with suppress(OSError):  # print would fail inside another print
+            os.write(1, b"stopping after this step (again: at once)\n")
 
     def exit_if_asked(self, error):
         """If a signal stopped the run, which ended with `error`, say so and exit with its code;

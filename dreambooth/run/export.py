@@ -274,7 +274,7 @@ def export_card(args):
     folder = Path(args.output_dir)
     if args.push and "/" not in args.push:
         raise UserError(f"--push {args.push}: give the repository as NAME/MODEL")
-    if not ((folder / "model_index.json").exists() or (folder / LORA_FILE).exists()):
+    if not ((folder / pipeline_dir.INDEX).exists() or (folder / LORA_FILE).exists()):
         raise UserError(f"{folder} holds no result of train.py")
     record = training_log.read_record(report_dir(folder))
     if not record:

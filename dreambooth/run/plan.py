@@ -1,6 +1,7 @@
 """What a training run will do, worked out from its flags and images before a model loads; and what
 a user can get wrong in them."""
 
+import argparse
 import math
 import re
 import zlib
@@ -32,10 +33,11 @@ MAY_CHANGE = PATHS | FACTORS | HOW_IT_RUNS
 
 def worker_range(text):
     """The type of --num_workers: "2" is (2, 2), "2:4" is (2, 4)."""
-    numbers = [int(number) for number in text.split(":")]
-    if not 1 <= numbers[0] <= numbers[-1] or len(numbers) > 2:
-        raise ValueError
-    return numbers[0], numbers[-1]
+    found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text.strip())
+    fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if fewest > most:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from 1 on, or a range such as 2:4")
+    return fewest, most
 
 
 @dataclass
@@ -114,13 +116,13 @@ def make_plan(args):
     """The `TrainingPlan` for flags that `check_flags` has passed. Reads the tokenizer and each
     image: a UserError names one that cannot be read, or a prompt that is too long."""
     resolution = pipeline_dir.check_resolution(args.model_dir, args.resolution)
-    prompts, captions = [args.instance_prompt], {}
+    prompts = [args.instance_prompt]
     instance_paths, class_paths = find_images(args.instance_images_dir, report=True), []
     if preserves_prior(args):
         prompts.append(args.class_prompt)
         class_paths = find_images(args.class_images_dir)
     warn_of_likely_mistakes(prompts, instance_paths)
-    add_captions(args, prompts, captions, instance_paths, class_paths)
+    prompts, captions = number_captions(args, prompts, instance_paths, class_paths)
     pipeline_dir.check_prompts(args.model_dir, prompts + args.preview_prompts)
     images.check_images(instance_paths + class_paths, resolution)
 
@@ -146,9 +148,10 @@ def make_plan(args):
     )
 
 
-def add_captions(args, prompts, captions, instance_paths, class_paths):
-    """Add the captions of the images to `prompts`, and their numbers to `captions`: a caption
-    stands in place of the folder's prompt."""
+def number_captions(args, prompts, instance_paths, class_paths):
+    """All prompts of a run, the captions of its images behind `prompts`; and the number of each
+    captioned image's prompt, by path. A caption stands in place of the folder's prompt."""
+    prompts, captions = list(prompts), {}
     of_instance = read_captions(args.instance_images_dir, instance_paths)
     own_words = set(args.instance_prompt.lower().split())
     for path, text in of_instance.items():
@@ -165,6 +168,7 @@ def add_captions(args, prompts, captions, instance_paths, class_paths):
         if text not in prompts:
             prompts.append(text)
         captions[str(Path(path).absolute())] = prompts.index(text)
+    return prompts, captions
 
 
 def preserves_prior(args):

@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.files.pipeline_dir import PIPELINE_PIXELS
 
 FOLDER = "previews"
 FILM_STRIP = "film-strip.png"
@@ -48,7 +47,7 @@ class Previews:
         self.num_steps = plan.num_steps
         self.folder = plan.report_dir
         self.seed = args.seed
-        self.resolution = plan.resolution // PIPELINE_PIXELS * PIPELINE_PIXELS
+        self.resolution = plan.resolution - plan.resolution % pipeline_dir.PIPELINE_PIXELS
         self.model_dir = args.model_dir
         self.vae = vae
         self.denoiser = denoiser
@@ -92,8 +91,8 @@ class Previews:
         write_film_strip(self.folder)
 
     def _sample(self, prompt):
-        """Image 0 of `prompt`, from the noise from which generate.py starts it; in fewer steps and
-        with less guidance."""
+        """Image 0 of `prompt`, from the noise from which generate.py starts it, but always with
+        NUM_INFERENCE_STEPS and GUIDANCE_SCALE."""
         import torch  # here: report/page.py looks at previews without it
 
         from dreambooth.image_generator import noise_generator, to_pil_image

@@ -52,7 +52,7 @@ class TrainingLog:
         self.log_every = log_every
         self.enabled = enabled
         self.folder = plan.report_dir
-        # Of clocks, other processes share only the wall's, which may be set back.
+        # Only the wall clock is shared between processes, and it may be set back.
         self.metrics = {"start_s": max(0.0, time.time() - started)}
         self.phase_began = time.monotonic()
         self.unread_losses = []
@@ -284,7 +284,8 @@ class RunRecord:
         if error is not None:
             stopped = not isinstance(error, Exception)  # by Ctrl-C or a signal
             self.facts["status"] = getattr(error, "status", "stopped" if stopped else "failed")
-            self.facts["message"] = first_line(error)
+            if not isinstance(error, SystemExit):  # its text is an exit code
+                self.facts["message"] = first_line(error)
             self._write()
 
     def _write(self):

@@ -171,11 +171,11 @@ def ten_prompts(args):
 
 def captions(args):
     """Each of three photos has a caption that names its place, the other two have none."""
-    original = subjects.Bench.photos
     places = ("on the grass", "on the road", "on the beach")  # as render.write_photos has them
 
     def photos(bench, name):
-        folder = original(bench, name)
+        folder = bench.work_dir / "photos with captions" / name  # the others' stay without
+        render.write_photos(name, folder)
         prompt = fidelity.instance_prompt(render.SUBJECTS[name])
         for number, place in enumerate(places):
             (folder / f"{number}.txt").write_text(f"{prompt} {place}\n", encoding="utf-8")

@@ -266,10 +266,12 @@ def main(args):
             print(f"{name}: {sum(outcomes)} of {trials} ended as undisturbed", flush=True)
 
 
+TRIALS_HELP = "of each (default: 20 of worker and driver, 5 of the others)"
+
 if __name__ == "__main__":
     parser = ArgumentParser(__doc__)
     parser.add_argument("--faults", nargs="+", choices=TRIALS, default=list(TRIALS), help="which")
-    parser.add_argument("--trials", type=int, help="of each (default: as many as in RESULTS.md)")
+    parser.add_argument("--trials", type=int, help=TRIALS_HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--keep", help="a folder for the logs of trials that were lost")
     main(parser.parse_args())

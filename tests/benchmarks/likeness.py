@@ -8,6 +8,8 @@ pixels, a subject that is half as long again 17 % or more. What is a pixel thin,
 frond, goes unseen: a pixel may be off by one.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,7 @@ def _shrink(canvas):
     return np.asarray(image, np.float32) / 255
 
 
+@cache
 def _typical_places(place, count=16):
     """The place at each of HORIZONS, (8, 64, 64, 3): the median of `count`, without sun or dots."""
     rng = np.random.default_rng(0)

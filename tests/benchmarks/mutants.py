@@ -34,13 +34,12 @@ OPERATORS = {
 # Fixtures and files of tests that start Ray or a process.
 SLOW_FIXTURES = {
     "ray_address", "run_script", "run_train", "one_worker", "two_workers", "train_here",
-    "lora_runs",
 }  # fmt: skip
 SLOW_FILES = {
-    "test_run_sh.py", "test_crash.py", "test_cluster.py", "test_benchmarks.py", "test_subjects.py",
-    "test_candidates.py", "test_fidelity.py", "test_readme.py", "test_doors.py", "test_gpus.py",
+    "test_run_sh.py", "test_crash.py", "test_cluster.py", "test_benchmarks.py",
+    "test_fidelity.py", "test_readme.py", "test_gpus.py",
 }  # fmt: skip
-FIRST = ["loss", "latents", "dataset", "images", "models", "optimizer", "train", "plan"]
+FIRST = ["loss", "latents", "dataset", "images", "models", "train", "plan"]
 PLUGIN = f"""
 def pytest_collection_modifyitems(config, items):
     first = {FIRST!r}

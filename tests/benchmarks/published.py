@@ -73,12 +73,6 @@ def conditions_of(pipeline_dir, num_images):
     return {"prompt_ids": torch.tensor(ids), "counts": [num_images // 2] * 2}
 
 
-def one_for_each_image(conditions):
-    """The same, with each prompt as often as there are images with it."""
-    ids = families.repeat(conditions["prompt_ids"], conditions["counts"])
-    return {"prompt_ids": ids, "counts": [1] * len(ids)}
-
-
 class Plain:
     """The step of the published example."""
 
@@ -88,7 +82,7 @@ class Plain:
         self.denoiser = denoiser.to(torch.bfloat16, memory_format=torch.contiguous_format)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), settings.lr)
         self.pixels = pixels.to(device, torch.bfloat16)
-        self.conditions = one_for_each_image(conditions)
+        self.conditions = families.StableDiffusion().one_per_image(conditions)
         self.conditions["prompt_ids"] = self.conditions["prompt_ids"].to(device)
 
     def step(self):

@@ -6,11 +6,10 @@ member of its class has, are learned with two seeds and judged as in fidelity.py
     python tests/benchmarks/subjects.py --work_dir /tmp/subjects --subjects lego_car circus \\
         --train_flags="--gradient_accumulation_steps 2 --max_train_steps 150"
 
-A recipe is tuned on TUNING alone; the other four subjects have the last word. The photos are
-rendered, the class images are generated once per class, and training runs in this process, without
-Ray, which gives the same weights as train.py (a test compares them). Each result is appended to
-results.jsonl in --work_dir at once; a second run of the same command trains only what is missing
-there. The table ends with the worst of each column.
+The photos are rendered, the class images are generated once per class, and training runs in this
+process, without Ray, which gives the same weights as train.py (a test compares them). Each result
+is appended to results.jsonl in --work_dir at once; a second run of the same command trains only
+what is missing there. The table ends with the worst of each column.
 """
 
 import json
@@ -30,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import generate
 import train
 from dreambooth import dataset, latents, models
-from dreambooth.cli import ArgumentParser, absolute_path
-from dreambooth.files import atomic, generated_images
+from dreambooth.cli import ArgumentParser, UserError, absolute_path
+from dreambooth.files import atomic, generated_images, pipeline_dir
 from dreambooth.files.photos import find_images
 from dreambooth.images import load_crops
 from dreambooth.pocket import render
@@ -47,12 +46,6 @@ RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # a
 SCHEDULERS = {"full": "dpm", "lora": "ode"}  # of class images and of those judged
 GUIDANCE = {"full": 3, "lora": 4}  # of those judged
 SHEET_COLUMNS = 8
-TUNING = [
-    "lego_car",
-    "teapot",
-    "circus",
-    "ladybird",
-]  # two of the first four subjects, two hard ones
 
 
 def train_here(args, on_step=None):
@@ -159,7 +152,7 @@ class Bench:
         folder = self.work_dir / "class" / f"{subject.kind}-{self.scheduler}"
         flags = ["--model_dir", self.args.model_dir, "--output_dir", folder]
         flags += ["--prompts", fidelity.class_prompt(subject), "--guidance_scale", "1"]
-        flags += ["--scheduler", self.scheduler]
+        flags += ["--scheduler", self.scheduler, "--overwrite"]
         flags += ["--num_samples_per_prompt", self.args.num_class_images]
         generate.main(generate.parse_args([str(flag) for flag in flags]))
         return folder
@@ -227,6 +220,10 @@ def main(args, candidate=None):
     train_flags = shlex.split(RECIPES[args.recipe]) + shlex.split(args.train_flags)
     file = Path(args.work_dir) / f"{candidate or 'results'}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
+    mark, model = file.with_name("model"), pipeline_dir.fingerprint(args.model_dir)
+    if mark.exists() and mark.read_text(encoding="utf-8") != model:
+        raise UserError(f"--work_dir {args.work_dir} belongs to another model: name a new one")
+    atomic.replace_text(mark, model)
     finished = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     bench = None
     rows = []

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks.counting import GIB, META, count_gib, count_tflop, without_weights
-from tests.benchmarks.published import Plain, conditions_of, one_for_each_image, settings_for
+from tests.benchmarks.published import Plain, conditions_of, settings_for
 
 # isort: split
 from dreambooth import families, latents, models
@@ -175,7 +175,7 @@ class Ours:
         self.positions = list(range(num_pairs))
         self.conditions = tree_map_only(torch.Tensor, lambda t: t.to(device), conditions)
         if "prompts encoded once" in off:
-            self.conditions = one_for_each_image(self.conditions)
+            self.conditions = self.denoiser.family.one_per_image(self.conditions)
         self.pixels = pixels.to(device)
         self.posteriors = latents.encode(self.vae, self.pixels, self.denoiser.family)
         self.encode_each_step = "cached latents" in off
