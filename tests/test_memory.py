@@ -238,13 +238,12 @@ def test_what_the_machine_may_not_hold_when_it_saves_is_a_warning(check, monkeyp
 
 
 def test_a_recorded_step_needs_what_an_h100_reserved_for_it(check):
-    """20.5 and 9.3 GiB and 0.8 for libraries; and two gradients when it is recorded."""
+    """20.5 and 9.3 GiB, and 0.8 for libraries."""
     for flags, measured in (((), 21.3), ((LORA,), 10.1)):
         job = Job(is_recorded=True)
-        assert measured < needed(flags, job) < 1.3 * measured
-        assert needed(flags, job) > needed(flags, Job(keeps_gradients=True)) + 1
+        assert measured < needed(flags, job) < 1.1 * measured
     assert "training may need" in check(22, cuda_graph=True)
-    assert check(30, cuda_graph=True) == ""
+    assert check(23, cuda_graph=True) == ""
 
 
 @pytest.mark.parametrize("missing", ["a C compiler", "Python's headers"])

@@ -87,7 +87,7 @@ class Job(NamedTuple):
 
     pairs: int = PAIRS  # per forward pass
     keeps_gradients: bool = False
-    is_recorded: bool = False  # with --cuda_graph, which keeps gradients as well
+    is_recorded: bool = False  # with --cuda_graph; its gradients are where activations were
     resolution: int = 512  # pixels
     denoiser_ratio: float = 1.0  # of its parameters to the reference's
     trained_ratio: float = 1.0  # of all trained ones to the reference's
@@ -98,8 +98,7 @@ class Job(NamedTuple):
 def needed(flags, job):
     """GiB of free GPU memory that `job` needs with `flags`, a key of COUNTED."""
     counted = job.reference.counted[flags]
-    keeps_gradients = job.keeps_gradients or job.is_recorded
-    two_pairs = counted.kept if keeps_gradients else counted.one_gpu
+    two_pairs = counted.kept if job.keeps_gradients else counted.one_gpu
     fixed = two_pairs - PAIRS * counted.per_pair
     text = job.reference.text
     size = text + (1 - text) * (job.resolution / job.reference.resolution) ** 2
