@@ -56,9 +56,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("sampler").add_argument
     scheduler_help = (
         "dpm: DPM-Solver++ with Karras sigmas, stochastic if the model's own scheduler is;"
-        " ode: the same, never stochastic; model: the model's own (default: dpm; FLUX's: model)"
+        " model: the model's own (default: dpm; FLUX's: model)"
     )
-    add("--scheduler", choices=["dpm", "ode", "model"], help=scheduler_help)
+    add("--scheduler", choices=["dpm", "model"], help=scheduler_help)
     add("--num_inference_steps", type=int, help="denoising steps (default: 25; FLUX: 50)")
     guidance_help = "strength of the prompt's guidance (default: 7.5; SDXL: 5; FLUX: 4)"
     add("--guidance_scale", type=float, help=guidance_help)
@@ -88,8 +88,8 @@ def check_args(args):
     if args.compare_to:
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")
     for model_dir in filter(None, (args.model_dir, args.compare_to)):
-        if args.scheduler in ("dpm", "ode") and pipeline_dir.read_facts(model_dir).is_flow:
-            raise UserError(f"--scheduler {args.scheduler} is for diffusion models: leave it out")
+        if args.scheduler == "dpm" and pipeline_dir.read_facts(model_dir).is_flow:
+            raise UserError("--scheduler dpm is for diffusion models: leave it out")
         if args.resolution is not None:
             pipeline_dir.check_resolution(model_dir, args.resolution, pipeline_dir.PIPELINE_PIXELS)
     if args.lora_weights_dir:

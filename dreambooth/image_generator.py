@@ -174,28 +174,26 @@ def warn_if_images_are_slow(args):
 
 def load_sampler(model_dir, dtype=None, scheduler="dpm", **parts):
     """The pipeline of `model_dir` to sample from; `parts` are models to take in place of its own.
-    `scheduler`: "dpm" or "ode", that of `build_dpm`, or "model", the model's own."""
+    `scheduler`: "dpm", that of `build_dpm`, or "model", the model's own."""
     pipeline = pipeline_dir.load_pipeline(model_dir, dtype, **parts)
     with pipeline_dir.loading(f"{model_dir}/scheduler"):
         if scheduler != "model":
-            pipeline.scheduler = build_dpm(pipeline.scheduler.config, scheduler == "ode")
+            pipeline.scheduler = build_dpm(pipeline.scheduler.config)
         shift = {"mu": 1.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}
         pipeline.scheduler.set_timesteps(10, **shift)  # fails here, and not after minutes
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def build_dpm(config, deterministic=False):
+def build_dpm(config):
     """DPM-Solver++ with Karras sigmas (Lu et al. 2022, arXiv 2211.01095) for a noise schedule; the
-    one that adds noise at each step if the model's own scheduler is that, unless `deterministic`.
+    one that adds noise at each step if the model's own scheduler is that.
 
     Where the last timestep is all but pure noise (cosine, zero SNR), without Karras: its first
     steps are all so noisy that they fall on that one timestep.
     """
     from diffusers import DPMSolverMultistepScheduler  # here: not needed if nothing is missing
 
-    if deterministic:
-        config = {**config, "algorithm_type": "dpmsolver++"}
     config = {**config, "use_exponential_sigmas": False, "use_beta_sigmas": False}
     dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
     if dpm.alphas_cumprod[-1] < MIN_LAST_ALPHA:

@@ -12,7 +12,6 @@ and seeds of subjects.py, whose flags this script takes as well.
     mixed              every second class image is one of all classes or of the empty prompt
     mixed_places       the same, of all classes in all places
     ten_prompts        20 class images of the class in each place, and 20 of each other class
-    teacher            --prior_target original, with today's class images
     teacher_mixed, teacher_places, teacher_ten   the images of the last three, and the teacher
     teacher_photos     no class images: the photos, under the class prompt and those of mixed
     teacher_denoised   mixed, with images that the original model denoises in 6 steps
@@ -22,6 +21,7 @@ and seeds of subjects.py, whose flags this script takes as well.
     min_snr            --snr_gamma 5
     fewer_steps        200 steps, not 300
     faster             the same at lr 4.5e-4, not 3e-4
+    noise_target       --prior_target noise, the paper's
     all_noise          the photos are trained at all timesteps, and at lr 2e-4
 
 A candidate that wins becomes part of the recipe; one that does not is a line in RESULTS.md.
@@ -55,8 +55,8 @@ FLAGS = {
     "min_snr": "--snr_gamma 5",
     "fewer_steps": "--max_train_steps 200 --num_epochs 8",
     "faster": "--max_train_steps 200 --num_epochs 8 --lr 4.5e-4",
+    "noise_target": "--prior_target noise",
     "all_noise": "--max_instance_noise 1 --lr 2e-4",
-    "teacher": TEACHER,
     "teacher_mixed": TEACHER,
     "teacher_places": TEACHER,
     "teacher_ten": TEACHER,

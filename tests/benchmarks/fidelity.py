@@ -362,8 +362,7 @@ def build_parser(description):
     add("--lora_weights_dir", nargs="+", default=[], help="LoRAs on the original: a row each")
     add("--num_samples", type=int, default=64, help="images per prompt")
     add("--num_inference_steps", type=int, default=25, help="denoising steps")
-    schedulers = ["dpm", "ode", "model"]
-    add("--scheduler", choices=schedulers, default="dpm", help="as in generate.py")
+    add("--scheduler", choices=["dpm", "model"], default="dpm", help="as in generate.py")
     add("--guidance_scale", type=float, default=3.0, help="weight of the prompt")
     add("--seed", type=int, default=0, help="seed of the images")
     return parser

@@ -40,11 +40,13 @@ from dreambooth.run.plan import make_plan
 from tests.benchmarks import fidelity
 
 STEPS = "--train_batch_size 8 --num_epochs 12 --max_train_steps 300"
-FULL = "--lr 3e-4 --lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.75"
-LORA = "--lora_layers all --lora_rank 16 --lr 8e-4 --lr_scheduler cosine"
+SHARED = (
+    "--lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.75 --prior_target original"
+)
+FULL = f"--lr 3e-4 {SHARED}"
+LORA = f"--lora_layers all --lora_rank 16 --lr 1.5e-3 {SHARED}"
 RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
-SCHEDULERS = {"full": "dpm", "lora": "ode"}  # of class images and of those judged
-GUIDANCE = {"full": 3, "lora": 4}  # of those judged
+GUIDANCE = 3  # of those judged
 SHEET_COLUMNS = 8
 
 
@@ -111,18 +113,15 @@ class Bench:
     def __init__(self, args):
         self.args = args
         self.work_dir = Path(args.work_dir)
-        self.scheduler = SCHEDULERS[args.recipe]
-        self.guidance = GUIDANCE[args.recipe]
         sample = self.sampler(args.model_dir)
-        folder = self.work_dir / f"original-{self.scheduler}-{self.guidance}"
-        self.original = ImagesOnDisk(sample, folder)
+        self.original = ImagesOnDisk(sample, self.work_dir / "original")
         self.vae = sample.generator.pipeline.vae
         self.world = None
         self.judges = {}
 
     def sampler(self, model_dir, lora_weights_dir=None):
         flags = ["--model_dir", str(model_dir), "--num_samples", str(self.args.num_samples)]
-        flags += ["--scheduler", self.scheduler, "--guidance_scale", str(self.guidance)]
+        flags += ["--guidance_scale", str(GUIDANCE)]
         return fidelity.Sampler(fidelity.parse_args(flags), model_dir, lora_weights_dir)
 
     def judge(self, name):
@@ -149,10 +148,10 @@ class Bench:
 
     def class_images(self, subject):
         """200 images of the subject's class by the original model, as in run.sh."""
-        folder = self.work_dir / "class" / f"{subject.kind}-{self.scheduler}"
+        folder = self.work_dir / "class" / subject.kind
         flags = ["--model_dir", self.args.model_dir, "--output_dir", folder]
         flags += ["--prompts", fidelity.class_prompt(subject), "--guidance_scale", "1"]
-        flags += ["--scheduler", self.scheduler, "--overwrite"]
+        flags += ["--overwrite"]
         flags += ["--num_samples_per_prompt", self.args.num_class_images]
         generate.main(generate.parse_args([str(flag) for flag in flags]))
         return folder
