@@ -11,6 +11,7 @@ The model "pocket" comes with this checkout: it needs no network.
 
 import errno
 import re
+from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,8 +34,14 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model_dir", type=absolute_path, required=True, help="the cache, with a folder per model")
     add("--model_name", default="CompVis/stable-diffusion-v1-4", help='on the Hub, or "pocket"')
-    add("--revision", default="main", help="commit, tag or branch")
+    add("--revision", type=valid_revision, default="main", help="commit, tag or branch")
     return parser.parse_args(argv)
+
+
+def valid_revision(text):
+    if not text:
+        raise ArgumentTypeError("is empty; is a shell variable not set?")
+    return text
 
 
 def files_to_fetch(names, facts):
@@ -114,11 +121,22 @@ def hub_errors_as_one_line(name, revision, folder, offline_remedy):
 
 def copy_pocket(snapshot):
     """Put the embedded model into the directory `snapshot`, unless it is there already."""
-    is_complete = pipeline_dir.missing_file(snapshot) is None
-    if is_complete and pipeline_dir.fingerprint(snapshot) == pipeline_dir.fingerprint(POCKET_DIR):
+
+    def is_there():
+        is_complete = pipeline_dir.missing_file(snapshot) is None
+        return is_complete and same_models(snapshot, POCKET_DIR)
+
+    if is_there():
         return
     atomic.check_writable(snapshot, "--model_dir")
-    atomic.replace_dir(snapshot, lambda folder: atomic.copy_files(POCKET_DIR, folder))
+    snapshot.parent.mkdir(parents=True, exist_ok=True)
+    atomic.lock(snapshot.with_name(".lock"), snapshot, wait=True)  # two runs may begin at once
+    if not is_there():
+        atomic.replace_dir(snapshot, lambda folder: atomic.copy_files(POCKET_DIR, folder))
+
+
+def same_models(folder, other):
+    return pipeline_dir.fingerprint(folder) == pipeline_dir.fingerprint(other)
 
 
 def main(args):

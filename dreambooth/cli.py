@@ -24,7 +24,8 @@ QUIET_ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "CRITICAL",
 }
 STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # may pass, and is no file's fault
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: for one file of this size
+OF_THE_DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 # One of Ray Train's loggers has no name of its own: it is the root logger.
 LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "diffusers", "transformers", "peft")
 
@@ -105,7 +106,7 @@ def _one_line(message):
 
 def first_line(error):
     """What a library's error says, in one line; its class if it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
@@ -124,7 +125,8 @@ def run_main(main, args):
         if error.errno not in OF_THE_DISK or not (error.filename or is_full(error)):
             raise  # (a full disk names no file)
         file = f"{_one_line(error.filename)}: " if error.filename else ""
-        print(f"error: {file}{error.strerror}", file=sys.stderr)
+        remedy = "" if file else ": make room, and run the same command again"
+        print(f"error: {file}{error.strerror}{remedy}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -132,10 +134,10 @@ def run_main(main, args):
 
 
 def is_full(error):
-    """Whether `error`, or one before it, says that the disk or the user's quota of it is full.
-    (safetensors has errors of its own, with the system's message; torch's come after the file's.)
-    """
-    texts = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
+    """Whether `error`, or one before it, says that the disk or the user's quota of it is full, or
+    that it takes no file of that size. (safetensors has errors of its own, with the system's
+    message; torch's come after the file's.)"""
+    texts = [os.strerror(code) for code in FULL]
     if any(text in str(error) for text in texts):
         return True
     return error.__context__ is not None and is_full(error.__context__)

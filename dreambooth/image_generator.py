@@ -209,14 +209,19 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     print(f"with the LoRA of {file}", flush=True)
     with safe_open(file, "pt") as opened:
         names = list(opened.keys())
+    if not names:
+        raise UserError(f"{flag} is empty")
     for sign, kind in OTHER_ADAPTERS.items():
         if any(sign in name for name in names):
             raise UserError(f"{flag} is a {kind}, which is not read here: take a plain LoRA")
     # By its path: its header may hold the alphas, which its tensors do not.
     source, options = file.parent, {"weight_name": file.name}
     is_peft = any(name.startswith(PEFT) for name in names)
-    if is_peft and (file.parent / PEFT_CONFIG).exists():
-        source, options = from_peft(load_file(file), file.parent / PEFT_CONFIG, flag), {}
+    config = file.parent / pipeline_dir.PEFT_CONFIG
+    if is_peft and config.exists():
+        source, options = from_peft(load_file(file), config, flag), {}
+    elif any(name.endswith(".alpha") for name in names):
+        source, options = with_alphas(load_file(file)), {}
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         given = pipeline.lora_state_dict(copy(source), **options)  # which changes a dict
@@ -226,7 +231,7 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
     if not loaded:
-        needs = f"; PEFT's own file needs {PEFT_CONFIG} beside it" if is_peft else ""
+        needs = f"; PEFT's own file needs {pipeline_dir.PEFT_CONFIG} beside it" if is_peft else ""
         raise UserError(
             f"{flag} is no LoRA for --model_dir: no layer is called {names[0]}, say{needs}"
         )
@@ -238,9 +243,31 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
 
 
 PEFT = "base_model.model."  # how the names of PEFT's own files begin
-PEFT_CONFIG = "adapter_config.json"
 # By what only their tensors' names hold. PEFT's own DoRAs have other names, and are loaded.
-OTHER_ADAPTERS = {"dora_scale": "DoRA of kohya's", "lokr_": "LoKr", "hada_": "LoHa"}
+OTHER_ADAPTERS = {
+    "dora_scale": "DoRA of kohya's",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "lora_mid": "LoCon with a Tucker decomposition",
+    ".diff": "LyCORIS with whole weights",
+    "w_norm": "LyCORIS with norms",
+}
+# The second and the first matrix of a layer, as several programs name them.
+MATRICES = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"))
+
+
+def with_alphas(weights):
+    """The tensors of a LoRA whose layers have alphas, each alpha divided by the layer's rank and
+    put into its matrices. (diffusers gives the wrong alphas to layers that differ.)"""
+    weights = dict(weights)
+    for name in [name for name in weights if name.endswith(".alpha")]:
+        layer = name.removesuffix(".alpha")
+        for second, first in MATRICES:
+            if layer + second in weights and layer + first in weights:
+                scale = weights.pop(name).item() / len(weights[layer + first])
+                weights[layer + second] = weights[layer + second].float() * scale
+    return weights
 
 
 def from_peft(weights, config_file, flag):

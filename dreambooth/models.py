@@ -17,7 +17,6 @@ adds it later.
 """
 
 from functools import partial
-from pathlib import Path
 
 import optimi
 import torch
@@ -26,7 +25,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_map
 
-from dreambooth.cli import UserError, hide_progress_bars
+from dreambooth.cli import hide_progress_bars
 from dreambooth.families import family_of
 from dreambooth.files import pipeline_dir
 from dreambooth.seeds import seed_for
@@ -131,18 +130,7 @@ def load_models(args, device, autocast=None):
 
 def load_part(args, cls, part, device, dtype=torch.float32):
     """The model `part` of `args.model_dir`."""
-    variant = pipeline_dir.weights(args.model_dir, part).variant
-    settings = {"dtype": dtype, "device_map": device, "variant": variant}
-    if hasattr(cls, "load_config"):  # one of diffusers' classes; transformers' check themselves
-        pipeline_dir.check_fields(cls, Path(args.model_dir) / part / "config.json")
-    with pipeline_dir.loading(f"{args.model_dir}/{part}"):
-        model, found = cls.from_pretrained(
-            args.model_dir, subfolder=part, output_loading_info=True, **settings
-        )
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])[0]
-        raise UserError(f"{args.model_dir}/{part} has no weights for {missing}")
-    return model
+    return pipeline_dir.load_part(cls, args.model_dir, part, dtype=dtype, device_map=device)
 
 
 def load_denoiser(args, device, autocast):

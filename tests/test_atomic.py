@@ -178,6 +178,13 @@ def test_what_cannot_be_renamed_cannot_be_replaced(tmp_path, monkeypatch):
     atomic.check_replaceable(tmp_path / "sub", [])
 
 
+def test_a_link_to_a_disk_that_is_not_mounted(tmp_path):
+    """Its folder could not be made, and images would be lost after they were generated."""
+    (tmp_path / "link").symlink_to("/nowhere/images")
+    with pytest.raises(UserError, match="link is a link to what is not there: is its disk mounted"):
+        atomic.check_writable(tmp_path / "link")
+
+
 def test_space_on_the_disk_of_the_folder(tmp_path, monkeypatch):
     """The disk is that of its nearest parent that exists; 3 GB are free there, and 0.5 MB more once
     the leftovers are gone."""

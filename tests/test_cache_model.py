@@ -7,6 +7,8 @@ import http.server
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import urllib.parse
 from pathlib import Path
@@ -220,6 +222,23 @@ def test_pocket_is_copied_without_a_network_and_only_where_it_is_not_there(run, 
     run("pocket")
     pipeline_dir.check_model_dir(snapshot)
     assert not (snapshot / "mark").exists()
+
+
+def test_runs_that_begin_at_once_share_the_first_ones_copy(root, tmp_path):
+    """Two subjects, say, on a new disk: the others wait, and take it as it is."""
+    argv = ["--model_dir", str(tmp_path), "--model_name", "pocket", "--revision", "embedded"]
+    command = [sys.executable, str(root / "cache_model.py"), *argv]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    snapshot = pipeline_dir.snapshot_dir(tmp_path, "pocket", "embedded")
+    assert [process.communicate()[0] for process in processes] == [f"{snapshot}\n"] * 3
+
+
+def test_an_empty_revision_is_refused(run, capsys):
+    """It would be the folder of all revisions."""
+    with pytest.raises(SystemExit):
+        run("pocket", revision="")
+    assert "--revision: is empty" in capsys.readouterr().err
 
 
 def test_a_complete_cache_may_be_read_only(run, monkeypatch):

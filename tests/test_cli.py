@@ -42,6 +42,15 @@ def test_what_ends_a_script_is_one_line_and_an_exit_code(capsys, error, code, li
     assert (stopped.value.code, capsys.readouterr().err) == (code, line)
 
 
+def test_the_first_line_of_an_error_is_one_that_says_something():
+    """diffusers has an empty line between a sentence and what it announces."""
+    assert (
+        cli.first_line(ValueError("\n these keys are wrong:\n\n a.b \n c"))
+        == "these keys are wrong: a.b"
+    )
+    assert cli.first_line(KeyError()) == "KeyError"
+
+
 def test_a_bug_keeps_its_stack_trace():
     with pytest.raises(ZeroDivisionError):
         cli.run_main(lambda args: 1 / 0, None)
@@ -319,7 +328,9 @@ def test_a_closed_stream_does_not_write_into_the_next_file(root, tmp_path):
     assert (tmp_path / "x").read_bytes() == b""
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize(
+    "code", [errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP]
+)
 def test_a_disk_that_cannot_be_written_is_one_line(capsys, code):
     error = OSError(code, os.strerror(code), "/out/run.json")
     with pytest.raises(SystemExit) as stopped:
@@ -335,7 +346,8 @@ def test_a_full_disk_is_one_line_though_its_error_names_no_file(capsys):
 
     with pytest.raises(SystemExit) as stopped:
         cli.run_main(lambda _: write(), None)
-    line = f"error: {os.strerror(errno.ENOSPC)}\n"
+    remedy = "make room, and run the same command again"
+    line = f"error: {os.strerror(errno.ENOSPC)}: {remedy}\n"
     assert (stopped.value.code, capsys.readouterr().err) == (2, line)
 
 

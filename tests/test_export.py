@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
 from dreambooth.run import export, training_log
-from dreambooth.run.plan import check_flags, make_plan
+from dreambooth.run.plan import check_flags, make_plan, report_dir
 
 
 def predict(model):
@@ -188,6 +188,16 @@ def result(train_args, model_dir, tmp_path):
         return folder, training_log.read_record(plan.report_dir)
 
     return make
+
+
+def test_no_card_is_written_of_a_run_that_did_not_make_the_result(result):
+    """A later run with other flags, which failed, is what the record is of."""
+    folder, record = result()
+    file = report_dir(folder) / training_log.RECORD
+    file.write_text(json.dumps({**record, "status": "diverged"}))
+    with pytest.raises(UserError, match="is of a later run .diverged., not of the one that made"):
+        run_export("card", folder)
+    assert not (folder / export.CARD).exists()
 
 
 def card_of(folder):

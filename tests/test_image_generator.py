@@ -347,6 +347,26 @@ def test_a_lora_of_another_trainer_takes_the_same_effect(predict, lora_dir, tmp_
     torch.testing.assert_close(predict(tmp_path), predict(lora_dir), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kohya", [True, False])
+def test_layers_may_have_alphas_of_their_own(predict, lora_dir, tmp_path, kohya):
+    """As in a file whose ranks were reduced: here some layers' second matrices are twice as large,
+    and their alphas half their ranks."""
+    weights = {}
+    for name, weight in load_file(lora_dir / pipeline_dir.LORA_FILE).items():
+        layer, _, direction = name.removesuffix(".weight").rpartition(".lora")
+        renamed = kohya_name(name) if kohya else name
+        if not kohya:
+            letter = "A" if direction.endswith("down") else "B"
+            renamed = f"{layer}.lora_{letter}.weight"
+        halved = sum(map(ord, layer)) % 2
+        weights[renamed] = weight * (2 if halved and direction.endswith("up") else 1)
+        alpha = kohya_name(name).partition(".")[0] if kohya else layer
+        weights[f"{alpha}.alpha"] = torch.tensor(2.0 if halved else 4.0)
+    assert len({alpha.item() for name, alpha in weights.items() if name.endswith("alpha")}) == 2
+    save_file(weights, tmp_path / "resized.safetensors")
+    torch.testing.assert_close(predict(tmp_path), predict(lora_dir), rtol=0, atol=1e-4)
+
+
 def test_the_alpha_in_a_files_header_counts(predict, lora_dir, tmp_path):
     """Where diffusers' scripts of 2025 and later write it: an alpha of half the rank is half the
     strength."""

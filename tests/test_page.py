@@ -121,6 +121,21 @@ def test_photos_before_and_after_previews_curves_and_facts(report, save_after, c
     assert capsys.readouterr().out == f"open {report / 'report.html'}\n"  # no advice
 
 
+def test_images_that_are_not_there_are_named(report, tmp_path, capsys):
+    with pytest.raises(UserError, match="--images_dir .*nowhere: no such directory"):
+        write_page(report, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    write_page(report, tmp_path / "empty")
+    assert "holds no images made with --compare_to" in capsys.readouterr().err
+
+
+def test_the_page_of_a_run_that_is_older_than_a_flag(report):
+    record = json.loads((report / training_log.RECORD).read_text())
+    del record["flags"]["prior_target"]
+    (report / training_log.RECORD).write_text(json.dumps(record))
+    assert "Before and after" not in write_page(report)
+
+
 def test_a_run_that_failed_at_its_first_step_has_a_page_too(report, train_args):
     args = train_args(report.with_name("tuned"))
     with (

@@ -498,13 +498,15 @@ def captioned(flat_image, tmp_path):
         if metadata is not None:
             lines = "\n".join(m if isinstance(m, str) else json.dumps(m) for m in metadata)
             (tmp_path / "photos" / "metadata.jsonl").write_text(lines, encoding="utf-8")
-        return photos.read_captions(tmp_path / "photos", photos.find_images(tmp_path / "photos"))
+        return photos.read_captions(
+            tmp_path / "photos", photos.find_images(tmp_path / "photos", report=True)
+        )
 
     read.paths = paths
     return read
 
 
-def test_captions_are_read_from_either_file(captioned):
+def test_captions_are_read_from_either_file(captioned, capsys):
     """A line break at the end of a .txt is none of the caption; names match in either Unicode
     normalization; more fields and a byte order mark do no harm; both files may agree."""
     a, cafe = captioned.paths
@@ -513,7 +515,10 @@ def test_captions_are_read_from_either_file(captioned):
     rows = [{"file_name": "caf\u00e9.png", "text": "at night", "seed": 3}]
     rows.append({"file_name": "a.png", "text": "photo of unqtkn car, red"})
     rows.append("")  # an empty line
-    assert captioned(metadata=rows) == {a: "photo of unqtkn car, red", cafe: "at night"}
+    both = {a: "photo of unqtkn car, red", cafe: "at night"}
+    assert captioned(metadata=rows) == both
+    assert captioned(**{"caf\u00e9": "at night"}) == both
+    assert capsys.readouterr().out == ""  # no caption is a file that is no image
 
 
 @pytest.mark.parametrize(

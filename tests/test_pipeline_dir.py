@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
@@ -87,6 +87,19 @@ def test_sharded_and_half_precision_models_are_trained_and_sampled(
     last = pipeline_dir.weights(copied, "unet").files[-1]
     last.unlink()  # as an interrupted download leaves it
     assert pipeline_dir.missing_file(copied) == f"unet/{last.name}"
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "unet"])
+def test_a_missing_weight_is_refused(copied, part):
+    """The libraries draw random numbers in its place: each sampling would show other images."""
+    (file,) = (copied / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = sorted(weights)[3]
+    weights[f"transformer.{name}"] = weights.pop(name)
+    save_file(weights, file, metadata={"format": "pt"})
+    pipeline_dir.check_model_dir(copied)
+    with pytest.raises(UserError, match=f"{part} has no weights for .*: fetch or copy it again"):
+        pipeline_dir.load_pipeline(copied)
 
 
 def test_a_field_that_is_null_is_not_set_and_another_type_is_refused(copied, model_dir):
@@ -235,10 +248,14 @@ def test_pocket_alone_is_asked_for_its_classes(model_dir, tmp_path):
             pipeline_dir.check_prompts(folder, ["photo of a car", "photo of a dog"])
 
 
-def test_fingerprint_tells_models_apart(model_dir, broken_model_dir, lora_dir, copied):
+def test_fingerprint_tells_models_apart(model_dir, broken_model_dir, lora_dir, copied, tmp_path):
     """By weights, also of a pickle beside safetensors, and by configurations; wherever they lie."""
     fingerprints = {pipeline_dir.fingerprint(broken_model_dir)}
     fingerprints.add(pipeline_dir.lora_fingerprint(lora_dir))
+    peft = shutil.copytree(lora_dir, tmp_path / "peft")
+    for alpha in (4, 1):  # the scale of PEFT's own files is not in them
+        (peft / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
+        fingerprints.add(pipeline_dir.lora_fingerprint(peft))
     fingerprints.add(pipeline_dir.fingerprint(copied))
     (copied / "safety_checker").mkdir()  # fetched by another program; no part of the pipeline here
     (copied / "safety_checker" / "config.json").write_text("{}")
@@ -249,7 +266,7 @@ def test_fingerprint_tells_models_apart(model_dir, broken_model_dir, lora_dir, c
     for content in (b"a", b"b"):
         (copied / "text_encoder" / "pytorch_model.bin").write_bytes(content)
         fingerprints.add(pipeline_dir.fingerprint(copied))
-    assert len(fingerprints) == 6
+    assert len(fingerprints) == 8
 
 
 def test_directory_of_a_revision_is_that_of_the_hubs_cache(tmp_path):

@@ -89,7 +89,8 @@ def test_a_number_of_workers_is_a_range(train_args, capsys):
         with pytest.raises(SystemExit) as stopped:
             train_args("out", num_workers=f" {text}")
         assert stopped.value.code == 2
-        assert "--num_workers" in capsys.readouterr().err
+        assert "--num_workers" in (line := capsys.readouterr().err)
+        assert "a range such as 2:4" in line
 
 
 def test_any_number_of_workers_divides_a_step_equally(check_and_plan, refusal):

@@ -3,6 +3,7 @@ seconds went, and how the run ended."""
 
 import json
 import math
+import sys
 import time
 from types import SimpleNamespace
 
@@ -265,3 +266,11 @@ def test_what_ended_a_run_is_on_record(record, tmp_path, error, status):
     facts = training_log.read_record(tmp_path / "out.report")
     assert facts["status"] == status
     assert facts["message"] == (str(error).partition("\n")[0] or "KeyboardInterrupt")
+
+
+def test_an_exit_code_is_no_message(record, tmp_path):
+    """As of a second Ctrl-C, which stops a run at once."""
+    with pytest.raises(SystemExit), record:
+        sys.exit(130)
+    facts = training_log.read_record(tmp_path / "out.report")
+    assert facts["status"] == "stopped" and "message" not in facts

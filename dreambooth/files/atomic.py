@@ -124,12 +124,12 @@ def unfinished(folder):
     return folder.with_name(f".{folder.name}.new")
 
 
-def lock(file, what):
+def lock(file, what, wait=False):
     """Lock `file` for this process, as long as it lives. UserError: another process has locked it,
-    and is writing `what`."""
+    and is writing `what`; unless this one is to `wait` for its end."""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it unlocks
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise UserError(
             f"another run is writing {what}: wait for it to finish, or stop it"
@@ -172,6 +172,8 @@ def check_writable(folder, flag="--output_dir"):
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {folder} is a file: name a directory")
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{flag} {folder} is a link to what is not there: is its disk mounted?")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):

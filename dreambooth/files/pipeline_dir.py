@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth.cli import STORAGE_FAILED, UserError, first_line
+from dreambooth.cli import STORAGE_FAILED, UserError, first_line, warn
 from dreambooth.files.pipelines import DISTILLED_SAMPLER, OTHER_MODELS, PIPELINES
 from dreambooth.pocket import classes
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_CONFIG = "adapter_config.json"  # beside the file of a PEFT adapter
 CARD_FILES = ["README.md", "before-after.png"]  # the model card
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 CONDITIONS = {"addition_embed_type", "class_embed_type", "num_class_embeds"}  # of U-Nets
@@ -203,6 +204,11 @@ def check_noise_schedule(facts, scheduler, where):
         raise UserError(f"{where} has an EDM noise schedule, which is not supported")
     if name.startswith("FlowMatch") != facts.is_flow:
         raise UserError(f"{where}: a {name} is not the noise schedule of {facts.name}")
+    if name in ("LCMScheduler", "TCDScheduler"):
+        warn(
+            f"{where} was made to sample in few steps (generate.py: --scheduler model"
+            " --num_inference_steps 4 --guidance_scale 1): train the model that it was made from"
+        )
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(
@@ -417,6 +423,32 @@ def _fits(value, hint):
     return True
 
 
+def load_part(cls, model_dir, part, **settings):
+    """The model `part` of `model_dir`, of the class `cls`; `settings` are for its
+    `from_pretrained`. UserError: it cannot be loaded, or a weight is missing, in whose place the
+    libraries would draw random numbers."""
+    if hasattr(cls, "load_config"):  # one of diffusers' classes; transformers' check themselves
+        check_fields(cls, Path(model_dir) / part / "config.json")
+    settings = {"variant": weights(model_dir, part).variant, **settings}
+    with loading(f"{model_dir}/{part}"):
+        model, found = cls.from_pretrained(
+            model_dir, subfolder=part, output_loading_info=True, **settings
+        )
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])[0]
+        raise UserError(f"{model_dir}/{part} has no weights for {missing}: fetch or copy it again")
+    return model
+
+
+def class_of(index, part):
+    """The class of `part`, by the parsed model_index.json `index`."""
+    import diffusers  # here: takes seconds
+    import transformers
+
+    library, name = index[part]
+    return getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+
+
 def load_pipeline(model_dir, dtype=None, **parts):
     """The pipeline in `model_dir`; `parts`, models by name, take the place of those in the
     directory. Without the safety checker, whose black images would be trained on as class images,
@@ -426,16 +458,16 @@ def load_pipeline(model_dir, dtype=None, **parts):
 
     index = read_config(Path(model_dir) / INDEX, "--model_dir")
     facts = facts_of(index, model_dir)
-    for part, cls in facts.classes.items():
+    for part in facts.models:
         if part not in parts:
-            check_fields(getattr(diffusers, cls), Path(model_dir) / part / "config.json")
-    found = [weights(model_dir, part) for part in facts.models if part not in parts]
+            with loading(f"{model_dir}/{INDEX}"):
+                cls = class_of(index, part)
+            parts[part] = load_part(cls, model_dir, part, dtype=dtype)
     tokenizers = {part: load_tokenizer(model_dir, part) for part in facts.tokenizers}
     with loading(model_dir):
         return getattr(diffusers, index["_class_name"]).from_pretrained(
             model_dir,
             dtype=dtype,
-            variant=next((w.variant for w in found if w.variant), None),
             **{**tokenizers, **facts.extras, **parts},
         )
 
@@ -509,7 +541,8 @@ def fingerprint(folder):
 def lora_fingerprint(path):
     """The same of the LoRA at `path`, a file or its directory."""
     file = lora_file(path)
-    return _digest([file], file.parent)
+    config = file.parent / PEFT_CONFIG  # which holds the scale of a PEFT adapter
+    return _digest([file, config] if config.exists() else [file], file.parent)
 
 
 def _digest(files, folder):

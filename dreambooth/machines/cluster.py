@@ -159,7 +159,7 @@ def _connect(address, verbose, log_to_driver):
         try:
             cores = device.num_cores()  # Ray would count all of the machine's, bound to them or not
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **log_settings)
-        except (RuntimeError, ConnectionError, TimeoutError, ray.exceptions.RayError) as error:
+        except Exception as error:  # a time-out of Ray's is of no class of its own
             raise UserError(
                 f"Ray did not start ({first_line(error)}): the machine may be busy, or out of"
                 " memory; try again, with --verbose to see what Ray says"

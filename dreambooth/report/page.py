@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jinja2
 from PIL import Image, ImageChops, ImageStat
 
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, warn
 from dreambooth.files import atomic, generated_images
 from dreambooth.files.photos import open_image
 from dreambooth.run import export, previews, training_log
@@ -236,7 +236,7 @@ def render(folder, record, pairs, kept):
     report is in `folder`. `pairs` and `kept`: what `subjects_and_others` returns."""
     rows = training_log.read_metrics(folder)
     moved = distance(pairs)
-    found = advice(rows, relative_contrast(pairs), record["flags"]["prior_target"])
+    found = advice(rows, relative_contrast(pairs), record["flags"].get("prior_target", "noise"))
     photos = [path for path in record["instance_paths"] if Path(path).exists()]
     template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -289,7 +289,12 @@ def main(args):
     record = training_log.read_record(folder)
     if not record:
         raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
-    pairs, kept = subjects_and_others(find_pairs(args.images_dir), record["flags"])
+    if args.images_dir and not Path(args.images_dir).is_dir():
+        raise UserError(f"--images_dir {args.images_dir}: no such directory")
+    found = find_pairs(args.images_dir)
+    if args.images_dir and not found:
+        warn(f"--images_dir {args.images_dir} holds no images made with --compare_to")
+    pairs, kept = subjects_and_others(found, record["flags"])
     html, found = render(folder, record, pairs, kept)
     atomic.replace_text(folder / PAGE, html)
     output_dir = Path(record["flags"]["output_dir"])

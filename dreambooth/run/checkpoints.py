@@ -130,8 +130,8 @@ def write(state, step, folder, limit):
             raise
         needed = sum(tensor.nbytes for tensor in tensors_of(state)) / 1e9
         raise UserError(
-            f"no space for the checkpoint of step {step} in {folder}, which takes"
-            f" {needed:.2f} GB: make room and give the same command again"
+            f"no space for the checkpoint of step {step} in {folder}, a file of {needed:.2f} GB:"
+            " make room, or name another disk with --storage_path, and give the same command again"
         ) from error
     for other in Path(folder).glob("step_*"):
         if other.name >= path.name:  # damaged, as the run went on from an earlier one

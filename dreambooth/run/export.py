@@ -88,9 +88,7 @@ def save_lora(denoiser, output_dir):
 def _write_pipeline(denoiser, model_dir, folder):
     """Tokenizers and scheduler are copied byte for byte, so that older versions of the libraries
     load the result if they load the original."""
-    import diffusers
     import torch
-    import transformers
     from safetensors.torch import load_file, save_file
 
     model_dir = Path(model_dir)
@@ -101,11 +99,8 @@ def _write_pipeline(denoiser, model_dir, folder):
     for part in facts.models:
         model = getattr(denoiser, part, None)
         if model is None:
-            library = {"diffusers": diffusers, "transformers": transformers}[index[part][0]]
-            variant = pipeline_dir.weights(model_dir, part).variant
-            model = getattr(library, index[part][1]).from_pretrained(
-                model_dir, subfolder=part, dtype=torch.float32, variant=variant
-            )
+            cls = pipeline_dir.class_of(index, part)
+            model = pipeline_dir.load_part(cls, model_dir, part, dtype=torch.float32)
         model.save_pretrained(folder / part)
     for part in facts.text_encoders:
         if index[part][1].startswith("CLIP"):
@@ -279,6 +274,11 @@ def export_card(args):
     record = training_log.read_record(report_dir(folder))
     if not record:
         raise UserError(f"{report_dir(folder)} is missing: it says how the model was made")
+    if record["status"] != "finished":
+        raise UserError(
+            f"{report_dir(folder)} is of a later run ({record['status']}), not of the one that made"
+            " this result: give that run's command again first"
+        )
     write_card(folder, record, repo=args.push)
     print(f"wrote {folder / CARD}")
     if args.push:

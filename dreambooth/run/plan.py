@@ -3,6 +3,7 @@ a user can get wrong in them."""
 
 import argparse
 import math
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -195,6 +196,10 @@ def check_flags(args):
     """Check the flags of train.py, as far as that takes no time, and leave --cuda_graph out where
     no step can be recorded. A UserError names the first mistake."""
     check_numbers(args)
+    for name in PATHS:
+        path = getattr(args, name) or ""
+        if path.encode(errors="replace") != os.fsencode(path):
+            raise UserError(f"--{name} {path!r} is not UTF-8, which Ray needs: rename the folder")
     args.cuda_graph = can_record(args)
     pipeline_dir.check_model_dir(args.model_dir)
     check_pipeline(args)
