@@ -287,3 +287,21 @@ def test_copies_are_of_content_alone(tmp_path, monkeypatch):
     copy = tmp_path / "copy" / "unet" / "a.bin"
     assert copy.read_text() == "weights"
     assert not copy.is_symlink()
+
+
+def test_two_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    """Such as two runs that share class images: each has a temporary file of its own."""
+    file = tmp_path / "file.txt"
+
+    def write_meanwhile(temporary):
+        temporary.write_text("first")
+        child = os.fork()
+        if child == 0:
+            atomic.replace_text(file, "second")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert file.read_text() == "second"
+        assert temporary.read_text() == "first"
+
+    atomic.replace_file(file, write_meanwhile)
+    assert file.read_text() == "first"

@@ -507,3 +507,43 @@ def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys):
             signal.signal(number, handler)
     assert codes == [128 + signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT]
     assert capsys.readouterr().err.count("run the same command again to resume") == 2
+
+
+def test_a_damaged_checkpoint_gives_way_to_that_of_the_same_step(folder):
+    """The run went on from step 10, and comes to step 20 again."""
+    (folder / "step_000020" / "state.pt").write_bytes(b"half")
+    assert checkpoints.find_newest(folder) == 10
+    checkpoints.write(STATE, 20, folder, limit=5)
+    assert checkpoints.find_newest(folder) == 20
+    assert names(folder) == ["step_000010", "step_000020"]
+
+
+def test_a_run_of_few_steps_has_a_checkpoint_after_each(make, monkeypatch):
+    """A tenth of four steps is less than one."""
+    now = time.monotonic()
+    run = make(num_steps=4)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    run.take_steps(0, 4)
+    run.checkpointer.on_train_end()
+    assert steps_in(run.folder) == [1, 2, 3]
+
+
+def test_a_request_to_stop_waits_for_the_checkpoint_that_is_being_written(make, monkeypatch):
+    """Its copy of the state would be overwritten before it is on the disk."""
+    write = checkpoints.write
+
+    def write_slowly(*args):
+        time.sleep(0.2)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoints, "write", write_slowly)
+    run = make(checkpointing_steps=5)
+    run.take_steps(0, 5)
+    expected = run.model.weight.detach().clone()
+    (run.folder).mkdir(exist_ok=True)
+    (run.folder / "stop").touch()
+    with pytest.raises(Stopped, match="stopped after step 6"):
+        run.take_steps(5, 7)
+    state = checkpoints.read(run.folder / "step_000005")
+    assert torch.equal(state["weights"]["weight"], expected)
+    assert steps_in(run.folder) == [5, 6]

@@ -361,3 +361,38 @@ def test_tokenizer_and_scheduler_are_copied_byte_for_byte(load_models, model_dir
     saved = json.loads((tmp_path / "tuned" / "model_index.json").read_text())
     assert saved["safety_checker"] == [None, None]
     assert saved["unet"] == index["unet"]
+
+
+def test_a_model_that_was_trained_in_bfloat16_is_saved_in_float32(load_models, model_dir, tmp_path):
+    """Like the rest of its pipeline; and all files are readable as new ones are."""
+    _, denoiser, _ = load_models(param_dtype="bf16")
+    expected = denoiser.unet.conv_out.weight.detach().float().clone()
+    export.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
+    (tmp_path / "new").touch()
+    for file in (tmp_path / "tuned").rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}, file
+        assert file.stat().st_mode == (tmp_path / "new").stat().st_mode, file
+    saved = load_file(tmp_path / "tuned" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(saved["conv_out.weight"], expected)
+
+
+def test_the_names_of_a_loras_text_encoder_are_those_that_other_programs_know(lora_dir, tmp_path):
+    """transformers 5 leaves their first part out; ComfyUI would load such a file without a word,
+    and without the text encoder's matrices."""
+    names = [name for name in load_file(lora_dir / pipeline_dir.LORA_FILE) if "text" in name]
+    assert names and all(name.startswith("text_encoder.text_model.encoder.") for name in names)
+    run_export("kohya", lora_dir, "--output", tmp_path / "subject.safetensors")
+    names = [name for name in load_file(tmp_path / "subject.safetensors") if "lora_te" in name]
+    assert names and all(name.startswith("lora_te_text_model_encoder_layers_") for name in names)
+
+
+def test_a_result_has_no_safety_checker_and_asks_for_none(load_models, model_dir, tmp_path):
+    """Else its pipeline warns each time that it is loaded."""
+    original = shutil.copytree(model_dir, tmp_path / "original")
+    index = json.loads((original / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "Checker"], "requires_safety_checker": True}
+    (original / "model_index.json").write_text(json.dumps(index))
+    _, denoiser, _ = load_models()
+    export.save_pipeline(denoiser, original, tmp_path / "tuned")
+    saved = json.loads((tmp_path / "tuned" / "model_index.json").read_text())
+    assert (saved["safety_checker"], saved["requires_safety_checker"]) == ([None, None], False)

@@ -14,7 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import generate
@@ -308,3 +308,25 @@ def test_a_caption_stands_in_place_of_the_prompt(
     )
     assert plan.fingerprint(args)["captions"] != plain.fingerprint(args)["captions"]
     assert plain.fingerprint(args)["captions"] is None
+
+
+def test_text_encoders_that_are_not_trained_are_saved_in_float32(load_models, xl_dir, tmp_path):
+    """Whatever the original's files have, which for SDXL is float16 where that is all there is."""
+    original = shutil.copytree(xl_dir, tmp_path / "original")
+    for part in ("text_encoder", "text_encoder_2"):
+        file = original / part / "model.safetensors"
+        save_file({n: t.half() for n, t in load_file(file).items()}, file, {"format": "pt"})
+        config = json.loads((original / part / "config.json").read_text())
+        (original / part / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    _, denoiser, _ = load_models(original)
+    export.save_pipeline(denoiser, original, tmp_path / "tuned")
+    for file in (tmp_path / "tuned").rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}, file
+
+
+def test_a_vae_that_overflows_in_float16_is_not_tried_in_it(step):
+    """SDXL's own, as its configuration says; the one that was mended for float16 is."""
+    _, vae, denoiser, *_ = step
+    for force_upcast in (True, False):
+        vae.register_to_config(force_upcast=force_upcast)
+        assert denoiser.family.vae_in_float16(vae) == (not force_upcast)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -261,3 +262,26 @@ def test_both_folders_of_a_comparison_are_checked_before_anything_is_generated(
     with pytest.raises(UserError, match="compared holds 10 images made with another"):
         run(out, num_inference_steps=3, compare_to=model_dir)
     assert [file.name for file in out.iterdir()] == ["compared"]
+
+
+def test_a_smaller_model_is_compared_at_the_size_of_the_first_ones_images(
+    run, sampling_args, model_dir, tmp_path
+):
+    """Its images, which are there already, are of 64 pixels, not of its own 32."""
+    small = shutil.copytree(model_dir, tmp_path / "small")
+    config = json.loads((small / "unet" / "config.json").read_text())
+    (small / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 8}))
+    out = tmp_path / "out"
+    (out / "compared").mkdir(parents=True)
+    (record,) = generate.plan(sampling_args(out, model_dir=small, resolution=64))
+    file = out / "compared" / record["file"]
+    generated_images.save_image(Image.new("RGB", (64, 64)), record, file)
+    run(out, compare_to=small, dry_run=True)
+    with pytest.raises(UserError, match="compared holds 1 images made with another"):
+        run(out, compare_to=small, dry_run=True, resolution=32)
+
+
+def test_zero_is_a_guidance_scale_and_no_default(sampling_args):
+    """Samples without the prompt; 7.5 is what is taken where none is given."""
+    assert sampling_args("out").guidance_scale == 7.5
+    assert sampling_args("out", guidance_scale=0).guidance_scale == 0

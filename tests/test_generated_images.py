@@ -296,3 +296,19 @@ def test_a_sheet_of_folders(flat_image, tmp_path, capsys):
     run(rows, sheet)
     assert capsys.readouterr().out == f"wrote {sheet}\n"
     assert Image.open(sheet).size == (480, 2 * 224 + 6)
+
+
+def test_what_is_small_on_one_side_alone_is_scaled_smoothly():
+    """A wide photo's fine stripes become grey; of sharp pixels every other one would be left."""
+    stripes = np.tile(np.uint8([0, 255]), (90, 192))
+    image = generated_images.fit_into_square(Image.fromarray(stripes).convert("RGB"), 192)
+    middle = np.asarray(image)[96, 8:-8].astype(int)
+    assert np.abs(middle - 127).max() < 60
+
+
+def test_a_caption_ends_before_the_margin(flat_image, tmp_path):
+    """Wherever its words end: six pixels are free at the right."""
+    red, sheet = flat_image("red.png", (255, 0, 0)), tmp_path / "sheet.png"
+    captions = {"i" * number + " car": [red] for number in range(100, 140)}
+    generated_images.contact_sheet(captions, sheet, side=32)
+    assert (np.asarray(Image.open(sheet))[:, -6:] == 255).all()

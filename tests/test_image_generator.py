@@ -474,3 +474,10 @@ def test_a_cosine_schedule_is_sampled_from_its_noise_to_its_end():
         for timestep in dpm.timesteps:
             sample = dpm.step(torch.zeros_like(sample), timestep, sample).prev_sample
         assert sample.isfinite().all()
+
+
+def test_an_image_has_content_if_one_of_its_channels_has():
+    """A drawing in red and black, whose other channels are 0 everywhere."""
+    image = torch.zeros(3, 8, 8)
+    image[0, :, 4:] = 1
+    assert image_generator.has_content(image)

@@ -91,3 +91,17 @@ def test_a_pairs_crops_depend_on_its_position_and_not_on_its_batch(ramp):
     assert np.array_equal(alone["instance_image"], whole["instance_image"][7:9])
     other = images.load_crops(batch, 64, seed=2)
     assert list(other["instance_key"]) != list(whole["instance_key"])
+
+
+def test_crops_of_a_portrait_differ_by_their_rows(tmp_path):
+    """The left edge of each is 0: the key tells them apart, else all would have the first one's
+    latents."""
+    rows = np.tile(np.arange(96, dtype=np.uint8)[:, None], (1, 64))
+    Image.fromarray(rows).save(tmp_path / "portrait.png")
+    places = set()
+    for seed in range(40):
+        crop, key, size = images.crop_image(str(tmp_path / "portrait.png"), 64, seed)
+        top = int(crop[0, 0, 0])
+        assert size == (96, 64, top, 0)
+        places.add((key, top))
+    assert len({key for key, _ in places}) == len({top for _, top in places}) == len(places) > 16

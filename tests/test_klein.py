@@ -22,6 +22,7 @@ import generate
 import train
 from dreambooth import dataset, latents, models
 from dreambooth.cli import UserError
+from dreambooth.families import Flux2Klein
 from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.image_generator import apply_lora, load_sampler
 from dreambooth.images import load_crops
@@ -359,3 +360,18 @@ def test_what_this_family_does_not_take_is_one_line(
     (tmp_path / "flow" / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
     check_flags(train_args(tmp_path / "out", model_dir=tmp_path / "flow"))
     assert "distilled to few steps" in capsys.readouterr().err
+
+
+def test_the_prompt_is_what_is_sampled_and_the_empty_one_what_is_avoided(klein_dir):
+    pipeline = pipeline_dir.load_pipeline(klein_dir, torch.float32)
+    found = Flux2Klein().sampler_inputs(pipeline, "photo of a car", torch.device("cpu"))
+    for name, text in (("prompt_embeds", "photo of a car"), ("negative_prompt_embeds", "")):
+        assert torch.equal(found[name], pipeline.encode_prompt(text)[0]), name
+    assert not torch.equal(*found.values())
+
+
+def test_matrices_on_a_transformer_in_bfloat16_are_float32(load_models, klein_dir):
+    """Else most updates would round to nothing."""
+    _, denoiser, _ = load_models(klein_dir, autocast=True, use_lora=True)
+    assert {p.dtype for p in denoiser.parameters() if p.requires_grad} == {torch.float32}
+    assert denoiser.model.x_embedder.weight.dtype == torch.bfloat16

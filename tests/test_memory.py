@@ -305,3 +305,11 @@ def test_flags_for_run_sh_follow_the_model(flags_for, sd14_dir, model_dir, tmp_p
     assert flags_for(sd14_dir, "--gib", "21")[0] == "\n"
     assert flags_for(larger, "--gib", "21")[0] == f"{CHECKPOINTING}\n"
     assert flags_for(model_dir, "--gib", "1") == ("\n", [])  # pocket fits everywhere
+
+
+def test_a_frozen_copy_counts_only_where_there_is_a_class_half_to_ask_it_for(check):
+    """1.83 GiB more than fit 18.5; a LoRA is its own original."""
+    assert check(21, prior_target="original").startswith("warning: training may need 22.2 GiB")
+    assert check(18.5, prior_target="original", prior_loss_weight=0) == ""
+    flags = {"use_lora": True, "gradient_checkpointing": True, "prior_target": "original"}
+    assert check(7.4, **flags) == ""

@@ -241,3 +241,37 @@ def test_the_page_takes_neither_ray_nor_torch(root):
 def test_a_class_loss_that_begins_at_zero_is_no_sign_of_forgetting():
     """That of a run whose target is the original model's prediction."""
     assert page.advice(rows_of(0.0, 0.2), None, prior_target="original") == []
+
+
+def test_a_run_that_did_not_finish_changes_no_card(report, save_after, train_args):
+    """What lies there is an earlier run's result: the card of this one would be wrong about it."""
+    args = train_args(report.with_name("tuned"))
+    training_log.RunRecord(args, make_plan(args), "2 cores")
+    assert "Before and after" in write_page(report, save_after())
+    assert list(report.with_name("tuned").iterdir()) == []
+
+
+def test_each_prompt_is_shown_once_before_any_twice(save_after):
+    """As the page shows only the first of many."""
+    folder = save_after()
+    for number, prompt in enumerate(PROMPTS):
+        record = {"prompt": prompt, "seed": 0, "index": 1}
+        name = generated_images.file_name(number, 1, 0)
+        for place in (folder, folder / "compared"):
+            generated_images.save_image(Image.new("RGB", (64, 64)), record, place / name)
+    names = [after.name for _, _, after in page.find_pairs(folder)]
+    assert names == [
+        "000-0000-seed0.png", "001-0000-seed0.png", "000-0001-seed0.png", "001-0001-seed0.png",
+    ]  # fmt: skip
+
+
+def test_the_change_of_one_channel_counts_as_a_third_of_the_squares(flat_image):
+    """Root mean square over all pixels and channels: 60 / sqrt(3) of a change of red alone by 60,
+    and the mean of that and of a change of all channels by 20."""
+    before = flat_image("before.png", (100, 100, 100))
+    red, all_channels = flat_image("red.png", (160, 100, 100)), flat_image("all.png", (120,) * 3)
+    one = page.distance([("a car", before, red)])
+    assert one == pytest.approx(60 / math.sqrt(3))
+    both = page.distance([("a car", before, red), ("a car", before, all_channels)])
+    assert both == pytest.approx((60 / math.sqrt(3) + 20) / 2)
+    assert page.distance([]) is None

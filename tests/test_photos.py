@@ -591,3 +591,44 @@ def test_copied_photos_keep_their_captions(captioned, tmp_path):
     assert {path.name: text for path, text in captions.items()} == {
         "a.png": "photo of unqtkn car, red"
     }
+
+
+def test_a_copied_photo_with_a_new_name_keeps_its_caption(flat_image, tmp_path, monkeypatch):
+    """On a disk that sees no case the second of two names that differ in case alone is another."""
+    source = tmp_path / "source"
+    for name in ("A.png", "a.png"):
+        flat_image(name, 0, folder=source)
+        text = f"photo of unqtkn car, {name}"
+        with open(source / "metadata.jsonl", "a") as file:
+            file.write(json.dumps({"file_name": name, "text": text}) + "\n")
+    exists = Path.exists
+
+    def without_case(path):
+        siblings = path.parent.iterdir() if exists(path.parent) else []
+        return path.name.lower() in {sibling.name.lower() for sibling in siblings}
+
+    monkeypatch.setattr(Path, "exists", without_case)
+    photos.copy_images(source, tmp_path / "own")
+    images = photos.find_images(tmp_path / "own")
+    assert [image.name for image in images] == ["1-a.png", "A.png"]
+    captions = photos.read_captions(tmp_path / "own", images)
+    assert list(captions.values()) == ["photo of unqtkn car, A.png", "photo of unqtkn car, a.png"]
+
+
+def test_a_transparent_value_of_16_bit_grey_becomes_white(tmp_path):
+    """A PNG without an alpha channel may name one value that is transparent."""
+    values = np.array([[0, 257 * 100], [257 * 50, 257 * 100]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.png", transparency=257 * 100)
+    found = np.asarray(photos.open_image(tmp_path / "grey.png"))[:, :, 0]
+    assert found.tolist() == [[0, 255], [50, 255]]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(captioned, tmp_path):
+    """As Windows' editor writes text files."""
+    a, cafe = captioned.paths
+    bom = "\ufeff"
+    row = json.dumps({"file_name": "café.png", "text": "at night"})
+    (tmp_path / "photos" / "metadata.jsonl").write_text(bom + row, encoding="utf-8")
+    assert captioned(a=f"{bom}photo of unqtkn car") == {
+        a: "photo of unqtkn car", cafe: "at night",
+    }  # fmt: skip

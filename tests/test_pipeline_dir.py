@@ -304,3 +304,24 @@ def test_a_pipeline_is_loaded_around_the_models_in_memory(model_dir, load_models
     assert pipeline.unet is denoiser.unet
     assert pipeline.vae.dtype == torch.bfloat16
     assert pipeline.safety_checker is None
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_the_fingerprint_of_a_model_depends_on_weights_anywhere_in_its_files(copied, part):
+    """Two tuned models differ in nothing else: not in their files' sizes or headers."""
+    before = pipeline_dir.fingerprint(copied)
+    (file,) = (copied / part).glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    file.write_bytes(content)
+    assert pipeline_dir.fingerprint(copied) != before
+
+
+def test_of_two_limits_of_a_prompt_the_smaller_one_holds(copied):
+    """The tokenizer's own, or that of the text encoder's positions, of which there are 48."""
+    for own, expected in ((20, 20), (1000, 48)):
+        set_json(copied / "tokenizer" / "tokenizer_config.json", model_max_length=own)
+        assert pipeline_dir.load_tokenizer(copied).model_max_length == expected
+    set_json(copied / "tokenizer" / "tokenizer_config.json", model_max_length=20)
+    with pytest.raises(UserError, match="the model takes 20"):
+        pipeline_dir.check_prompts(copied, ["a car " * 15])

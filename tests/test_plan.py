@@ -354,3 +354,23 @@ def test_a_folder_of_one_photo_is_asked_about(check_and_plan, flat_image, tmp_pa
     flat_image("banner.png", 0, folder=tmp_path / "images")
     check_and_plan(instance_images_dir=tmp_path / "images")
     assert "images holds 1 photo (banner.png): is it the right folder?" in capsys.readouterr().err
+
+
+def test_captions_follow_their_photos_to_another_folder(fingerprint, instance_dir, tmp_path):
+    """A run goes on where its photos have been moved, and does not with another caption."""
+    first, second = (shutil.copytree(instance_dir, tmp_path / name) for name in ("a", "b"))
+    for folder in (first, second):
+        (folder / "0.txt").write_text("photo of unqtkn car at night")
+    found = fingerprint(instance_images_dir=first)
+    assert found["captions"] == [["0.png", "photo of unqtkn car at night"]]
+    assert fingerprint(instance_images_dir=second) == found
+    (second / "0.txt").write_text("photo of unqtkn car in the snow")
+    assert fingerprint(instance_images_dir=second) != found
+
+
+def test_polynomial_needs_a_learning_rate_above_its_last_one(check_and_plan, refusal):
+    """1e-7, which diffusers would refuse after the models have been loaded."""
+    flags = {"lr_scheduler": "polynomial"}
+    for lr in (1e-7, 1e-8):
+        assert "polynomial ends at 1e-07; give linear" in refusal(**flags, lr=lr)
+    check_and_plan(**flags, lr=2e-7)

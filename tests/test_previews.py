@@ -16,9 +16,9 @@ from dreambooth.run import previews, training_log
 NUM_STEPS = 3
 
 
-def make(train_args, folder, vae=None, denoiser=None, enabled=True, **flags):
+def make(train_args, folder, vae=None, denoiser=None, enabled=True, resolution=64, **flags):
     """A run's Previews and its log."""
-    plan = SimpleNamespace(num_steps=NUM_STEPS, report_dir=folder, resolution=64)
+    plan = SimpleNamespace(num_steps=NUM_STEPS, report_dir=folder, resolution=resolution)
     log = training_log.TrainingLog(plan, torch.device("cpu"), 1, time.time(), enabled)
     log.on_train_begin(0)
     args = train_args("out", **flags)
@@ -157,3 +157,31 @@ def test_previews_of_steps_that_are_done_again_go(train_args, tmp_path, flat_ima
     preview.on_train_begin(0)
     assert previews.find(tmp_path) == {}
     assert not (tmp_path / previews.FILM_STRIP).exists()
+
+
+def test_a_preview_is_of_the_runs_seed_and_of_whole_pixels_of_the_pipeline(
+    train_args, load_models, tmp_path, monkeypatch
+):
+    """Latents of 60 pixels can be trained on; a pipeline generates multiples of 8."""
+    monkeypatch.setattr(previews, "NUM_INFERENCE_STEPS", 1)
+    vae, denoiser, _ = load_models()
+    shown = []
+    for seed in (0, 1):
+        flags = {"preview_prompts": ["photo of a car"], "preview_every": 1, "seed": seed}
+        folder = tmp_path / str(seed)
+        preview, log = make(train_args, folder, vae, denoiser, resolution=60, **flags)
+        preview.on_train_begin(0)
+        log.on_train_end()
+        shown.append(pixels(previews.find(folder)[0][0]))
+    assert [image.shape for image in shown] == [(56, 56, 3)] * 2
+    assert np.abs(shown[0] - shown[1]).max() > 20
+
+
+def test_a_run_that_is_resumed_without_previews_keeps_those_it_has(train_args, tmp_path):
+    file = tmp_path / previews.FOLDER / previews.file_name(0, 2)
+    file.parent.mkdir()
+    record = {"prompt": "a red car", "seed": 0, "step": 2}
+    generated_images.save_image(Image.new("RGB", (8, 8)), record, file)
+    preview, _ = make(train_args, tmp_path)
+    preview.on_train_begin(2)
+    assert previews.find(tmp_path) == {0: {2: file}}

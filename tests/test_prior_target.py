@@ -210,3 +210,13 @@ def test_memory_knows_the_frozen_copy():
     job = memory.Job()
     more = memory.needed((), job._replace(original=983e6)) - memory.needed((), job)
     assert more == pytest.approx(memory.RESERVE * 1.83, abs=0.01)
+
+
+def test_a_frozen_copy_takes_two_bytes_per_weight_where_products_are_in_bfloat16(make):
+    """As the README and memory.py count it; norms and embeddings, a few weights, stay as they
+    are."""
+    for autocast, least, most in ((True, 2, 2.3), (False, 4, 4)):
+        made = make(autocast=autocast)
+        weights = list(made.original.args[0].parameters())
+        count = sum(p.numel() for p in weights)
+        assert least <= sum(p.nbytes for p in weights) / count <= most

@@ -355,3 +355,28 @@ def test_run_sh_works_through_a_link_and_with_a_relative_python(root, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: STEPS=0: must be a whole number of at least 1")
+
+
+def test_class_images_have_less_guidance_than_results(run_story):
+    """pocket's look alike with more guidance."""
+    for variables in ({}, {"LORA": "1"}):
+        _, commands = run_story(0, **variables)
+        class_images, sample = commands["generate.py"][-2:]
+        assert class_images.endswith(" --overwrite --guidance_scale 1")
+        assert sample.endswith(" --guidance_scale 3 --seed 1")
+
+
+def test_a_class_has_its_folder_of_class_images(run_story):
+    """Of each model; and no prompt is given twice if the class is what must not change."""
+    _, commands = run_story(0, CLASS_NAME="house")
+    class_images, sample = commands["generate.py"]
+    assert " --output_dir /data/images-reg/pocket-house " in class_images
+    assert "photo of a house photo of a car photo of a car on the road " in sample
+    assert "--class_images_dir /data/images-reg/pocket-house " in commands["train.py"][0]
+
+
+def test_without_previews_none_is_asked_for(run_story, tmp_path):
+    run_story(0, PREVIEW_EVERY="0")
+    assert "--preview" not in (tmp_path / "commands").read_text()
+    run_story(0, PREVIEW_EVERY="400", STEPS="300")  # the first and the last
+    assert "--preview_every 400" in (tmp_path / "commands").read_text()

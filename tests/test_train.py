@@ -357,7 +357,7 @@ def test_a_worker_is_quiet_uses_its_cores_and_alone_keeps_no_gradients(
 
     monkeypatch.setattr(checkpoints.Checkpointer, "on_step_end", look)
     monkeypatch.setattr(device, "LARGE", 1e6)
-    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
@@ -555,3 +555,23 @@ def test_a_result_that_cannot_be_saved_is_not_lost(one_worker, train_here, tmp_p
     for file in one_worker.output_dir.rglob("*.safetensors"):
         name = file.relative_to(one_worker.output_dir)
         assert file.read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_workers_share_the_cores_of_their_own_machine_alone(train_alone, monkeypatch):
+    """Of four workers, two on each of two machines with eight cores."""
+    seen = []
+
+    def look(checkpointer, step, **metrics):
+        seen.append(torch.get_num_threads())
+
+    monkeypatch.setattr(checkpoints.Checkpointer, "on_step_end", look)
+    monkeypatch.setattr(device, "num_cores", lambda: 8)
+    train_alone(worker={"num_workers": 4, "workers_here": 2}, num_workers=4, max_train_steps=1)
+    assert seen == [4]
+
+
+def test_a_failed_worker_is_replaced_as_often_as_asked_for(train_args, tmp_path):
+    for given, expected in (({}, 3), ({"max_failures": 0}, 0), ({"max_failures": 7}, 7)):
+        args = train_args(tmp_path / "out", **given)
+        trainer = train.build_trainer(args, train.make_plan(args), 0, num_cpus=2, started=0.0)
+        assert trainer.run_config.failure_config.max_failures == expected

@@ -274,3 +274,16 @@ def test_an_exit_code_is_no_message(record, tmp_path):
         sys.exit(130)
     facts = training_log.read_record(tmp_path / "out.report")
     assert facts["status"] == "stopped" and "message" not in facts
+
+
+def test_on_a_gpu_a_line_has_what_tensors_took_and_what_was_reserved(
+    make, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**30)
+    log = make(log_every=1)
+    log.device = torch.device("cuda")
+    end_step(log, 1)
+    assert capsys.readouterr().out.endswith(" reserved 5.0 GiB\n")
+    (row,) = training_log.read_metrics(tmp_path / "report")
+    assert (row["peak_gib"], row["reserved_gib"]) == (3, 5)

@@ -51,13 +51,13 @@ class Rows:
             yield collate_fn({name: column[start:end] for name, column in self.columns.items()})
 
 
-def call_train_fn(args, rank=0, num_workers=1, device="cpu", prepare_model=None):
+def call_train_fn(args, rank=0, num_workers=1, device="cpu", prepare_model=None, workers_here=None):
     """Run train.py's worker number `rank` of `num_workers`, which exchanges nothing with others;
     returns what it prints and returns."""
     context = SimpleNamespace(
         get_world_rank=lambda: rank,
         get_world_size=lambda: num_workers,
-        get_local_world_size=lambda: num_workers,
+        get_local_world_size=lambda: workers_here or num_workers,
     )
     num_threads = torch.get_num_threads()
     stdout = io.StringIO()
