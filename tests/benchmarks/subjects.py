@@ -39,9 +39,9 @@ from dreambooth.run import export
 from dreambooth.run.plan import make_plan
 from tests.benchmarks import fidelity
 
-STEPS = "--train_batch_size 8 --num_epochs 12 --max_train_steps 300"
+STEPS = "--train_batch_size 8 --num_epochs 24 --max_train_steps 300"
 SHARED = (
-    "--lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.75 --prior_target original"
+    "--lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.85 --prior_target original"
 )
 FULL = f"--lr 3e-4 {SHARED}"
 LORA = f"--lora_layers all --lora_rank 16 --lr 1.5e-3 {SHARED}"
@@ -147,7 +147,7 @@ class Bench:
         return folder
 
     def class_images(self, subject):
-        """200 images of the subject's class by the original model, as in run.sh."""
+        """100 images of the subject's class by the original model, as in run.sh."""
         folder = self.work_dir / "class" / subject.kind
         flags = ["--model_dir", self.args.model_dir, "--output_dir", folder]
         flags += ["--prompts", fidelity.class_prompt(subject), "--guidance_scale", "1"]
@@ -251,7 +251,7 @@ def build_parser(description):
     add("--train_flags", default="", help="more flags of train.py, which override the recipe's")
     add("--num_samples", type=int, default=48, help="images per prompt")
     add("--more_samples", type=int, default=192, help="where a metric is below its aim")
-    add("--num_class_images", type=int, default=200, help="as in run.sh")
+    add("--num_class_images", type=int, default=100, help="as in run.sh")
     return parser
 
 
