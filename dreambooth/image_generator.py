@@ -250,7 +250,7 @@ OTHER_ADAPTERS = {
     "hada_": "LoHa",
     "oft_": "OFT",
     "lora_mid": "LoCon with a Tucker decomposition",
-    ".diff": "LyCORIS with whole weights",
+    ".diff_b": "LyCORIS with whole weights",
     "w_norm": "LyCORIS with norms",
 }
 # The second and the first matrix of a layer, as several programs name them.

@@ -381,13 +381,13 @@ def test_the_alpha_in_a_files_header_counts(predict, lora_dir, tmp_path):
     torch.testing.assert_close(predict(tmp_path, 1.0), half, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dora_scale", "lokr_w1", "hada_w1_a"])
+@pytest.mark.parametrize("kind", ["dora_scale", "lokr_w1", "hada_w1_a", "lora_mid", "w_norm"])
 def test_other_adapters_of_kohya_are_refused_by_name(pipeline_with, tmp_path, kind):
     """Of some, diffusers would load a part without a word."""
     layer = "lora_unet_mid_block_attentions_0_proj_in"
     weights = {f"{layer}.{name}": torch.ones(2, 2) for name in ("lora_up.weight", kind)}
     save_file(weights, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="is a (DoRA|LoKr|LoHa).*take a plain LoRA"):
+    with pytest.raises(UserError, match="is a (DoRA|LoKr|LoHa|LoCon|LyCORIS).*take a plain LoRA"):
         pipeline_with(str(tmp_path))
 
 
