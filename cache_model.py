@@ -124,7 +124,8 @@ def copy_pocket(snapshot):
 
     def is_there():
         is_complete = pipeline_dir.missing_file(snapshot) is None
-        return is_complete and same_models(snapshot, POCKET_DIR)
+        fingerprint = pipeline_dir.fingerprint
+        return is_complete and fingerprint(snapshot) == fingerprint(POCKET_DIR)
 
     if is_there():
         return
@@ -133,10 +134,6 @@ def copy_pocket(snapshot):
     atomic.lock(snapshot.with_name(".lock"), snapshot, wait=True)  # two runs may begin at once
     if not is_there():
         atomic.replace_dir(snapshot, lambda folder: atomic.copy_files(POCKET_DIR, folder))
-
-
-def same_models(folder, other):
-    return pipeline_dir.fingerprint(folder) == pipeline_dir.fingerprint(other)
 
 
 def main(args):

@@ -125,7 +125,7 @@ def run_main(main, args):
         if error.errno not in OF_THE_DISK or not (error.filename or is_full(error)):
             raise  # (a full disk names no file)
         file = f"{_one_line(error.filename)}: " if error.filename else ""
-        remedy = "" if file else ": make room, and run the same command again"
+        remedy = "" if file else ": make room, or name another disk, and run the same command again"
         print(f"error: {file}{error.strerror}{remedy}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -346,7 +346,7 @@ def test_a_full_disk_is_one_line_though_its_error_names_no_file(capsys):
 
     with pytest.raises(SystemExit) as stopped:
         cli.run_main(lambda _: write(), None)
-    remedy = "make room, and run the same command again"
+    remedy = "make room, or name another disk, and run the same command again"
     line = f"error: {os.strerror(errno.ENOSPC)}: {remedy}\n"
     assert (stopped.value.code, capsys.readouterr().err) == (2, line)
 

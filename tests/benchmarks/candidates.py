@@ -12,12 +12,10 @@ and seeds of subjects.py, whose flags this script takes as well.
     mixed              every second class image is one of all classes or of the empty prompt
     mixed_places       the same, of all classes in all places
     ten_prompts        20 class images of the class in each place, and 20 of each other class
-    teacher_mixed, teacher_places, teacher_ten   the images of the last three, and the teacher
-    teacher_photos     no class images: the photos, under the class prompt and those of mixed
-    teacher_denoised   mixed, with images that the original model denoises in 6 steps
+    photos_for_class   no class images: the photos, under the class prompt and those of mixed
+    denoised           mixed, with images that the original model denoises in 6 steps
     captions           three of the five photos have a caption that names their place
     frozen_text        --no-train_text_encoder
-    teacher_frozen     the images of mixed_places, the teacher, and that
     min_snr            --snr_gamma 5
     fewer_steps        200 steps, not 300
     faster             the same at lr 4.5e-4, not 3e-4
@@ -50,20 +48,13 @@ TEXT_ENCODER_LR = 0.25  # times --lr
 NOISE_OFFSET = 0.1
 OTHER_EVERY = 10  # pairs
 NUM_OTHER_IMAGES = 40
-TEACHER = "--prior_target original"
 FLAGS = {
     "min_snr": "--snr_gamma 5",
     "fewer_steps": "--max_train_steps 200 --num_epochs 16",
     "faster": "--max_train_steps 200 --num_epochs 16 --lr 4.5e-4",
     "noise_target": "--prior_target noise",
     "all_noise": "--max_instance_noise 1 --lr 2e-4",
-    "teacher_mixed": TEACHER,
-    "teacher_places": TEACHER,
-    "teacher_ten": TEACHER,
-    "teacher_photos": TEACHER,
-    "teacher_denoised": TEACHER,
     "frozen_text": "--no-train_text_encoder",
-    "teacher_frozen": f"{TEACHER} --no-train_text_encoder",
 }
 
 
@@ -184,11 +175,11 @@ def captions(args):
     return [patch.object(subjects.Bench, "photos", photos)]
 
 
-def teacher_photos(args):
+def photos_for_class(args):
     return mixed(args, photos=True)
 
 
-def teacher_denoised(args):
+def denoised(args):
     return mixed(args, num_inference_steps=6)
 
 
@@ -257,14 +248,10 @@ CANDIDATES = {
     "mirror": mirror,
     "captions": captions,
     "ten_prompts": ten_prompts,
-    "teacher_ten": ten_prompts,
     "mixed": mixed,
     "mixed_places": mixed_places,
-    "teacher_mixed": mixed,
-    "teacher_places": mixed_places,
-    "teacher_photos": teacher_photos,
-    "teacher_denoised": teacher_denoised,
-    "teacher_frozen": mixed_places,
+    "photos_for_class": photos_for_class,
+    "denoised": denoised,
 }
 
 
