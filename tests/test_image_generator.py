@@ -12,15 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
-from safetensors.torch import load_file, save_file
 
 import generate
 from dreambooth import image_generator
 from dreambooth.cli import UserError
-from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.image_generator import ImageGenerator, apply_lora, build_dpm, load_sampler
+from dreambooth.files import generated_images
+from dreambooth.image_generator import ImageGenerator, build_dpm
 from dreambooth.machines import device
-from dreambooth.run import export
 
 
 @pytest.fixture
@@ -281,35 +279,6 @@ def test_content_is_finite_and_not_of_one_colour():
     assert not image_generator.has_content(image)
 
 
-@pytest.fixture(scope="module")
-def pipeline_with(model_dir):
-    """The pipeline of the model, with a LoRA on top: pipeline_with(lora_dir, scale)."""
-
-    def load(lora_dir=None, scale=1.0):
-        pipeline = load_sampler(model_dir, torch.float32)
-        if lora_dir:
-            apply_lora(pipeline, lora_dir, scale)
-        return pipeline
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def predict(pipeline_with):
-    """What U-Net and text encoder predict for fixed inputs: predict(lora_dir, scale)."""
-
-    def call(*lora):
-        pipeline = pipeline_with(*lora)
-        random = torch.Generator().manual_seed(0)
-        noisy_latents = torch.randn(2, 4, 16, 16, generator=random)
-        prompt_ids = torch.randint(0, 500, (2, 48), generator=random)
-        with torch.no_grad():
-            hidden_states = pipeline.text_encoder(prompt_ids)[0]
-            return pipeline.unet(noisy_latents, torch.tensor([10, 900]), hidden_states).sample
-
-    return call
-
-
 def test_a_generator_on_a_cpu_is_float32_and_has_no_safety_checker(generator):
     """The weights on the disk are float16."""
     pipeline = generator.pipeline
@@ -318,148 +287,11 @@ def test_a_generator_on_a_cpu_is_float32_and_has_no_safety_checker(generator):
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
 
 
-def test_a_lora_takes_effect_according_to_its_scale(predict, lora_dir):
-    original = predict()
-    torch.testing.assert_close(predict(lora_dir, 0.0), original, rtol=0, atol=1e-5)
-    half, full = ((predict(lora_dir, scale) - original).norm() for scale in (0.5, 1.0))
-    assert 0.01 < half < full
-
-
-def kohya_name(name):
-    """The name of a LoRA's weight, such as "unet.a.b.lora.down.weight", in kohya's files:
-    "lora_unet_a_b.lora_down.weight"."""
-    part, _, layer = name.removesuffix(".weight").partition(".")
-    layer = layer.replace(".lora_linear_layer", "").replace(".lora.", ".")
-    layer, _, direction = layer.rpartition(".")
-    prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}[part]
-    return f"{prefix}_{layer.replace('.', '_')}.lora_{direction}.weight"
-
-
-def test_a_lora_of_another_trainer_takes_the_same_effect(predict, lora_dir, tmp_path):
-    """Under another file name, and with kohya's names for the weights."""
-    weights = {}
-    for name, weight in load_file(lora_dir / pipeline_dir.LORA_FILE).items():
-        kohya = kohya_name(name)
-        weights[kohya] = weight
-        weights[kohya.partition(".")[0] + ".alpha"] = torch.tensor(4.0)  # its rank
-    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in weights
-    save_file(weights, tmp_path / "my_car.safetensors")
-    torch.testing.assert_close(predict(tmp_path), predict(lora_dir), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("kohya", [True, False])
-def test_layers_may_have_alphas_of_their_own(predict, lora_dir, tmp_path, kohya):
-    """As in a file whose ranks were reduced: here some layers' second matrices are twice as large,
-    and their alphas half their ranks."""
-    weights = {}
-    for name, weight in load_file(lora_dir / pipeline_dir.LORA_FILE).items():
-        layer, _, direction = name.removesuffix(".weight").rpartition(".lora")
-        renamed = kohya_name(name) if kohya else name
-        if not kohya:
-            letter = "A" if direction.endswith("down") else "B"
-            renamed = f"{layer}.lora_{letter}.weight"
-        halved = sum(map(ord, layer)) % 2
-        weights[renamed] = weight * (2 if halved and direction.endswith("up") else 1)
-        alpha = kohya_name(name).partition(".")[0] if kohya else layer
-        weights[f"{alpha}.alpha"] = torch.tensor(2.0 if halved else 4.0)
-    assert len({alpha.item() for name, alpha in weights.items() if name.endswith("alpha")}) == 2
-    save_file(weights, tmp_path / "resized.safetensors")
-    torch.testing.assert_close(predict(tmp_path), predict(lora_dir), rtol=0, atol=1e-4)
-
-
-def test_the_alpha_in_a_files_header_counts(predict, lora_dir, tmp_path):
-    """Where diffusers' scripts of 2025 and later write it: an alpha of half the rank is half the
-    strength."""
-    weights = load_file(lora_dir / pipeline_dir.LORA_FILE)
-    config = {"r": 4, "lora_alpha": 2, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
-    text = {**config, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
-    header = {f"unet.{name}": value for name, value in config.items()}
-    header |= {f"text_encoder.{name}": value for name, value in text.items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(header)}
-    save_file(weights, tmp_path / pipeline_dir.LORA_FILE, metadata=metadata)
-    half = predict(lora_dir, 0.5)
-    torch.testing.assert_close(predict(tmp_path, 1.0), half, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["dora_scale", "lokr_w1", "hada_w1_a", "lora_mid", "w_norm"])
-def test_other_adapters_of_kohya_are_refused_by_name(pipeline_with, tmp_path, kind):
-    """Of some, diffusers would load a part without a word."""
-    layer = "lora_unet_mid_block_attentions_0_proj_in"
-    weights = {f"{layer}.{name}": torch.ones(2, 2) for name in ("lora_up.weight", kind)}
-    save_file(weights, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="is a (DoRA|LoKr|LoHa|LoCon|LyCORIS).*take a plain LoRA"):
-        pipeline_with(str(tmp_path))
-
-
 @pytest.mark.parametrize("sigmas", ["use_exponential_sigmas", "use_beta_sigmas"])
 def test_a_scheduler_with_other_sigmas_is_sampled_with_karras(sigmas):
     dpm = build_dpm({"beta_schedule": "scaled_linear", "beta_end": 0.012, sigmas: True})
     assert dpm.config.use_karras_sigmas
     assert not dpm.config[sigmas]
-
-
-@pytest.mark.parametrize("content", ["no LoRA", "a LoRA of another model"])
-def test_a_lora_that_does_not_fit_is_a_user_error(pipeline_with, tmp_path, content):
-    weights = {"a.weight": torch.zeros(1)}
-    if content == "a LoRA of another model":
-        layer = "unet.mid_block.attentions.0.proj_in.lora"
-        weights = {f"{layer}.{way}.weight": torch.zeros(7, 7) for way in ("up", "down")}
-    save_file(weights, tmp_path / pipeline_dir.LORA_FILE)
-    with pytest.raises(
-        UserError, match="--lora_weights_dir .*(no LoRA for|cannot be loaded)"
-    ) as error:
-        pipeline_with(str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_a_lora_that_is_not_loaded_whole_is_warned_of(pipeline_with, load_models, tmp_path, capsys):
-    """As where diffusers meets two layouts of names in one file."""
-    _, denoiser, _ = load_models(use_lora=True, lora_layers="all")
-    export.save_lora(denoiser, tmp_path)
-    pipeline_with(tmp_path)
-    assert capsys.readouterr().err == ""
-    weights = load_file(tmp_path / pipeline_dir.LORA_FILE)
-    mixed = {
-        name.replace("lora.down", "lora_A").replace("lora.up", "lora_B")
-        if "conv" in name
-        else name: p
-        for name, p in weights.items()
-    }
-    save_file(mixed, tmp_path / pipeline_dir.LORA_FILE, metadata={"format": "pt"})
-    pipeline_with(tmp_path)
-    assert "some of its matrices were not loaded" in capsys.readouterr().err
-
-
-def test_an_adapter_of_peft_takes_the_same_effect(predict, lora_dir, tmp_path):
-    """The folder that PEFT's own save_pretrained writes, with its scale in adapter_config.json."""
-    weights = load_file(lora_dir / pipeline_dir.LORA_FILE)
-    unet = {name: tensor for name, tensor in weights.items() if name.startswith("unet.")}
-    save_file(unet, tmp_path / "unet.safetensors")
-    expected = predict(tmp_path / "unet.safetensors", 0.5)
-    renamed = {}
-    for name, tensor in unet.items():
-        name = name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
-        name = name.replace(".processor", "").replace("to_out_lora", "to_out.0")
-        renamed[name.replace("unet.", "base_model.model.", 1)] = tensor
-    (tmp_path / "peft").mkdir()
-    save_file(renamed, tmp_path / "peft" / "adapter_model.safetensors")
-    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
-    found = predict(tmp_path / "peft", 1.0)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    # A layer may have a rank and an alpha of its own: here 4 and 2 again, among others' 8 and 8.
-    pattern = {"to_[qkv]": 2, "to_out.0": 2}
-    config = {"r": 8, "lora_alpha": 8, "rank_pattern": {"to_q": 4}, "alpha_pattern": pattern}
-    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
-    found = predict(tmp_path / "peft", 1.0)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_a_file_of_peft_needs_its_configuration(pipeline_with, tmp_path):
-    """Which holds the scale."""
-    weights = {"base_model.model.mid_block.to_q.lora_A.weight": torch.zeros(4, 8)}
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="PEFT's own file needs adapter_config.json beside it"):
-        pipeline_with(str(tmp_path))
 
 
 def test_a_cosine_schedule_is_sampled_from_its_noise_to_its_end():

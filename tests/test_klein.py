@@ -24,8 +24,9 @@ from dreambooth import dataset, latents, models
 from dreambooth.cli import UserError
 from dreambooth.families import Flux2Klein
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.image_generator import apply_lora, load_sampler
+from dreambooth.image_generator import load_sampler
 from dreambooth.images import load_crops
+from dreambooth.lora import apply_lora
 from dreambooth.run import export
 from dreambooth.run.plan import check_flags
 from dreambooth.run.training_log import read_record

@@ -1,0 +1,109 @@
+"""Put the file of a LoRA on the models of a pipeline: train.py's own, or another program's.
+
+diffusers reads the layouts of most; what it would read wrong, or in part without a word, is put
+right or refused here.
+"""
+
+import warnings
+from copy import copy
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dreambooth.cli import UserError, warn
+from dreambooth.files import pipeline_dir
+
+PEFT = "base_model.model."  # how the names of PEFT's own files begin
+# By what only their tensors' names hold. PEFT's own DoRAs have other names, and are loaded.
+OTHER_ADAPTERS = {
+    "dora_scale": "DoRA of kohya's",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "lora_mid": "LoCon with a Tucker decomposition",
+    ".diff_b": "LyCORIS with whole weights",
+    "w_norm": "LyCORIS with norms",
+}
+# The second and the first matrix of a layer, as several programs name them.
+MATRICES = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"))
+
+
+def apply_lora(pipeline, lora_weights_dir, lora_scale):
+    """Put the LoRA of `lora_weights_dir` on the models of `pipeline`, and say which file that is.
+    UserError: it is another model's."""
+    file = pipeline_dir.lora_file(lora_weights_dir)
+    flag = f"--lora_weights_dir {file}"
+    print(f"with the LoRA of {file}", flush=True)
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    if not names:
+        raise UserError(f"{flag} is empty")
+    for sign, kind in OTHER_ADAPTERS.items():
+        if any(sign in name for name in names):
+            raise UserError(f"{flag} is a {kind}, which is not read here: take a plain LoRA")
+    # By its path: its header may hold the alphas, which its tensors do not.
+    source, options = file.parent, {"weight_name": file.name}
+    is_peft = any(name.startswith(PEFT) for name in names)
+    config = file.parent / pipeline_dir.PEFT_CONFIG
+    if is_peft and config.exists():
+        source, options = from_peft(load_file(file), config, flag), {}
+    elif any(name.endswith(".alpha") for name in names):
+        source, options = with_alphas(load_file(file)), {}
+    with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given = pipeline.lora_state_dict(copy(source), **options)  # which changes a dict
+        given = given[0] if isinstance(given, tuple) else given  # some return alphas as well
+        given = [name for name in given if not name.endswith("alpha")]
+        pipeline.load_lora_weights(copy(source), adapter_name="subject", **options)
+    models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
+    if not loaded:
+        needs = f"; PEFT's own file needs {pipeline_dir.PEFT_CONFIG} beside it" if is_peft else ""
+        raise UserError(
+            f"{flag} is no LoRA for --model_dir: no layer is called {names[0]}, say{needs}"
+        )
+    partly = any("additional target modules" in str(warning.message) for warning in caught)
+    if partly or len(loaded) < len(given):
+        count = f"{len(loaded)} of {len(given)}"
+        warn(f"{flag}: some of its matrices were not loaded, as they fit no layer ({count} were)")
+    pipeline.set_adapters("subject", lora_scale)
+
+
+def with_alphas(weights):
+    """The tensors of a LoRA whose layers have alphas, each alpha divided by the layer's rank and
+    put into its matrices. (diffusers gives the wrong alphas to layers that differ.)"""
+    weights = dict(weights)
+    for name in [name for name in weights if name.endswith(".alpha")]:
+        layer = name.removesuffix(".alpha")
+        for second, first in MATRICES:
+            if layer + second in weights and layer + first in weights:
+                scale = weights.pop(name).item() / len(weights[layer + first])
+                weights[layer + second] = weights[layer + second].float() * scale
+    return weights
+
+
+def from_peft(weights, config_file, flag):
+    """The tensors of a PEFT adapter under diffusers' names; its scale goes into the matrices."""
+    config = pipeline_dir.read_config(config_file, flag)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+        raise UserError(f"{flag}: {config_file.name} has no r and lora_alpha")
+    alphas = config.get("alpha_pattern") or {}  # of layers that have another; ranks show in shapes
+
+    def scale(name, matrix):
+        layer = name.removeprefix(PEFT).partition(".lora_B.")[0]
+        own = alphas.get(get_pattern_key(alphas, layer), alpha)
+        return own / (matrix.shape[1] ** 0.5 if config.get("use_rslora") else matrix.shape[1])
+
+    parts = dict.fromkeys(("down_blocks.", "mid_block.", "up_blocks."), "unet")
+    parts["transformer_blocks.0"] = "transformer"
+    found = [part for layer, part in parts.items() if any(layer in name for name in weights)]
+    part = found[0] if found else "text_encoder"
+    return {
+        f"{part}.{name.removeprefix(PEFT)}": matrix * scale(name, matrix)
+        if ".lora_B." in name
+        else matrix
+        for name, matrix in weights.items()
+    }
