@@ -197,24 +197,30 @@ def sampling_args(generate_args):
 
 
 @pytest.fixture
-def run_elastically(train_here, tmp_path, monkeypatch):
-    """Train two steps in two ways: run_elastically(lr=1e-3) returns the results of a run that
-    nobody stopped, and of one whose first step one worker takes and whose second step one or two
-    take, as many as there are."""
+def run_and_resume(train_here, tmp_path, monkeypatch):
+    """Train two steps in two ways, on one worker: run_and_resume("1:2", lr=1e-3) returns a run that
+    nobody stopped; one that took its first step alone and was then resumed by so many workers (a
+    pair that is used twice or not at all would change its weights); and the state between. What
+    ends the first of its runs is that the result cannot be saved; the state after step 2 is then
+    lost."""
 
-    def run(**changes):
-        changes = {"adam_epsilon": 1e-2, "max_train_steps": 2, **changes}
+    def run(num_workers, **changes):
+        changes = {"adam_epsilon": 1e-2, "lr": 1e-3, "max_train_steps": 2, **changes}
         alone = {**changes, "num_workers": 1, "gradient_accumulation_steps": 2}
-        expected = train_here(**alone).output_dir
+        expected = train_here(**alone)
         with monkeypatch.context() as patch:
             patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
             with pytest.raises(UserError, match="could not be saved"):
                 more = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
                 train_here(tmp_path / "out", **alone, **more)
-        shutil.rmtree(tmp_path / "out.checkpoints" / "step_000002")
-        resumed = train_here(tmp_path / "out", **changes, num_workers="1:2")
+        first, second = sorted((tmp_path / "out.checkpoints").glob("step_*"))
+        state = torch.load(first / "state.pt", weights_only=True)
+        shutil.rmtree(second)
+        if num_workers != 1:
+            alone["gradient_accumulation_steps"] = 1  # as many pairs per step
+        resumed = train_here(tmp_path / "out", **{**alone, "num_workers": num_workers})
         assert "resuming after step 1" in resumed.stdout
-        return expected, resumed.output_dir
+        return expected, resumed, state
 
     return run
 

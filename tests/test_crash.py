@@ -3,20 +3,15 @@ processes that they start."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import generate
 from dreambooth.batch_inference import generate_with_ray
-from dreambooth.cli import UserError
 from dreambooth.files import generated_images
-from dreambooth.run import export
 
 PROMPTS = ["photo of a car", "photo of a red house, at night"]
 
@@ -142,27 +137,3 @@ def test_a_stopped_training_run_goes_on_to_the_last_bit(
     for file in files:
         name = file.relative_to(one_worker.output_dir)
         assert file.read_bytes() == (tmp_path / "out" / name).read_bytes(), name
-
-
-def test_a_run_goes_on_with_another_number_of_workers(
-    two_workers, train_here, update, tmp_path, monkeypatch
-):
-    """One worker takes the first of two steps, two the second: the weights are, to rounding, those
-    of two workers that took both. (A pair used twice or not at all would change them.) What ends
-    the first run here is that its result cannot be saved; the state after step 2 is then lost."""
-
-    def run(num_workers, **more):
-        changes = {**two_workers.changes, "num_workers": num_workers, **more}
-        changes["gradient_accumulation_steps"] = 4 // num_workers
-        return train_here(tmp_path / "out", **changes)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
-        with pytest.raises(UserError, match="could not be saved"):
-            run(1, checkpointing_steps=1, checkpoints_total_limit=2)
-    shutil.rmtree(tmp_path / "out.checkpoints" / "step_000002")
-    resumed = run(2)
-    assert "2 steps of 4 pairs, 2 worker(s)" in resumed.stdout
-    assert "resuming after step 1" in resumed.stdout
-    expected = update(two_workers)
-    assert (update(resumed) - expected).norm() < 1e-3 * expected.norm()

@@ -92,7 +92,7 @@ def stretched(images):
     return np.stack([np.asarray(image) for image in wide])
 
 
-@pytest.mark.parametrize("name", list(render.SUBJECTS))
+@pytest.mark.parametrize("name", ["lego_car", "windmill", "ladybird", "palm"])
 def test_likeness_sees_a_wrong_shape_or_colour_in_every_place(name):
     """Renders are alike. A member of the class in the same colours, the subject in another colour,
     and a subject that is too long are not, but for the palm, whose fronds are a pixel thin."""

@@ -234,10 +234,13 @@ def test_a_run_its_lora_and_its_images(train_here, generate_args, digests, klein
         run_export("kohya", run.output_dir, "--output", tmp_path / "k.safetensors")
 
 
-def test_a_run_goes_on_elastically_and_on_two_workers(run_elastically, klein_dir):
-    """Its LoRA is, to rounding, that of a run that nobody stopped."""
-    folders = run_elastically(model_dir=klein_dir, use_lora=True, lr=1e-3)
-    expected, resumed = map(trained_matrices, folders)
+def test_a_run_goes_on_with_another_number_of_workers(run_and_resume, klein_dir):
+    """As many as there are, which is two: its LoRA is, to rounding, that of one worker that took
+    both steps. Each of them has the original model as its teacher."""
+    changes = {"model_dir": klein_dir, "use_lora": True, "prior_target": "original"}
+    expected, resumed, _ = run_and_resume("1:2", **changes)
+    assert "2 worker(s)" in resumed.stdout
+    expected, resumed = (trained_matrices(run.output_dir) for run in (expected, resumed))
     assert (resumed - expected).norm() < 1e-3 * expected.norm()
 
 
@@ -260,7 +263,8 @@ def test_full_fine_tuning_saves_a_pipeline_with_its_own_text_encoder(train_here,
 def test_compared_models_have_their_own_defaults(generate_args, klein_dir, tmp_path):
     """The distilled one its few steps, its base as many as it needs."""
     distilled = copy_as_distilled(klein_dir, tmp_path / "distilled")
-    args = generate_args(tmp_path / "images", model_dir=distilled, prompts=PROMPTS[:1])
+    flags = {"prompts": PROMPTS[:1], "num_samples_per_prompt": 1}
+    args = generate_args(tmp_path / "images", model_dir=distilled, **flags)
     generate.main(
         argparse.Namespace(
             **{**vars(args), "compare_to": str(klein_dir), "num_inference_steps": None}

@@ -9,10 +9,8 @@ from diffusers import DDPMScheduler
 
 import train
 from dreambooth import latents, models
-from dreambooth.cli import UserError
 from dreambooth.loss import training_loss
 from dreambooth.machines import memory
-from dreambooth.run import export
 
 CPU = torch.device("cpu")
 BATCH = {"keys": ["i", "j", "c", "d"], "prompts": [0, 0, 1, 1]}  # instance half first
@@ -174,28 +172,15 @@ def test_both_targets_have_the_same_gradient_where_the_original_is_exact():
     assert smaller < 0.9 * error
 
 
-def test_a_run_with_it_resumes_and_divides(train_here, two_workers, update, tmp_path, monkeypatch):
-    """One worker takes the first step, two the second, as one that took both; checkpoint and
-    result hold nothing of the original."""
-    changes = {**two_workers.changes, "prior_target": "original"}
-    alone = {**changes, "num_workers": 1, "gradient_accumulation_steps": 4}
-    expected = train_here(**alone)
-    with monkeypatch.context() as patch:
-        patch.setattr(export, "save", lambda denoiser, args: 1 / 0)
-        more = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
-        with pytest.raises(UserError, match="could not be saved"):
-            train_here(tmp_path / "out", **alone, **more)
-    folders = sorted((tmp_path / "out.checkpoints").glob("step_*"))
-    state = torch.load(folders[0] / "state.pt", weights_only=True)
+def test_a_run_with_it_goes_on_to_the_last_bit(run_and_resume, train_here, update):
+    """The original is loaded again, as checkpoint and result hold nothing of it. (On two workers:
+    test_klein.py.)"""
+    expected, resumed, state = run_and_resume(1, prior_target="original")
     assert all(name.startswith(("unet.", "text_encoder.")) for name in state["weights"])
     assert len(state["weights"]) == len(state["optimizer"]["state"])
-    for file in folders[1].iterdir():
-        file.unlink()
-    resumed = train_here(tmp_path / "out", **changes)
-    assert "resuming after step 1" in resumed.stdout
-    distance = (update(resumed) - update(expected)).norm()
-    assert distance < 1e-3 * update(expected).norm()
-    assert (update(two_workers) - update(expected)).norm() > 0.1 * update(expected).norm()
+    assert torch.equal(update(resumed), update(expected))
+    of_noise = train_here(**{**expected.changes, "prior_target": "noise"})
+    assert (update(of_noise) - update(expected)).norm() > 0.1 * update(expected).norm()
 
 
 def test_without_a_class_half_no_original_is_loaded(train_args, load_models, monkeypatch):
