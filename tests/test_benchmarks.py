@@ -55,7 +55,10 @@ def test_a_candidate_trains_another_model_and_leaves_nothing_behind(
     monkeypatch.setattr(candidates, "OTHER_EVERY", 2)
     monkeypatch.setattr(candidates.render, "CLASSES", ["house", "boat"])
     for kind in candidates.render.CLASSES:  # what it would generate
-        shutil.copytree(class_dir, tmp_path / "work" / "class" / f"photo of a {kind}, 25 steps")
+        folder = tmp_path / "work" / "class" / f"photo of a {kind}, 25 steps"
+        folder.mkdir(parents=True)
+        for number in range(candidates.NUM_OTHER_IMAGES):
+            shutil.copy(class_dir / f"{number % 4}.png", folder / f"{number}.png")
     args = train_args(tmp_path / "out", train_batch_size=4, max_train_steps=1, lr=1e-3)
     bench_args = Namespace(model_dir=args.model_dir, work_dir=str(tmp_path / "work"))
     loss = benchmark.train.training_loss
