@@ -49,13 +49,13 @@ def parse_args(argv=None):
     add("--prompts", nargs="+", type=valid_prompt, default=[], help="prompts, each in quotes")
     add("--prompts_file", **path, help="a text file with one prompt per line")
     add("--num_samples_per_prompt", type=int, default=1, help="images per prompt")
-    add("--seed", type=int, default=0, help="of the initial noise")
+    add("--seed", type=int, default=0, help="of all noise: the initial one and the sampler's")
     overwrite_help = "delete old images there that this command would not generate"
     add("--overwrite", action="store_true", help=overwrite_help)
 
     add = parser.add_argument_group("sampler").add_argument
     scheduler_help = (
-        "dpm: DPM-Solver++ with Karras sigmas, stochastic if the model's own scheduler is;"
+        "dpm: DPM-Solver++ with Karras sigmas, or SDE-DPM-Solver++ if that is the model's own;"
         " model: the model's own (default: dpm; FLUX's: model)"
     )
     add("--scheduler", choices=["dpm", "model"], help=scheduler_help)

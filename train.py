@@ -48,7 +48,7 @@ def build_parser():
     add = parser.add_argument_group("images").add_argument
     add("--instance_images_dir", **path, help="photos of the subject")
     add("--instance_prompt", type=valid_prompt, required=True, help='such as "photo of unqtkn dog"')
-    add("--class_images_dir", type=absolute_path, help="images of other members of its class")
+    add("--class_images_dir", type=absolute_path, help="images of other members of the class")
     add("--class_prompt", type=valid_prompt, help='such as "photo of a dog"')
     add("--resolution", type=int, help="side of training images in pixels (default: the model's)")
 
@@ -62,9 +62,9 @@ def build_parser():
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
     weight_help = "weight of the class loss; 0: no class images, epochs count instance images"
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
-    target_help = "what the class half should predict: the noise, or what the original model does"
+    target_help = "what class images are trained to give: the noise, or the original's prediction"
     add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
-    noise_help = "train photos at this least noisy share of the timesteps alone; 1: at all"
+    noise_help = "fraction of the timesteps, the least noisy, at which photos are trained; 1: all"
     add("--max_instance_noise", type=float, default=1.0, help=noise_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
@@ -81,9 +81,9 @@ def build_parser():
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
-    graph_help = "record forward and backward pass once, for one GPU: faster, takes more memory"
+    graph_help = "capture each step as a CUDA graph, on one GPU: faster, takes more memory"
     add("--cuda_graph", action="store_true", help=graph_help)
-    every_help = "steps between checkpoints; 0: none (default: a tenth of the run)"
+    every_help = "steps between checkpoints; 0: none (default: a tenth of the run, after a minute)"
     add("--checkpointing_steps", type=int, help=every_help)
     add("--checkpoints_total_limit", type=int, default=1, help="checkpoints to keep")
     storage_help = "directory for checkpoints (default: beside the result)"
@@ -147,16 +147,18 @@ def train_fn(config):
 
     # Set up the data: this worker's pairs, read while the models load, and the encoded prompts.
     batches = dataset.read(ray.train.get_dataset_shard("train"), pairs_per_pass)  # [2]
-    prompts = models.family_of(args.model_dir).encode_prompts(args, plan.prompts, device)
+    family = models.family_of(args.model_dir)
+    encoded_prompts = family.encode_prompts(args, plan.prompts, device)
 
     # Set up the models: prepare_model moves to the device and, with several workers, wraps in DDP.
     vae, denoiser, scheduler = models.load_models(args, device)
     ddp_settings = models.ddp_settings(accumulation_steps)
     wrapped = prepare_model(denoiser, parallel_strategy_kwargs=ddp_settings)  # [3]
-    if num_workers > 1 and device.type == "cuda":  # exchange gradients in bfloat16: half the bytes
+    # Between GPUs gradients go in bfloat16, half the bytes: updates differ by 2 % (RESULTS.md).
+    if num_workers > 1 and device.type == "cuda":
         wrapped.register_comm_hook(None, bf16_compress_hook)
     if args.cuda_graph and device.type == "cuda":
-        wrapped = models.Recorded(denoiser)
+        wrapped = models.Captured(denoiser)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
@@ -165,13 +167,13 @@ def train_fn(config):
 
     # Set up what happens once in a while; the data say after which step the run goes on.
     saver = checkpoints.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank)
-    callbacks = [log, saver, previews.Previews(args, plan, vae, denoiser, prompts, log)]
+    callbacks = [log, saver, previews.Previews(args, plan, vae, denoiser, encoded_prompts, log)]
     first_step = plan.step_of(batches.first_position())
     for callback in callbacks:
         callback.on_train_begin(first_step)
 
     # Encode each image once, when a step first needs it.
-    batches = latents.encode_batches(vae, batches, denoiser.family, prompts, device, original)
+    batches = latents.encode_batches(vae, batches, family, encoded_prompts, device, original)
     for step in range(first_step, plan.num_steps):
         losses = forward_backward(wrapped, scheduler, batches, accumulation_steps, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

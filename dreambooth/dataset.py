@@ -102,9 +102,9 @@ class PairDataConfig(ray.train.DataConfig):
 def collate(batch):
     """Stack B rows, a dict of numpy columns, instance half first.
 
-    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), prompts (2B integers)
-    and sizes (2B, 4), and the pairs' positions in the run (B integers). In numpy, as torch would
-    start a second pool of threads.
+    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), prompt_numbers (2B
+    integers), sizes (2B, 4), and the pairs' positions in the run (B integers). In numpy, as torch
+    would start a second pool of threads.
     """
     kinds = [kind for kind in KINDS if f"{kind}_image" in batch]
 
@@ -114,7 +114,7 @@ def collate(batch):
     return {
         "images": torch.from_numpy(stack("image") / np.float32(127.5) - 1),
         "keys": stack("key").tolist(),
-        "prompts": stack("prompt").tolist(),
+        "prompt_numbers": stack("prompt").tolist(),
         "sizes": torch.from_numpy(stack("size")),
         "positions": batch["position"].tolist(),
     }

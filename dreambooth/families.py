@@ -7,31 +7,20 @@ of latents.
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    Flux2Transformer2DModel,
-    UNet2DConditionModel,
-)
 from torch.nn.functional import pixel_unshuffle
-from transformers import CLIPTextModel
 
 from dreambooth.files import pipeline_dir
-from dreambooth.schedules import DiffusionSchedule, FlowSchedule
+from dreambooth.files.pipelines import PIPELINES
 
 
 class Family:
-    """What a family says and computes; with U-Net and VAE as in Stable Diffusion, unless it says
+    """What a family says and computes; as Stable Diffusion's U-Net and VAE need it, unless it says
     otherwise."""
 
-    pipeline_class: str
-    schedule_class = DiffusionSchedule
-    vae_class = AutoencoderKL
-    part = "unet"  # what is trained
-    denoiser_class = UNet2DConditionModel
-    text_encoder_class = None  # of one that is part of every step; else prompts are encoded once
+    facts: NamedTuple  # PipelineFacts
     dtype_on_gpu = torch.float16  # of sampling
     frozen_in_bf16 = False  # whether a GPU loads what is not trained in bfloat16
     old_lora_names = True  # those of diffusers' own layers, from before PEFT
@@ -46,7 +35,7 @@ class Family:
 
     def lora_targets_of(self, part, model, all_layers):
         """The layers of `part`, the model `model`, that a LoRA adapts."""
-        more = self.lora_more_targets if all_layers and part == self.part else []
+        more = self.lora_more_targets if all_layers and part == self.facts.backbone else []
         return self.lora_targets[part] + more
 
     def vae_in_float16(self, vae):
@@ -59,13 +48,17 @@ class Family:
         return posteriors * vae.config.scaling_factor
 
     def encode_prompts(self, args, prompts, device):
-        """What `conditions` needs of a run's P prompts, by name; where they are encoded once also
-        "previews": for each of --preview_prompts what `sampler_inputs` returns."""
+        """What `conditions` needs of a run's P `prompts`, strings, by name; where they are encoded
+        once also "previews": for each of `args.preview_prompts` what `sampler_inputs` returns."""
         raise NotImplementedError
 
-    def conditions(self, prompts, batch):
-        """What `predict` needs beside the noisy latents of a batch, by name, from what
-        `encode_prompts` has returned."""
+    def conditions(self, encoded_prompts, batch):
+        """What `predict` needs beside the noisy latents of a batch, by name.
+
+        `encoded_prompts`: what `encode_prompts` has returned. `batch`: as `dataset.collate` returns
+        it, or one half of it; a family may use "prompt_numbers" (2B rows of the prompts), "sizes"
+        (2B, 4) and the shape of "images" (2B, 3, R, R).
+        """
         raise NotImplementedError
 
     def one_per_image(self, conditions):
@@ -85,8 +78,7 @@ class Family:
 class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x: the text encoder is part of every step, trained or not."""
 
-    pipeline_class = "StableDiffusionPipeline"
-    text_encoder_class = CLIPTextModel
+    facts = PIPELINES["StableDiffusionPipeline"]
 
     def vae_in_float16(self, vae):
         return True
@@ -98,14 +90,13 @@ class StableDiffusion(Family):
         ids = tokenizer(prompts, **length).input_ids
         return {"prompt_ids": torch.tensor(ids, device=device)}  # (P, L)
 
-    def conditions(self, prompts, batch):
+    def conditions(self, encoded_prompts, batch):
         """Consecutive images with one prompt are a group: the token ids (R, L) of each group, and
         the groups' sizes."""
-        groups = [
-            (prompt, len(list(images))) for prompt, images in itertools.groupby(batch["prompts"])
-        ]
-        ids = select(prompts["prompt_ids"], [prompt for prompt, _ in groups])  # (R, L)
-        return {"prompt_ids": ids, "counts": [n for _, n in groups]}
+        numbers = batch["prompt_numbers"]
+        groups = [(number, len(list(images))) for number, images in itertools.groupby(numbers)]
+        ids = select(encoded_prompts["prompt_ids"], [number for number, _ in groups])  # (R, L)
+        return {"prompt_ids": ids, "counts": [count for _, count in groups]}
 
     def one_per_image(self, conditions):
         return {"prompt_ids": repeat(conditions["prompt_ids"], conditions["counts"])}
@@ -125,7 +116,7 @@ class StableDiffusionXL(Family):
     """Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952): two frozen text encoders, whose
     embeddings are computed once, and the size and the crop of each image as a condition."""
 
-    pipeline_class = "StableDiffusionXLPipeline"
+    facts = PIPELINES["StableDiffusionXLPipeline"]
 
     def vae_in_float16(self, vae):
         return not vae.config.force_upcast
@@ -154,10 +145,11 @@ class StableDiffusionXL(Family):
             "previews": previews,
         }
 
-    def conditions(self, prompts, batch):
+    def conditions(self, encoded_prompts, batch):
         """Beside embeddings, of each image height and width, top and left of its crop, and height
         and width of that: rows before columns."""
-        states, pooled = (select(prompts[n], batch["prompts"]) for n in ("states", "pooled"))
+        numbers = batch["prompt_numbers"]
+        states, pooled = (select(encoded_prompts[name], numbers) for name in ("states", "pooled"))
         target = torch.full((len(states), 2), batch["images"].shape[-1])
         time_ids = torch.cat([batch["sizes"], target], 1)  # (2B, 6)
         time_ids = time_ids.float().to(states.device, non_blocking=True)
@@ -177,16 +169,12 @@ class Flux2Klein(Family):
     """FLUX.2-klein (Black Forest Labs 2025): a transformer that predicts a flow's velocity of 2 by
     2 patches of latents, (N, 128, h, w), from the hidden states of a language model."""
 
-    pipeline_class = "Flux2KleinPipeline"
-    schedule_class = FlowSchedule
-    vae_class = AutoencoderKLFlux2
-    part = "transformer"
-    denoiser_class = Flux2Transformer2DModel
+    facts = PIPELINES["Flux2KleinPipeline"]
     dtype_on_gpu = torch.bfloat16
     frozen_in_bf16 = True
     old_lora_names = False
     lora_targets = {"transformer": ["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"]}
-    lora_more_targets = [  # of the blocks with two streams
+    lora_more_targets = [  # of the double-stream blocks
         "linear_in", "linear_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     ]  # fmt: skip
 
@@ -196,8 +184,8 @@ class Flux2Klein(Family):
         return targets + [f"{block}.attn.to_out" for block in single]
 
     def scale(self, vae, posteriors):
-        """Patches of 2 by 2 latents become channels, then the VAE's running mean and variance, of
-        each, are 0 and 1: (N, 2, 32, 2h, 2w) to (N, 2, 128, h, w)."""
+        """Patches of 2 by 2 latents become channels, each of which is then normalized by the VAE's
+        running mean and variance: (N, 2, 32, 2h, 2w) to (N, 2, 128, h, w)."""
         flat = pixel_unshuffle(posteriors.flatten(0, 1), 2)  # (2N, 128, h, w)
         mean, std = flat.unflatten(0, (-1, 2)).unbind(1)
         shift = vae.bn.running_mean.float().view(-1, 1, 1)
@@ -216,10 +204,12 @@ class Flux2Klein(Family):
             states = [state.pin_memory() for state in states]
         return {"states": states, "previews": previews, "device": device}  # P of (1, L, D)
 
-    def conditions(self, prompts, batch):
-        rows, device = batch["prompts"], prompts["device"]
-        states = {row: prompts["states"][row].to(device, non_blocking=True) for row in set(rows)}
-        return {"states": torch.cat([states[row] for row in rows])}  # (2B, L, D)
+    def conditions(self, encoded_prompts, batch):
+        numbers, device = batch["prompt_numbers"], encoded_prompts["device"]
+        states = {
+            n: encoded_prompts["states"][n].to(device, non_blocking=True) for n in set(numbers)
+        }
+        return {"states": torch.cat([states[n] for n in numbers])}  # (2B, L, D)
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
         """`timesteps` are sigmas, which the transformer itself multiplies by 1000. Each latent has
@@ -248,7 +238,7 @@ class Flux2Klein(Family):
 
 
 FAMILIES = {
-    family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL, Flux2Klein)
+    family.facts.class_name: family for family in (StableDiffusion, StableDiffusionXL, Flux2Klein)
 }
 
 

@@ -49,9 +49,9 @@ class ImageGenerator:
         self.pipeline = load_sampler(args.model_dir, dtype, args.scheduler)
         if args.lora_weights_dir:
             apply_lora(self.pipeline, args.lora_weights_dir, args.lora_scale)
-        denoiser = getattr(self.pipeline, self.family.part)
+        backbone = getattr(self.pipeline, self.family.facts.backbone)
         if self.device == "cpu":  # a GPU's group norms undo it
-            denoiser.to(memory_format=torch.channels_last)
+            backbone.to(memory_format=torch.channels_last)
         try:
             self.pipeline.to(self.device)
         except torch.OutOfMemoryError:
@@ -61,7 +61,7 @@ class ImageGenerator:
         given = self.padded_size or args.batch_size  # sized once the weights have their memory
         self.batch_size = given or batch_size_that_fits(args.resolution)
         if args.compile:
-            denoiser.compile_repeated_blocks()
+            backbone.compile_repeated_blocks()
 
     def __call__(self, batch):
         """For Ray Data: a data frame of records in, the finished records out."""

@@ -46,11 +46,12 @@ def all_finite(tensors):
     return bool(torch.cat(tensors).isfinite().all())
 
 
-def encode_batches(vae, batches, family, prompts, device, original=None):
-    """Encode the images and prompts of each of `batches`. Yields dicts: posteriors (2B, 2, C, h, w)
-    on `device`; conditions, what `family.predict` needs of the prompts; positions (B,); and
-    original, None or the original model's prediction for the class half, as a function of noisy
-    latents (B, C, h, w) and timesteps (B,).
+def encode_batches(vae, batches, family, encoded_prompts, device, original=None):
+    """Encode the images of each of `batches`, as `dataset.collate` returns them; `encoded_prompts`:
+    what `family.encode_prompts` has returned. Yields dicts: posteriors (2B, 2, C, h, w) on
+    `device`; conditions, what `family.predict` needs of the prompts; positions (B,); and original,
+    None or the original model's prediction for the class half, as a function of noisy latents
+    (B, C, h, w) and timesteps (B,).
 
     Each crop is encoded once, when the first step that trains on it asks for its batch.
     """
@@ -67,10 +68,10 @@ def encode_batches(vae, batches, family, prompts, device, original=None):
         of_class = None
         if original:
             class_half = {name: column[len(column) // 2 :] for name, column in batch.items()}
-            of_class = partial(original, conditions=family.conditions(prompts, class_half))
+            of_class = partial(original, conditions=family.conditions(encoded_prompts, class_half))
         yield {
             "posteriors": posteriors,
-            "conditions": family.conditions(prompts, batch),
+            "conditions": family.conditions(encoded_prompts, batch),
             "original": of_class,
             "positions": batch["positions"],
         }

@@ -2,8 +2,8 @@
 passed in.
 
 Letters: 2B images in a batch, B of the instance first and then B of the class; C latent channels;
-h, w height and width of a latent; T timesteps of the noise schedule. Without
-prior preservation a batch is B images of the instance, and there is one prompt.
+h, w height and width of a latent; T timesteps of the noise schedule. Without prior preservation a
+batch is B images of the instance, and there is one prompt.
 """
 
 import torch
@@ -56,7 +56,7 @@ def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
     "epsilon": the noise itself (Ho et al. 2020, arXiv 2006.11239, eq. 14).
     "v_prediction": sqrt(a) noise - sqrt(1 - a) latents, where a is the timestep's cumulative alpha
     (Salimans and Ho 2022, arXiv 2202.00512, appendix D).
-    "flow": noise - latents, the velocity (Lipman et al. 2023, arXiv 2210.02747, eq. 23).
+    "flow": noise - latents, the velocity from image to noise (Esser et al. 2024, arXiv 2403.03206).
 
     Shapes: latents and noise (2B, C, h, w); timesteps (2B,), integers below T, and alphas_cumprod
     (T,), float32, which a flow has no use for. Returns (2B, C, h, w). ValueError: there is no such

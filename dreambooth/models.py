@@ -21,6 +21,7 @@ from functools import partial
 import optimi
 import torch
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_map
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_map
 from dreambooth.cli import hide_progress_bars
 from dreambooth.families import family_of
 from dreambooth.files import pipeline_dir
+from dreambooth.schedules import DiffusionSchedule, FlowSchedule
 from dreambooth.seeds import seed_for
 
 
@@ -36,17 +38,17 @@ class Denoiser(torch.nn.Module):
     gradients; without the text encoder where a family encodes its prompts once. With `autocast`,
     matrix products and convolutions run in bfloat16."""
 
-    def __init__(self, family, text_encoder, model, autocast):
+    def __init__(self, family, text_encoder, backbone, autocast):
         super().__init__()
         self.family = family
         self.text_encoder = text_encoder
-        self.add_module(family.part, model)
+        self.add_module(family.facts.backbone, backbone)
         self.autocast = autocast
 
     @property
-    def model(self):
+    def backbone(self):
         """The U-Net, or the transformer in its place."""
-        return getattr(self, self.family.part)
+        return getattr(self, self.family.facts.backbone)
 
     def forward(self, noisy_latents, timesteps, conditions):
         """The U-Net's prediction, (2B, C, h, w).
@@ -58,8 +60,8 @@ class Denoiser(torch.nn.Module):
             return self.family.predict(self, noisy_latents, timesteps, conditions)
 
 
-class Recorded(torch.nn.Module):
-    """A denoiser whose forward and backward pass are recorded as CUDA graphs when it is first
+class Captured(torch.nn.Module):
+    """A denoiser whose forward and backward pass are captured as CUDA graphs when it is first
     called, and from then on launched as one each. Else Python launches the 6,000 kernels of a step
     one by one, and a fast GPU waits for it.
 
@@ -70,13 +72,13 @@ class Recorded(torch.nn.Module):
     def __init__(self, denoiser):
         super().__init__()
         self.denoiser = denoiser
-        self.is_recorded = False
+        self.is_captured = False
 
     def __call__(self, noisy_latents, timesteps, conditions):
         conditions = self.denoiser.family.one_per_image(conditions)
         batch = noisy_latents, timesteps, conditions
-        if not self.is_recorded:
-            self.is_recorded = True
+        if not self.is_captured:
+            self.is_captured = True
             # "thread_local": the threads that read images may use the GPU meanwhile.
             settings = {"allow_unused_input": True, "capture_error_mode": "thread_local"}
             torch.cuda.make_graphed_callables(self, tree_map(torch.clone, batch), **settings)
@@ -102,50 +104,47 @@ def load_models(args, device, autocast=None):
     if autocast is None:
         autocast = device.type == "cuda" or args.param_dtype == "bf16"
     denoiser = load_denoiser(args, device, autocast).train()
-    model, text_encoder = denoiser.model, denoiser.text_encoder
-    vae = load_part(args, denoiser.family.vae_class, "vae", device).eval().requires_grad_(False)
+    backbone, text_encoder = denoiser.backbone, denoiser.text_encoder
+    vae = pipeline_dir.load_part(args.model_dir, "vae", dtype=torch.float32, device_map=device)
+    vae.eval().requires_grad_(False)
     if device.type == "cuda":  # in training on a CPU it costs a few per cent
-        model.to(memory_format=torch.channels_last)
+        backbone.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
+    trains_text_encoder = pipeline_dir.trains_text_encoder(args)
     if args.use_lora:
         torch.manual_seed(seed_for("lora", args.seed))
         add_lora(denoiser, args)
         if autocast:
             cast_frozen_to_bf16(denoiser)
-    elif text_encoder and not pipeline_dir.trains_text_encoder(args):
+    elif text_encoder and not trains_text_encoder:
         text_encoder.requires_grad_(False)
     if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-        if text_encoder:
+        backbone.enable_gradient_checkpointing()
+        if trains_text_encoder:  # else it has no backward pass, and this would give it one
             text_encoder.activation_checkpointing_enable()
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # would split the blocks where DDP's buckets end
         torch._dynamo.config.recompile_limit = 32  # blocks of each width, in training and previews
-        model.compile_repeated_blocks()
+        backbone.compile_repeated_blocks()
     with pipeline_dir.loading(f"{args.model_dir}/scheduler"):
-        schedule_class = denoiser.family.schedule_class
+        schedule_class = FlowSchedule if denoiser.family.facts.is_flow else DiffusionSchedule
         scheduler = schedule_class.from_pretrained(args.model_dir, subfolder="scheduler").to(device)
     return vae, denoiser, scheduler
-
-
-def load_part(args, cls, part, device, dtype=torch.float32):
-    """The model `part` of `args.model_dir`."""
-    return pipeline_dir.load_part(cls, args.model_dir, part, dtype=dtype, device_map=device)
 
 
 def load_denoiser(args, device, autocast):
     """U-Net and text encoder of `args.model_dir`, before anything is trained or frozen."""
     family = family_of(args.model_dir)
+    load_part = partial(pipeline_dir.load_part, args.model_dir, device_map=device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.param_dtype]
     text_encoder = None
-    if family.text_encoder_class:
+    if family.facts.trains_text_encoder:
         text_dtype = dtype if pipeline_dir.trains_text_encoder(args) else torch.float32
-        text_class = family.text_encoder_class
-        text_encoder = load_part(args, text_class, "text_encoder", device, text_dtype)
+        text_encoder = load_part("text_encoder", dtype=text_dtype)
     if args.use_lora and family.frozen_in_bf16 and autocast:
         dtype = torch.bfloat16  # at once: in float32 it would be twice as large for a moment
-    model = load_part(args, family.denoiser_class, family.part, device, dtype)
-    return Denoiser(family, text_encoder, model, autocast)
+    backbone = load_part(family.facts.backbone, dtype=dtype)
+    return Denoiser(family, text_encoder, backbone, autocast)
 
 
 def load_original(args, denoiser, device):
@@ -185,14 +184,13 @@ def add_lora(denoiser, args):
     arXiv 2106.09685), with a scale of 1 (`lora_alpha` is the rank)."""
     rank, family = args.lora_rank, denoiser.family
     denoiser.requires_grad_(False)
-    for part in family.lora_targets if pipeline_dir.trains_text_encoder(args) else [family.part]:
+    both = pipeline_dir.trains_text_encoder(args)
+    for part in family.lora_targets if both else [family.facts.backbone]:
         model = getattr(denoiser, part)
         targets = family.lora_targets_of(part, model, args.lora_layers == "all")
         settings = {"lora_alpha": rank, "init_lora_weights": "gaussian", "target_modules": targets}
         model.add_adapter(LoraConfig(r=rank, **settings))
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    cast_training_params(denoiser, torch.float32)
 
 
 def cast_frozen_to_bf16(module):

@@ -26,8 +26,9 @@ class DiffusionSchedule(DDPMScheduler):
 
 
 class FlowSchedule:
-    """The straight line from latents to noise (Lipman et al. 2023, arXiv 2210.02747): a timestep
-    is sigma, in (0, 1], the share of noise."""
+    """The straight line from latents to noise (a flow, Lipman et al. 2023, arXiv 2210.02747, in the
+    direction and with the shift of Esser et al. 2024, arXiv 2403.03206): a timestep is sigma, in
+    (0, 1], the share of noise."""
 
     config = SimpleNamespace(prediction_type="flow")
     alphas_cumprod = None

@@ -100,7 +100,7 @@ def test_collate_puts_the_instance_half_first():
     collated = dataset.collate(batch)
     assert collated["keys"] == ["i0", "i1", "c0", "c1"]
     assert collated["positions"] == [6, 7]
-    assert collated["prompts"] == [0, 2, 1, 1]
+    assert collated["prompt_numbers"] == [0, 2, 1, 1]
     assert collated["sizes"].tolist() == [[4, 6, 0, 1], [4, 6, 0, 2], [4, 4, 0, 0], [5, 4, 1, 0]]
     expected = torch.ones(4, 3, 4, 4)
     expected[:2] = torch.tensor([-1, -0.6, 1]).view(3, 1, 1)

@@ -171,7 +171,7 @@ def test_the_steps_prediction_is_the_pipelines_own_at_its_first_step(step):
     pipeline(prompts[0], num_inference_steps=2, guidance_scale=1.0, output_type="latent")
     (noisy, timestep), expected = seen["inputs"][0][:2], seen["inputs"][1]
     batch = {
-        "prompts": [0],
+        "prompt_numbers": [0],
         "sizes": torch.tensor([[64, 64, 0, 0]]),
         "images": torch.zeros(1, 3, 64, 64),
     }
@@ -273,7 +273,7 @@ def test_what_this_family_does_not_take_is_one_line(train_args, xl_dir, tmp_path
 def test_runs_of_images_with_the_same_prompt_share_its_encoding():
     """Captions: the index of each image's prompt, in the order of the batch."""
     prompts = {"prompt_ids": torch.arange(8).view(4, 2)}
-    found = StableDiffusion().conditions(prompts, {"prompts": [0, 0, 3, 1, 1, 1]})
+    found = StableDiffusion().conditions(prompts, {"prompt_numbers": [0, 0, 3, 1, 1, 1]})
     assert found["prompt_ids"].tolist() == [[0, 1], [6, 7], [2, 3]]
     assert found["counts"] == [2, 1, 3]
     one = StableDiffusion().one_per_image(found)

@@ -167,7 +167,7 @@ def test_the_steps_prediction_is_the_pipelines_own_at_its_first_step(step, plain
     assert sigma == 1
     encoded = denoiser.family.encode_prompts(args, PROMPTS, CPU)
     with torch.no_grad():
-        conditions = denoiser.family.conditions(encoded, {"prompts": [0]})
+        conditions = denoiser.family.conditions(encoded, {"prompt_numbers": [0]})
         predicted = denoiser(noise, torch.tensor([1.0]), conditions)
     torch.testing.assert_close(plain._pack_latents(predicted), velocity, rtol=1e-4, atol=1e-4)
 
@@ -379,4 +379,4 @@ def test_matrices_on_a_transformer_in_bfloat16_are_float32(load_models, klein_di
     """Else most updates would round to nothing."""
     _, denoiser, _ = load_models(klein_dir, autocast=True, use_lora=True)
     assert {p.dtype for p in denoiser.parameters() if p.requires_grad} == {torch.float32}
-    assert denoiser.model.x_embedder.weight.dtype == torch.bfloat16
+    assert denoiser.backbone.x_embedder.weight.dtype == torch.bfloat16

@@ -139,7 +139,7 @@ def test_more_pairs_or_pixels_or_parameters_need_more():
         larger = needed(flags, Job(pairs=4, resolution=1024)) - base
         assert larger == pytest.approx(12 * per_pair)
         assert needed(flags, Job(pairs=4, trained_ratio=2)) > base
-        assert needed(flags, Job(pairs=4, denoiser_ratio=2)) > base
+        assert needed(flags, Job(pairs=4, backbone_ratio=2)) > base
 
 
 def test_a_preview_between_two_steps_needs_no_less_than_an_image():
@@ -151,7 +151,7 @@ def test_a_preview_between_two_steps_needs_no_less_than_an_image():
 
 def test_stable_diffusion_is_as_large_as_counted(sd14_dir):
     assert memory.relative(sd14_dir, pipeline_dir.num_parameters(sd14_dir), True) == {
-        "denoiser_ratio": pytest.approx(1, rel=0.01),
+        "backbone_ratio": pytest.approx(1, rel=0.01),
         "trained_ratio": pytest.approx(1, rel=0.01),
         "reference": memory.SD14,
     }
@@ -237,10 +237,10 @@ def test_what_the_machine_may_not_hold_when_it_saves_is_a_warning(check, monkeyp
         assert (line in check(80)) == warned
 
 
-def test_a_recorded_step_needs_what_an_h100_reserved_for_it(check):
+def test_a_captured_step_needs_what_an_h100_reserved_for_it(check):
     """20.5 and 9.3 GiB, and 0.8 for libraries."""
     for flags, measured in (((), 21.3), ((LORA,), 10.1)):
-        job = Job(is_recorded=True)
+        job = Job(is_captured=True)
         assert measured < needed(flags, job) < 1.1 * measured
     assert "training may need" in check(22, cuda_graph=True)
     assert check(23, cuda_graph=True) == ""

@@ -115,10 +115,10 @@ def test_on_a_gpu_the_forward_pass_is_bfloat16(train_args, monkeypatch, use_lora
     assert {p.dtype for p in trained_parameters(denoiser).values()} == {torch.float32}
 
 
-def test_a_recorded_step_computes_what_the_denoiser_does(load_models, monkeypatch):
+def test_a_captured_step_computes_what_the_denoiser_does(load_models, monkeypatch):
     """Predictions and gradients of three batches with other prompts each, to rounding, where each
     batch is copied to the tensors of the first one, as CUDA graphs need it; and the original model,
-    as with LoRA, is not what was recorded."""
+    as with LoRA, is not what was captured."""
 
     def record(module, batch, **settings):
         forward = module.forward
@@ -135,12 +135,12 @@ def test_a_recorded_step_computes_what_the_denoiser_does(load_models, monkeypatc
     replayed = []
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     _, denoiser, _ = load_models()
-    recorded = models.Recorded(denoiser)
+    captured = models.Captured(denoiser)
     noisy_latents, timesteps, conditions = random_inputs(num_images=6)
     for rows, counts in (([0, 1], [3, 3]), ([1, 0], [2, 4]), ([0, 1, 0], [3, 1, 2])):
         found = []
         given = {"prompt_ids": conditions["prompt_ids"][rows], "counts": counts}
-        for model in (denoiser, recorded):
+        for model in (denoiser, captured):
             denoiser.zero_grad()
             prediction = model(noisy_latents, timesteps, given)
             prediction.square().mean().backward()

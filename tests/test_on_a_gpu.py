@@ -52,7 +52,7 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
     images = {
         "images": torch.rand(4, 3, 64, 64),
         "keys": ["i", "i", "c", "d"],
-        "prompts": [0, 0, 1, 1],
+        "prompt_numbers": [0, 0, 1, 1],
         "positions": [0, 1],
     }
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, Operations() as operations:

@@ -223,7 +223,7 @@ def test_each_mistake_in_the_flags_is_named(refusal):
         {"gradient_checkpointing": True},
     ],
 )  # fmt: skip
-def test_where_no_step_can_be_recorded_none_is_and_a_line_says_so(train_args, capsys, flags):
+def test_where_no_step_can_be_captured_none_is_and_a_line_says_so(train_args, capsys, flags):
     """run.sh may add what does not go with --cuda_graph, for the GPUs that it finds."""
     args = train_args("out", cuda_graph=True, **flags)
     check_flags(args)

@@ -13,7 +13,7 @@ from dreambooth.loss import training_loss
 from dreambooth.machines import memory
 
 CPU = torch.device("cpu")
-BATCH = {"keys": ["i", "j", "c", "d"], "prompts": [0, 0, 1, 1]}  # instance half first
+BATCH = {"keys": ["i", "j", "c", "d"], "prompt_numbers": [0, 0, 1, 1]}  # instance half first
 
 
 @pytest.fixture

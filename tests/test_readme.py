@@ -85,7 +85,9 @@ def flags_of(script):
 def test_the_readmes_commands_are_accepted_by_the_scripts(readme, tmp_path):
     """As bash reads them, with the variables that its blocks set, and no others."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", readme, re.DOTALL))
-    lines = re.findall(r"^(?:export|python) .*$", blocks.replace("\\\n", " "), re.MULTILINE)
+    lines = re.findall(
+        r"^(?:(?:[A-Z_]+=\S+ *)+(?:#.*)?|python .*)$", blocks.replace("\\\n", " "), re.MULTILINE
+    )
     stand_in = f"""python() {{ printf '%q ' "$@" >> {tmp_path}/log; echo >> {tmp_path}/log; }}"""
     story = "\n".join(["set -eu", stand_in, *lines])
     bash = ["/usr/bin/env", "-i", "bash", "-c", story]

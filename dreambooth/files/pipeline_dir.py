@@ -217,18 +217,20 @@ def check_noise_schedule(facts, scheduler, where):
 
 
 def check_parts(facts, configs, where):
-    """Denoiser and VAE must be of the pipeline's classes, and the denoiser made for the VAE, for
-    the text encoders, side by side, and for no condition that the pipeline has not."""
+    """Backbone and VAE must be of the pipeline's classes, and the backbone made for the VAE, for
+    the text encoders, side by side, and for no condition that the pipeline does not use."""
     for part, name in facts.classes.items():
         found = configs[part].get("_class_name", name)
         if found != name:
             raise UserError(f"{where}: {part} is a {found}; {facts.name} takes a {name}")
-    denoiser, vae = configs[facts.denoiser], configs["vae"]
+    backbone, vae = configs[facts.backbone], configs["vae"]
     if not isinstance(vae.get("scaling_factor", 1.0), int | float):
         raise UserError(f"{where}: vae/config.json has scaling_factor: {vae['scaling_factor']}")
     for name in CONDITIONS - facts.conditions:
-        if denoiser.get(name) is not None:
-            raise UserError(f"{where}: {facts.denoiser} has {name}, which {facts.name} has not")
+        if backbone.get(name) is not None:
+            raise UserError(
+                f"{where}: {facts.backbone} has {name}, which {facts.name} does not use"
+            )
     widths = [configs[part].get("hidden_size") for part in facts.text_encoders]
     channels = vae.get("latent_channels", 4)
     pairs = [
@@ -237,13 +239,13 @@ def check_parts(facts, configs, where):
         ("vae", [channels] * facts.patch**2, "out_channels"),
     ]
     for part, widths, name in pairs:
-        expected = denoiser.get(name)
+        expected = backbone.get(name)
         if isinstance(expected, list):
             expected = expected[0] if len(set(map(str, expected))) == 1 else None
         known = all(isinstance(width, int) for width in [*widths, expected])
         if known and sum(widths) != expected:
             raise UserError(
-                f"{where}: {part} and {facts.denoiser} do not belong together"
+                f"{where}: {part} and {facts.backbone} do not belong together"
                 f" ({sum(widths)} and {expected} wide)"
             )
 
@@ -324,21 +326,20 @@ def num_trained(model_dir, sizes, train_text_encoder):
     """Of the numbers of parameters `sizes`, as `num_parameters` gives them, those that full
     fine-tuning trains."""
     text_encoder = sizes["text_encoder"] if train_text_encoder else 0
-    return sizes[read_facts(model_dir).denoiser] + text_encoder
+    return sizes[read_facts(model_dir).backbone] + text_encoder
 
 
 def resolution(model_dir, flag="--model_dir"):
-    """In pixels, the side of the model's images, and of the square that one latent stands for. The
-    former as the denoiser's sample_size says (of two, the smaller), else the VAE's; else the
-    pipeline's."""
+    """The side of the model's images in pixels, and the pixels per latent. The former is the
+    backbone's sample_size (of two, the smaller), else the VAE's, else the pipeline's default."""
     facts = read_facts(model_dir)
-    denoiser = read_config(Path(model_dir) / facts.denoiser / "config.json", flag)
+    backbone = read_config(Path(model_dir) / facts.backbone / "config.json", flag)
     vae = read_config(Path(model_dir) / "vae" / "config.json", flag)
     blocks = vae.get("block_out_channels")
     if not isinstance(blocks, list) or not blocks:
         raise UserError(f"{flag} {model_dir}: vae/config.json has no block_out_channels")
     pixels_per_latent = 2 ** (len(blocks) - 1) * facts.patch
-    latents = _side(denoiser.get("sample_size"))
+    latents = _side(backbone.get("sample_size"))
     if latents is None:
         pixels = _side(vae.get("sample_size")) or facts.pixels
         latents = max(1, pixels // pixels_per_latent)
@@ -367,7 +368,7 @@ def _side(size):
 @contextmanager
 def loading(what):
     """Turn what fails in the body, which loads `what`, into a UserError: damaged or odd files can
-    end in any exception. Not that the memory or the storage fails, which may pass."""
+    end in any exception. Memory or storage that fails is raised as it is: that may pass."""
     try:
         yield
     except UserError:
@@ -423,10 +424,17 @@ def _fits(value, hint):
     return True
 
 
-def load_part(cls, model_dir, part, **settings):
-    """The model `part` of `model_dir`, of the class `cls`; `settings` are for its
-    `from_pretrained`. UserError: it cannot be loaded, or a weight is missing, in whose place the
-    libraries would draw random numbers."""
+def load_part(model_dir, part, **settings):
+    """The model `part` of `model_dir`, of the class that its index names; `settings` are for that
+    class's `from_pretrained`. UserError: it cannot be loaded, or a weight is missing, in whose
+    place the libraries would draw random numbers."""
+    import diffusers  # here: takes seconds
+    import transformers
+
+    index = read_config(Path(model_dir) / INDEX, "--model_dir")
+    with loading(f"{model_dir}/{INDEX}"):
+        library, name = index[part]
+        cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
     if hasattr(cls, "load_config"):  # one of diffusers' classes; transformers' check themselves
         check_fields(cls, Path(model_dir) / part / "config.json")
     settings = {"variant": weights(model_dir, part).variant, **settings}
@@ -440,15 +448,6 @@ def load_part(cls, model_dir, part, **settings):
     return model
 
 
-def class_of(index, part):
-    """The class of `part`, by the parsed model_index.json `index`."""
-    import diffusers  # here: takes seconds
-    import transformers
-
-    library, name = index[part]
-    return getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
-
-
 def load_pipeline(model_dir, dtype=None, **parts):
     """The pipeline in `model_dir`; `parts`, models by name, take the place of those in the
     directory. Without the safety checker, whose black images would be trained on as class images,
@@ -460,9 +459,7 @@ def load_pipeline(model_dir, dtype=None, **parts):
     facts = facts_of(index, model_dir)
     for part in facts.models:
         if part not in parts:
-            with loading(f"{model_dir}/{INDEX}"):
-                cls = class_of(index, part)
-            parts[part] = load_part(cls, model_dir, part, dtype=dtype)
+            parts[part] = load_part(model_dir, part, dtype=dtype)
     tokenizers = {part: load_tokenizer(model_dir, part) for part in facts.tokenizers}
     with loading(model_dir):
         return getattr(diffusers, index["_class_name"]).from_pretrained(

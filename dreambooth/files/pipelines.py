@@ -13,8 +13,9 @@ class PipelineFacts(NamedTuple):
     name: str
     tokenizers: tuple  # parts, each a folder with the files of its model
     text_encoders: tuple
-    denoiser: str
-    trains_text_encoder: bool  # by default; where not, it cannot be trained
+    backbone: str  # the U-Net, or the transformer in its place
+    # Whether it is trained by default. Where not, it cannot be: prompts are encoded once.
+    trains_text_encoder: bool
     sampler: dict  # the defaults of generate.py
     tags: tuple  # of the model card
     classes: dict  # of diffusers, by part
@@ -23,8 +24,8 @@ class PipelineFacts(NamedTuple):
     is_distilled: bool = False  # a model that was made to sample in few steps
     is_flow: bool = False  # the noise schedule: a flow, else a diffusion
     pixels: int = 512  # the side of its images, where no configuration says it
-    patch: int = 1  # latents on each side that its denoiser takes as one
-    text_field: str = "cross_attention_dim"  # of the denoiser's configuration: the text's width
+    patch: int = 1  # latents on each side that its backbone takes as one
+    text_field: str = "cross_attention_dim"  # of the backbone's configuration: the text's width
     text_layers: int = 1  # of the text encoder, side by side in that width
     max_tokens: int | None = None  # of a prompt, where text encoders take more
     has_chat_template: bool = False  # in which the tokenizer puts a prompt
@@ -32,7 +33,7 @@ class PipelineFacts(NamedTuple):
     @property
     def models(self):
         """The parts that have weights."""
-        return (*self.text_encoders, "vae", self.denoiser)
+        return (*self.text_encoders, "vae", self.backbone)
 
     @property
     def parts(self):
@@ -46,7 +47,7 @@ ROWS = (
         name="Stable Diffusion 1.x and 2.x",
         tokenizers=("tokenizer",),
         text_encoders=("text_encoder",),
-        denoiser="unet",
+        backbone="unet",
         trains_text_encoder=True,
         sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 7.5},
         tags=("stable-diffusion",),
@@ -62,7 +63,7 @@ ROWS = (
         name="Stable Diffusion XL",
         tokenizers=("tokenizer", "tokenizer_2"),
         text_encoders=("text_encoder", "text_encoder_2"),
-        denoiser="unet",
+        backbone="unet",
         trains_text_encoder=False,
         sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 5.0},
         tags=("stable-diffusion-xl",),
@@ -75,7 +76,7 @@ ROWS = (
         name="FLUX.2-klein",
         tokenizers=("tokenizer",),
         text_encoders=("text_encoder",),
-        denoiser="transformer",
+        backbone="transformer",
         trains_text_encoder=False,
         sampler={"scheduler": "model", "num_inference_steps": 50, "guidance_scale": 4.0},
         tags=("flux2-klein",),

@@ -1,4 +1,5 @@
-"""How much GPU memory training needs, as counted, and which flags make it fit.
+"""How much GPU memory training needs, counted by a step on tensors without data (torch's
+FakeTensorMode), and which flags make it fit.
 
     python -m dreambooth.machines.memory --model_dir $ORIG_MODEL_PATH --num_workers 2   # GPUs here
     python -m dreambooth.machines.memory --model_dir $ORIG_MODEL_PATH --num_workers 2 --gib 23
@@ -28,7 +29,7 @@ CHECKPOINTING = "--gradient_checkpointing"
 BF16 = "--param_dtype bf16"
 LORA = "--use_lora"
 
-# Counted on fake tensors by tests/benchmarks/throughput.py --count: sd14 at 512, sdxl and klein at
+# As tests/benchmarks/throughput.py --count prints them: sd14 at 512, sdxl and klein at
 # 1024 px. An H100 needed 1 to 2 % more for the first row, and for LoRA. The order is that in which
 # to try them: the first ones train the same in more time.
 COUNTED = {
@@ -60,7 +61,7 @@ PAIRS = 2  # as counted; run.sh's recipe has as many on one GPU, and one on each
 RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds; measured: 1.03 to 1.05
 LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL; measured: 0.8
 HOST_LIBRARIES = 4.0  # GiB of the machine's memory: Python's, Ray's and CUDA's
-RECORDED = 1.0  # GiB that CUDA graphs take beside what they hold
+CUDA_GRAPHS = 1.0  # GiB that the graphs themselves take, beside what they hold
 PREVIEW = device.BYTES_PER_PIXEL / device.GIB  # per pixel: one image, with guidance
 
 
@@ -69,7 +70,7 @@ class Reference(NamedTuple):
 
     counted: dict
     resolution: int  # pixels
-    denoiser: float  # its number of parameters
+    backbone: float  # the parameters of its U-Net or transformer
     trained: float  # that of all that is trained
     text: float = 0.0  # the share of the activations that is the prompt's, at that resolution
 
@@ -87,9 +88,9 @@ class Job(NamedTuple):
 
     pairs: int = PAIRS  # per forward pass
     keeps_gradients: bool = False
-    is_recorded: bool = False  # with --cuda_graph; its gradients are where activations were
+    is_captured: bool = False  # with --cuda_graph; its gradients are where activations were
     resolution: int = 512  # pixels
-    denoiser_ratio: float = 1.0  # of its parameters to the reference's
+    backbone_ratio: float = 1.0  # of that model's parameters to the reference's
     trained_ratio: float = 1.0  # of all trained ones to the reference's
     reference: Reference = SD14
     original: float = 0.0  # parameters of a frozen copy, for --prior_target original
@@ -104,13 +105,13 @@ def needed(flags, job):
     size = text + (1 - text) * (job.resolution / job.reference.resolution) ** 2
     activations = job.pairs * counted.per_pair * size
     preview = PREVIEW * job.resolution**2  # between two steps
-    if job.is_recorded:  # the graph keeps what its activations take
-        activations += preview + RECORDED
+    if job.is_captured:  # the graph keeps what its activations take
+        activations += preview + CUDA_GRAPHS
     else:
         activations = max(activations, preview)
     original = 2 * job.original / device.GIB  # in bfloat16
     return (
-        RESERVE * (fixed * job.trained_ratio + activations * job.denoiser_ratio + original)
+        RESERVE * (fixed * job.trained_ratio + activations * job.backbone_ratio + original)
         + LIBRARIES
     )
 
@@ -151,7 +152,7 @@ def check_device(args, plan, num_workers, torch_device):
     job = Job(
         pairs=pairs_per_pass * plan.images_per_pair / 2,
         keeps_gradients=num_workers > 1 or accumulation_steps > 1,
-        is_recorded=args.cuda_graph,
+        is_captured=args.cuda_graph,
         resolution=plan.resolution,
         original=has_copy * own,
         **relative(args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)),
@@ -177,7 +178,7 @@ def relative(model_dir, sizes, trains_text_encoder):
     reference = REFERENCES[facts.class_name]
     trained = pipeline_dir.num_trained(model_dir, sizes, trains_text_encoder)
     return {
-        "denoiser_ratio": sizes[facts.denoiser] / reference.denoiser,
+        "backbone_ratio": sizes[facts.backbone] / reference.backbone,
         "trained_ratio": trained / reference.trained,
         "reference": reference,
     }

@@ -31,9 +31,10 @@ from dreambooth.cli import Diverged, Stopped, UserError, first_line, is_full, wa
 from dreambooth.files import atomic
 from dreambooth.machines import device
 
-SHORT_RUN = 60  # seconds: by default, runs shorter than this write no checkpoint
+SHORT_RUN = 60  # seconds, before which a run writes no checkpoint by default
 ROOM = 4 * 2**30  # bytes of memory that a copy of the state leaves free
-PREEMPTION_CHECK_EVERY = 10  # steps: then Ray is asked whether a node will be taken away
+# Steps after which Ray is asked whether a node will be taken away, for which all workers must wait.
+PREEMPTION_CHECK_EVERY = 10
 
 
 def checkpoint_dir(folder, step):
@@ -215,8 +216,8 @@ class Checkpointer:
             for name, p in self._trained():
                 p.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        # None stays mapped to a file that is deleted. Each is laid out as its parameter, which may
-        # have had another memory format on a GPU: fused optimizers go through both side by side.
+        # Its tensors are still mapped to a file that will be deleted: copy them, in the memory
+        # format of their parameter, as fused optimizers go through both side by side.
         for p, values in self.optimizer.state.items():
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
@@ -265,13 +266,15 @@ class Checkpointer:
             ) from error
 
     def _is_due(self, step):
+        """The same on every worker."""
         if not self.every or step % self.every:
             return False
         is_long = time.monotonic() - self.started > SHORT_RUN
         return not self.skip_if_short or broadcast_from_rank_zero(is_long)
 
     def _preemption_is_near(self, step):
-        """Whether Ray has heard, since it was last asked, that a node will be taken away."""
+        """Whether Ray has heard, since it was last asked, that a node will be taken away. Every
+        worker must ask after the same steps, as the answer is one for all."""
         if step % PREEMPTION_CHECK_EVERY:
             return False
         notice = ray.train.get_preemption_info()

@@ -99,8 +99,7 @@ def _write_pipeline(denoiser, model_dir, folder):
     for part in facts.models:
         model = getattr(denoiser, part, None)
         if model is None:
-            cls = pipeline_dir.class_of(index, part)
-            model = pipeline_dir.load_part(cls, model_dir, part, dtype=torch.float32)
+            model = pipeline_dir.load_part(model_dir, part, dtype=torch.float32)
         model.save_pretrained(folder / part)
     for part in facts.text_encoders:
         if index[part][1].startswith("CLIP"):
@@ -121,7 +120,7 @@ def _write_lora(denoiser, folder):
     from peft.utils import get_peft_model_state_dict
 
     layers = {}
-    for part in (denoiser.family.part, "text_encoder"):
+    for part in (denoiser.family.facts.backbone, "text_encoder"):
         model = getattr(denoiser, part)
         if getattr(model, "peft_config", None):
             matrices = get_peft_model_state_dict(model)
@@ -132,7 +131,7 @@ def _write_lora(denoiser, folder):
     if "text_encoder_lora_layers" in layers:
         own = layers["text_encoder_lora_layers"]
         layers["text_encoder_lora_layers"] = _with_hub_names(own)
-    getattr(diffusers, denoiser.family.pipeline_class).save_lora_weights(folder, **layers)
+    getattr(diffusers, denoiser.family.facts.class_name).save_lora_weights(folder, **layers)
     atomic.apply_umask(folder)
 
 

@@ -119,7 +119,7 @@ def make_plan(args):
     resolution = pipeline_dir.check_resolution(args.model_dir, args.resolution)
     prompts = [args.instance_prompt]
     instance_paths, class_paths = find_images(args.instance_images_dir, report=True), []
-    if preserves_prior(args):
+    if args.prior_loss_weight:
         prompts.append(args.class_prompt)
         class_paths = find_images(args.class_images_dir)
     warn_of_likely_mistakes(prompts, instance_paths)
@@ -172,11 +172,6 @@ def number_captions(args, prompts, instance_paths, class_paths):
     return prompts, captions
 
 
-def preserves_prior(args):
-    """Whether a run has a class half."""
-    return bool(args.prior_loss_weight)
-
-
 def run_dir(args):
     """Beside the result, or in --storage_path, where other results may have the same name."""
     output_dir = Path(args.output_dir)
@@ -194,18 +189,18 @@ def report_dir(output_dir):
 
 def check_flags(args):
     """Check the flags of train.py, as far as that takes no time, and leave --cuda_graph out where
-    no step can be recorded. A UserError names the first mistake."""
+    no step can be captured. A UserError names the first mistake."""
     check_numbers(args)
     for name in PATHS:
         path = getattr(args, name) or ""
         if path.encode(errors="replace") != os.fsencode(path):
             raise UserError(f"--{name} {path!r} is not UTF-8, which Ray needs: rename the folder")
-    args.cuda_graph = can_record(args)
+    args.cuda_graph = can_capture(args)
     pipeline_dir.check_model_dir(args.model_dir)
     check_pipeline(args)
     check_output_dir(args)
     find_images(args.instance_images_dir)
-    if preserves_prior(args):
+    if args.prior_loss_weight:
         check_class(args)
 
 
@@ -276,14 +271,14 @@ def check_numbers(args):
         raise UserError("--param_dtype bf16 is for full fine-tuning: leave it out with --use_lora")
 
 
-def can_record(args):
-    """Whether --cuda_graph is given and steps can be recorded. If they cannot, a warning says so:
+def can_capture(args):
+    """Whether --cuda_graph is given and steps can be captured. If they cannot, a warning says so:
     run.sh may have added, for the GPUs that it found, what does not go with it."""
     several = max(args.num_workers[1], args.gradient_accumulation_steps) > 1
     if args.cuda_graph and (several or args.gradient_checkpointing):
         warn(
             "--cuda_graph is for one worker and one pass per step, without"
-            " --gradient_checkpointing: no step is recorded"
+            " --gradient_checkpointing: no step is captured"
         )
         return False
     return args.cuda_graph

@@ -40,7 +40,7 @@ class Previews:
     """Generates a preview of each of `args.preview_prompts` before the first step, every
     `args.preview_every` steps, and after the last: on rank 0."""
 
-    def __init__(self, args, plan, vae, denoiser, prompts, log):
+    def __init__(self, args, plan, vae, denoiser, encoded_prompts, log):
         self.enabled = log.enabled
         self.prompts = args.preview_prompts if args.preview_every and log.enabled else []
         self.every = args.preview_every
@@ -51,7 +51,7 @@ class Previews:
         self.model_dir = args.model_dir
         self.vae = vae
         self.denoiser = denoiser
-        self.inputs = prompts.get("previews")  # where a family encodes its prompts once
+        self.inputs = encoded_prompts.get("previews")  # where a family encodes its prompts once
         self.log = log
         self.pipeline = None  # built when first needed
 
@@ -116,8 +116,8 @@ class Previews:
         """A pipeline of the models that are being trained: no weight is copied."""
         from dreambooth.image_generator import load_sampler
 
-        parts = {"vae": self.vae, self.denoiser.family.part: self.denoiser.model}
-        facts = pipeline_dir.read_facts(self.model_dir)
+        facts = self.denoiser.family.facts
+        parts = {"vae": self.vae, facts.backbone: self.denoiser.backbone}
         for name in facts.text_encoders:
             parts[name] = getattr(self.denoiser, name, None)  # None where prompts are encoded
         return load_sampler(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreambooth import models
+from dreambooth.files import pipeline_dir
 
 GIB = 2**30
 META = torch.device("meta")
@@ -72,12 +73,12 @@ def without_weights(new_models):
     """Within, what loads a VAE, a text encoder or a U-Net gets `new_models()` on the meta device:
     tensors without contents."""
     with torch.device(META):
-        built = {type(model): model for model in new_models()}
+        built = new_models()
 
-    def load_part(args, cls, part, device, dtype=torch.float32):
-        return built[cls].to(dtype)
+    def load_part(model_dir, part, dtype, device_map):
+        return built[part].to(dtype)
 
-    with patch.object(models, "load_part", load_part):
+    with patch.object(pipeline_dir, "load_part", load_part):
         yield
 
 

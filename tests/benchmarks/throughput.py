@@ -79,7 +79,7 @@ def new_sd14_models():
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    return vae, text_encoder, unet
+    return {"vae": vae, "text_encoder": text_encoder, "unet": unet}
 
 
 def new_sdxl_models():
@@ -97,8 +97,7 @@ def new_sdxl_models():
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     )
-    vae, _, _ = new_sd14_models()
-    return vae, unet
+    return {"vae": new_sd14_models()["vae"], "unet": unet}
 
 
 def new_klein_models():
@@ -111,7 +110,7 @@ def new_klein_models():
         joint_attention_dim=7680,
         guidance_embeds=False,
     )
-    return AutoencoderKLFlux2(), transformer
+    return {"vae": AutoencoderKLFlux2(), "transformer": transformer}
 
 
 def prompts_of_sd14(num_images, device):
@@ -147,7 +146,7 @@ def build_sd14(folder):
     torch.manual_seed(0)
     tokenizer = directory.load_tokenizer(POCKET_DIR)
     tokenizer.model_max_length = 77
-    pretrain.export(tokenizer, *new_sd14_models(), folder)
+    pretrain.export(tokenizer, *new_sd14_models().values(), folder)
     return folder
 
 
@@ -166,7 +165,7 @@ class Ours:
             self.denoiser.unet.to(memory_format=torch.contiguous_format)
         self.model = self.denoiser
         if settings.cuda_graph:
-            self.model = models.Recorded(self.denoiser)
+            self.model = models.Captured(self.denoiser)
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
         self.optimizer = models.build_optimizer(self.parameters, settings)
         if "fused AdamW" in off:
