@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dreambooth.cli import UserError
-from dreambooth.files.photos import open_image
+from dreambooth.files.decode import open_image
 from dreambooth.seeds import seed_for
 
 KINDS = ("instance", "class")  # of images

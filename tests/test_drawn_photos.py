@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dreambooth.cli import UserError
-from dreambooth.files.photos import TRANSPOSE_OF, open_image
+from dreambooth.files.decode import TRANSPOSE_OF, open_image
 
 DRAWN = int(os.environ.get("DRAWN", "60"))
 FORMATS = {  # the modes that each keeps, and whether it keeps them without loss

@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from dreambooth.cli import ArgumentParser, UserError, run_main
 from dreambooth.files import atomic
-from dreambooth.files.photos import CONTACT_SHEET, METADATA, find_images, open_image
+from dreambooth.files.decode import open_image
+from dreambooth.files.photos import CONTACT_SHEET, METADATA, find_images
 
 OWN_FIELDS = ("file", "prompt", "seed", "index")  # of an image; the rest is the command's
 FILE_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")

@@ -21,7 +21,7 @@ from PIL import Image, ImageChops, ImageStat
 
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, warn
 from dreambooth.files import atomic, generated_images
-from dreambooth.files.photos import open_image
+from dreambooth.files.decode import open_image
 from dreambooth.run import export, previews, training_log
 
 PAGE = "report.html"

@@ -30,7 +30,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dreambooth.files.photos import find_images, open_image
+from dreambooth.files.decode import open_image
+from dreambooth.files.photos import find_images
 from tests.benchmarks import fidelity
 
 ANY = [
