@@ -3,8 +3,8 @@
 import gc
 import os
 
-# Where a standard stream is closed (`train.py >&-`), the next file that is opened, a checkpoint or
-# other, would get its number, and what is printed.
+# Where a standard stream is closed (`train.py >&-`), the next file that is opened, such as a
+# checkpoint, would get its descriptor, and all that is printed would go into that file.
 while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
 os.close(descriptor)

@@ -202,6 +202,17 @@ def test_gradient_checkpointing_changes_no_gradient(load_models, use_lora):
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_a_text_encoder_that_is_not_trained_has_no_backward_pass(load_models, use_lora):
+    """transformers' checkpointing gives one to a model that is frozen as well: each step then
+    computed it for nothing."""
+    flags = {"no_train_text_encoder": True, "gradient_checkpointing": True}
+    _, denoiser, _ = load_models(use_lora=use_lora, **flags)
+    states = denoiser.text_encoder(torch.tensor([[1, 2]]))[0]
+    assert not states.requires_grad
+    assert denoiser(*random_inputs()).requires_grad
+
+
 def layers_of(module, leave_out):
     """The names of its linear and convolution layers, but for those whose name contains one of
     `leave_out`."""

@@ -80,7 +80,7 @@ def test_every_class_image_is_used_num_epochs_times_within_the_maximum(check_and
     assert check_and_plan(**flags, train_batch_size=3).num_steps == 3
     assert check_and_plan(num_epochs=2, max_train_steps=5).num_steps == 5
     message = refusal(**flags, lr_warmup_steps=8)
-    assert "--lr_warmup_steps 8: the run has 8 steps" in message
+    assert "--lr_warmup_steps 8: give fewer, the run has 8 steps" in message
 
 
 def test_a_number_of_workers_is_a_range(train_args, capsys):

@@ -67,9 +67,9 @@ WASHED_OUT = Advice(
 
 
 def advice(rows, relative_contrast, prior_target="noise"):
-    """The `Advice` for which a figure is off, of the lines of metrics.jsonl and of the contrast of
-    the images after, relative to before (None without images). Where the original model is the
-    class half's target, its loss begins at 0 and rises by nature."""
+    """The `Advice` that the run's metrics (the lines of metrics.jsonl) and the contrast of its
+    images, relative to the original model's (None without images), call for. Where the original
+    model is the class half's target, that half's loss begins at 0 and rises by nature."""
     found = [FORGETTING] if prior_target == "noise" and class_loss_rises(rows) else []
     if relative_contrast is not None and relative_contrast < MIN_CONTRAST:
         found.append(BLACK if relative_contrast < NO_CONTRAST else WASHED_OUT)

@@ -133,7 +133,9 @@ def make_plan(args):
     num_steps = math.ceil(args.num_epochs * len(class_paths or instance_paths) / pairs_per_step)
     num_steps = min(args.max_train_steps, num_steps)
     if args.lr_warmup_steps >= num_steps:
-        raise UserError(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {num_steps} steps")
+        raise UserError(
+            f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer, the run has {num_steps} steps"
+        )
     return TrainingPlan(
         instance_paths=instance_paths,
         class_paths=class_paths,
