@@ -87,11 +87,11 @@ def check_args(args):
     pipeline_dir.check_model_dir(args.model_dir)
     if args.compare_to:
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")
+    side = args.resolution
     for model_dir in filter(None, (args.model_dir, args.compare_to)):
         if args.scheduler == "dpm" and pipeline_dir.read_facts(model_dir).is_flow:
             raise UserError("--scheduler dpm is for diffusion models: leave it out")
-        if args.resolution is not None:
-            pipeline_dir.check_resolution(model_dir, args.resolution, pipeline_dir.PIPELINE_PIXELS)
+        side = pipeline_dir.check_resolution(model_dir, side, pipeline_dir.PIPELINE_PIXELS)
     if args.lora_weights_dir:
         pipeline_dir.lora_file(args.lora_weights_dir)
     if args.prompts_file:

@@ -9,6 +9,7 @@
 # Each variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
 # TRAIN_FLAGS replaces the recipe, MORE_FLAGS is added to it: MORE_FLAGS=--restart ./run.sh
 set -euo pipefail
+unset CDPATH  # with it, cd prints
 
 # The recipes: what is learned, and how.
 use_pocket() {
@@ -25,8 +26,9 @@ use_pocket() {
 }
 
 use_stable_diffusion() {
-  [[ "$ORIG_MODEL_NAME" == CompVis/stable-diffusion-v1-4 ]] && SD14=b95be7d6f134c3a9e62ee616f310733567f069ce
-  ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-${SD14:?set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use}}
+  if [[ "$ORIG_MODEL_NAME" == CompVis/stable-diffusion-v1-4 ]]; then
+    ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-b95be7d6f134c3a9e62ee616f310733567f069ce}
+  fi
   CLASS_NAME=${CLASS_NAME:-dog}
   INSTANCE_DIR=${INSTANCE_DIR:-images/dog}
   SCENES=${SCENES:-in a bucket|in the snow|on the beach|in the jungle|in front of the Eiffel Tower}
@@ -38,8 +40,9 @@ use_stable_diffusion() {
 }
 
 use_stable_diffusion_xl() {
-  [[ "$ORIG_MODEL_NAME" == stabilityai/stable-diffusion-xl-base-1.0 ]] && XL=462165984030d82259a11f4367a4eed129e94a7b
-  ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-${XL:?set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use}}
+  if [[ "$ORIG_MODEL_NAME" == stabilityai/stable-diffusion-xl-base-1.0 ]]; then
+    ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-462165984030d82259a11f4367a4eed129e94a7b}
+  fi
   TRAIN_FLAGS=${TRAIN_FLAGS:---lr 2e-6}
   LORA_FLAGS=${LORA_FLAGS:---lora_rank 16 --lr 1e-4}
   PAIRS=${PAIRS:-1} STEPS=${STEPS:-500}
@@ -49,7 +52,6 @@ use_stable_diffusion_xl() {
 # Full fine-tuning takes more than 40 GB. A class image takes 50 steps with guidance, about a minute
 # on a card of 80 TFLOP/s: so there are fewer.
 use_klein() {
-  ORIG_MODEL_HASH=${ORIG_MODEL_HASH:?set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use}
   if [[ -z "$OWN_TRAIN_FLAGS" ]]; then LORA=${LORA:-1}; fi
   LORA_FLAGS=${LORA_FLAGS:---lora_rank 16 --lr 1e-4}
   TRAIN_FLAGS=${TRAIN_FLAGS:---lr 1e-5}
@@ -67,10 +69,10 @@ choose_model() {
     sd) name=CompVis/stable-diffusion-v1-4 ;;
     sdxl) name=stabilityai/stable-diffusion-xl-base-1.0 ;;
     klein) name=black-forest-labs/FLUX.2-klein-base-4B ;;
-    *) echo "error: MODEL=$MODEL: must be pocket, sd, sdxl or klein" >&2; exit 2 ;;
+    *) refuse "MODEL=$MODEL: must be pocket, sd, sdxl or klein" ;;
   esac
   [[ "${ORIG_MODEL_NAME:-$name}" == "$name" ]] ||
-    { echo "error: MODEL=$MODEL and ORIG_MODEL_NAME=$ORIG_MODEL_NAME disagree: set one of them" >&2; exit 2; }
+    refuse "MODEL=$MODEL and ORIG_MODEL_NAME=$ORIG_MODEL_NAME disagree: set one of them"
   ORIG_MODEL_NAME=$name
 }
 
@@ -107,10 +109,12 @@ choose_train_flags() {
 main() {
   # Look for GPUs, on this machine or in the cluster at RAY_ADDRESS, and choose the model.
   NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.machines.gpus)}
+  check_number 0 NUM_GPUS
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
   if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --use_lora "* ]]; then LORA=1; fi
-  [[ "${LORA:-0}" == [01] ]] || { echo "error: LORA=$LORA: must be 0 or 1" >&2; exit 2; }
+  [[ "${LORA:-0}" == [01] ]] || refuse "LORA=$LORA: must be 0 or 1"
+  [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " != *" --dry_run "* ]] || refuse "--dry_run: step 5 needs the result of step 4"
   choose_model
   OWN_MODEL=
   local cache=${ORIG_MODEL_DIR:-${DATA_PREFIX:-/tmp}/model-orig}
@@ -130,11 +134,14 @@ main() {
     *xl* | *XL*) use_stable_diffusion_xl ;;
     *) use_stable_diffusion ;;
   esac
+  [[ -n "${ORIG_MODEL_HASH:-}" ]] || refuse "set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use"
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   PREVIEW_EVERY=${PREVIEW_EVERY:-100}
   check_number 1 PAIRS STEPS NUM_WORKERS
-  check_number 0 NUM_GPUS NUM_CLASS_IMAGES PREVIEW_EVERY
+  check_number 0 NUM_CLASS_IMAGES PREVIEW_EVERY
   set_paths
+  [[ "$(absolute "$SUBJECT_DIR")" != "$(absolute "$INSTANCE_DIR")" ]] ||
+    refuse "results would go among the photos in $INSTANCE_DIR: set SUBJECT_DIR"
   UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
   CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
@@ -219,10 +226,12 @@ check_number() {
   local least=$1 name
   shift
   for name in "$@"; do
-    [[ "${!name}" =~ ^(0|[1-9][0-9]*)$ ]] && ((${!name} >= least)) ||
-      { echo "error: $name=${!name}: must be a whole number of at least $least" >&2; exit 2; }
+    [[ "${!name}" =~ ^(0|[1-9][0-9]{0,8})$ ]] && ((${!name} >= least)) ||
+      refuse "$name=${!name}: must be a whole number of at least $least, below a billion"
   done
 }
+
+refuse() { echo "error: $1" >&2; exit 2; }
 
 step() { echo "--- $SECONDS s, step $1: $2"; }
 
@@ -231,7 +240,7 @@ find_python() {
   PYTHON=${PYTHON:-python3}
   "$PYTHON" -m dreambooth.installed 2>/dev/null && return
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    { echo "error: Python 3.11 or newer is needed; name it: PYTHON=python3.12 ./run.sh" >&2; exit 2; }
+    refuse "Python 3.11 or newer is needed; name it: PYTHON=python3.12 ./run.sh"
   if ! .venv/bin/python -m dreambooth.installed 2>/dev/null; then
     echo "installing requirements.txt into .venv"
     "$PYTHON" -m venv .venv

@@ -107,7 +107,7 @@ def _one_line(message):
 def first_line(error):
     """What a library's error says, in one line; its class if it says nothing."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
 
 
 def run_main(main, args):

@@ -45,7 +45,7 @@ def test_what_ends_a_script_is_one_line_and_an_exit_code(capsys, error, code, li
 def test_the_first_line_of_an_error_is_one_that_says_something():
     """diffusers has an empty line between a sentence and what it announces."""
     assert (
-        cli.first_line(ValueError("\n these keys are wrong:\n\n a.b \n c"))
+        cli.first_line(ValueError("\n these keys are wrong: \n\n a.b \n c"))
         == "these keys are wrong: a.b"
     )
     assert cli.first_line(KeyError()) == "KeyError"

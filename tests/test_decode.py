@@ -132,21 +132,23 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".png", ".heic"])
+@pytest.mark.parametrize("suffix", [".png", ".heic", ".tif"])
 def test_exif_orientation_is_applied_once(tmp_path, suffix):
     """Fault 6 of the published example: photos of a phone held upright were trained on lying on
-    their side. (HEIC says it twice: in a property of its own, and in its EXIF data.)"""
+    their side. (HEIC says it twice: in a property of its own, and in its EXIF data; a TIFF is
+    turned by Pillow.)"""
     upright = Image.new("RGB", (64, 48), "black")
     upright.paste("white", (0, 0, 24, 16))
     for orientation in STORED if suffix == ".png" else (3, 6, 8):
         exif = Image.Exif()
         exif[0x0112] = orientation
         stored = upright.transpose(STORED[orientation])
-        stored.save(tmp_path / f"a{suffix}", exif=exif.tobytes(), quality=-1)
+        given = exif if suffix == ".tif" else exif.tobytes()  # a TIFF's own tag
+        stored.save(tmp_path / f"a{suffix}", exif=given, quality=-1)
         read = decode.open_image(tmp_path / f"a{suffix}")
         assert read.size == (64, 48)
         difference = np.asarray(read).astype(int) - np.asarray(upright)
-        assert np.abs(difference).mean() <= (0 if suffix == ".png" else 2)
+        assert np.abs(difference).mean() <= (2 if suffix == ".heic" else 0)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".heic"])

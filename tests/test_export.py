@@ -160,6 +160,7 @@ def test_what_kohyas_layout_cannot_be_made_of(lora_dir, tmp_path):
         (other, "subject.safetensors", "alphas of its own: only train.py's LoRAs are converted"),
         (lora_dir, "subject.bin", r"must end with \.safetensors"),
         (tmp_path / "empty", "subject.safetensors", "no pytorch_lora_weights.safetensors there"),
+        (other, "other.safetensors", "is the LoRA itself: name another file"),
     ):
         with pytest.raises(UserError, match=message):
             run_export("kohya", folder, "--output", tmp_path / name)

@@ -123,6 +123,18 @@ def test_a_dry_run_generates_nothing(generate_args, tmp_path, capsys):
         generate.main(generate_args(folder, dry_run=True, prompts=["photo of a car"] * 2))
 
 
+def test_a_models_own_side_must_be_one_that_its_pipeline_generates(
+    generate_args, model_dir, tmp_path
+):
+    """One of 68 pixels ended in a trace, also that of the model to compare with."""
+    odd = shutil.copytree(model_dir, tmp_path / "odd")
+    file = odd / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": 17}))
+    for flags in ({"model_dir": odd}, {"compare_to": odd, "resolution": 68}):
+        with pytest.raises(UserError, match="--resolution 68: this model takes multiples of 8"):
+            generate.check_args(generate_args(tmp_path / "out", **flags))
+
+
 def test_a_flag_without_effect_is_named(generate_args, tmp_path, capsys):
     generate.check_args(generate_args(tmp_path / "out", num_workers=2))
     assert "--num_workers is for --use_ray_data" in capsys.readouterr().err

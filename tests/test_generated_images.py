@@ -7,6 +7,7 @@ are never mixed in.
 import json
 import os
 import subprocess
+import textwrap
 import time
 from types import SimpleNamespace
 
@@ -180,6 +181,20 @@ def test_another_seed_and_fewer_images_leave_the_first_ones_as_they_are(
     assert Image.open(earlier / generated_images.CONTACT_SHEET).size[0] == 480
 
 
+def test_captions_of_a_users_own_images_stay(earlier, generate_args):
+    """Those of class images, say, that generate.py is to complete: they were lost."""
+    own = {"file_name": "mine.png", "text": "photo of a red car by the sea"}
+    file = earlier / "metadata.jsonl"
+    file.write_text(json.dumps(own) + '\n{"file_name": "half of a li')
+    generate.main(generate_args(earlier, num_samples_per_prompt=3))
+    generate.main(generate_args(earlier, num_samples_per_prompt=3))
+    assert metadata(earlier)[0] == own
+    assert len(metadata(earlier)) == 4
+    file.write_bytes(b'{"text": "caf\xe9"}')
+    with pytest.raises(UserError, match="metadata.jsonl is not a UTF-8 text file"):
+        generate.main(generate_args(earlier, num_samples_per_prompt=3))
+
+
 def test_overwrite_keeps_nothing_that_was_not_asked_for(earlier, generate_args, digests):
     """So that what run.sh trains on does not depend on what it did before."""
     before = digests(earlier)
@@ -254,6 +269,27 @@ def test_a_long_caption_takes_lines_that_fit_and_loses_nothing():
     lines = generated_images.wrap(LONG, FONT, 468)
     assert len(lines) == 2
     assert " ".join(lines) == LONG
+    assert generated_images.wrap("", FONT, 468) == [""]
+
+
+def test_the_lines_of_a_caption_are_found_in_few_trials():
+    """One of 2,000 characters, as FLUX.2-klein takes, cost 5 s per row and sheet."""
+    measured = []
+    font = SimpleNamespace(getlength=lambda line: measured.append(line) or 8 * len(line))
+    lines = generated_images.wrap("photo of a car " * 130, font, 468)
+    assert lines == textwrap.wrap("photo of a car " * 130, 58)
+    assert len(measured) < 500
+
+
+def test_a_sheet_has_a_hundred_rows_at_most(flat_image, tmp_path):
+    """And says so: thousands would not fit the memory."""
+    red = flat_image("red.png", (255, 0, 0), size=(4, 4))
+    heights = []
+    for count in (100, 300):
+        rows = {f"prompt {number}": [red] for number in range(count)}
+        generated_images.contact_sheet(rows, tmp_path / "sheet.png", side=4)
+        heights.append(Image.open(tmp_path / "sheet.png").size[1])
+    assert heights == [100 * (20 + 6 + 4 + 6) + 6] * 2
 
 
 def test_a_caption_that_does_not_fit_pushes_its_images_down(flat_image, tmp_path):

@@ -38,7 +38,8 @@ def test_what_is_no_image_of_the_folder_is_skipped(flat_image, tmp_path):
     others = (".DS_Store", "Thumbs.db", "notes.txt", "._a.png", "metadata.jsonl")
     for name in others:
         (folder / name).write_text("no image")
-    flat_image("contact_sheet.png", 0, folder=folder)
+    for name in ("contact_sheet.png", "a-masklabel.png", "a-condlabel.png"):  # OneTrainer's masks
+        flat_image(name, 0, folder=folder)
     flat_image("a-checkpoint.png", 0, folder=folder / ".ipynb_checkpoints")
     flat_image("d.png", 0, folder=folder / "rejected")
     with pytest.raises(UserError, match=f"{folder}: no images there.*some in rejected/"):
@@ -269,7 +270,7 @@ def test_a_line_ends_where_json_lines_end(captioned, tmp_path):
     assert captioned() == {a: "red\u2028\u0085car"}
 
 
-@pytest.mark.parametrize("name", ["metadata.csv", "a.caption"])
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet", "a.caption", "a.png.txt"])
 def test_captions_in_a_form_that_is_not_read_are_a_warning(captioned, tmp_path, capsys, name):
     (tmp_path / "photos" / name).write_text("a red car")
     photos.find_images(tmp_path / "photos", report=True)

@@ -211,6 +211,27 @@ def test_number_of_parameters(copied, load_models):
     assert pipeline_dir.num_parameters(copied)["unet"] == pickle.stat().st_size // 4
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vae": [None, None]}, "model_index.json has vae: .null, null., no class"),
+        ({"tokenizer": None}, "model_index.json has tokenizer: null, no class"),
+        ({"scheduler": ["my_pipeline", "MyScheduler"]}, "has scheduler: .*, no class"),
+        (
+            {"text_encoder": ["transformers", "CLIPTextModelWithProjection"]},
+            "takes a CLIPTextModel",
+        ),
+        ({"unet": ["diffusers", "UNet2DModel"]}, "unet is a UNet2DModel; .* takes a UNet2DCond"),
+    ],
+)
+def test_the_index_names_a_class_of_the_libraries_for_each_part(copied, changes, message):
+    """Else a run trained to its end, and its result could not be saved, or not be loaded."""
+    pipeline_dir.check_model_dir(copied)
+    set_json(copied / "model_index.json", **changes)
+    with pytest.raises(UserError, match=message):
+        pipeline_dir.check_model_dir(copied)
+
+
 def test_resolution_comes_from_the_configuration(copied):
     """16 latents a side, each for 4 pixels: the VAE has three levels, so it halves twice."""
     assert pipeline_dir.resolution(copied) == (64, 4)

@@ -282,6 +282,19 @@ def test_checkpoints_and_report_go_into_directories(refusal, tmp_path):
     assert message.startswith(f"the report's directory, {tmp_path / 'out.report'}")
 
 
+def test_checkpoints_replace_nothing_and_outlive_the_result(check_and_plan, refusal, tmp_path):
+    """A folder of the user's with that name was emptied; checkpoints inside the result, which it
+    replaces, could not be resumed from."""
+    (tmp_path / "out.checkpoints").mkdir()
+    check_and_plan(tmp_path / "out")
+    (tmp_path / "out.checkpoints" / "best.safetensors").write_text("years")
+    message = refusal(output_dir=tmp_path / "out")
+    assert message.startswith(f"{tmp_path / 'out.checkpoints'}, where checkpoints would go, holds")
+    for inside in ("other", "other/checkpoints"):
+        flags = {"output_dir": tmp_path / "other", "storage_path": tmp_path / inside}
+        assert "--storage_path is inside --output_dir" in refusal(**flags)
+
+
 @pytest.fixture
 def disk(monkeypatch):
     """A disk with disk.free bytes free."""
@@ -318,6 +331,8 @@ def test_a_disk_without_space_for_one_more_checkpoint(
     disk.free = needed
     check_flags(args)
     disk.free -= 1000
+    (tmp_path / "out.checkpoints").mkdir()
+    (tmp_path / "out.checkpoints" / "lock").touch()
     for name, size in (("step_000003", 600), (".step_000006.tmp", 400)):
         with pytest.raises(UserError, match="3 checkpoints at a time"):
             check_flags(args)

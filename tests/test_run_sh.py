@@ -243,14 +243,28 @@ def test_a_model_has_a_short_name(run_story):
         assert re.fullmatch(r"error: MODEL=.*\n", done.stderr)
 
 
-@pytest.mark.parametrize("name", ["NUM_CLASS_IMAGES", "PREVIEW_EVERY", "STEPS", "NUM_WORKERS"])
+@pytest.mark.parametrize("name", ["NUM_CLASS_IMAGES", "PREVIEW_EVERY", "STEPS", "NUM_GPUS"])
 def test_a_number_that_is_none_is_refused_at_once(run_story, name):
-    for value in ("many", "-1", "08", ""):
-        if value:
-            done, commands = run_story(1, 79, **{name: value})
-            assert done.returncode == 2
-            assert f"error: {name}={value}: must be a whole number" in done.stderr
-            assert commands == {}
+    """Nor does bash compute with one of twenty digits."""
+    for value in ("many", "-1", "08", "1.5", "9" * 20):
+        done, commands = run_story(1, 79, **{name: value})
+        assert done.returncode == 2
+        assert f"error: {name}={value}: must be a whole number" in done.stderr
+        assert commands == {}
+
+
+def test_what_can_only_go_wrong_is_refused_at_once(run_story, tmp_path):
+    """A dry run has no result for step 5; a sheet among the photos would be trained on."""
+    photos = tmp_path / "data" / "subjects" / "tom"
+    for variables, line in (
+        ({"MORE_FLAGS": "--dry_run"}, "error: --dry_run: step 5 needs the result of step 4"),
+        ({"MODEL": "klein"}, "error: set ORIG_MODEL_HASH to the commit of black-forest-labs/"),
+        ({"INSTANCE_DIR": photos, "SUBJECT_DIR": f"{photos}/"}, "error: results would go among"),
+    ):
+        done, commands = run_story(1, 79, **variables)
+        assert done.returncode == 2
+        assert done.stderr.startswith(line)
+        assert commands == {}
 
 
 def test_without_class_images_there_is_no_prior(run_story):

@@ -87,8 +87,8 @@ def _decode(opened):
         if image.format == "JPEG" and image.width * image.height > LARGE:
             factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
             image.draft(None, (image.width // factor, image.height // factor))
+        image.load()  # first: it turns a TIFF upright, and drops the tag
         turn = _upright(image)
-        image.load()
         if image.format == "PPM" and image.mode == "I":  # Pillow scales these to 16 bits
             image = Image.fromarray(np.asarray(image).astype(np.uint16))
         return image, turn

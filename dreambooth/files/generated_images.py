@@ -11,6 +11,7 @@ import os
 import re
 import textwrap
 import time
+from bisect import bisect_left
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from dreambooth.files.decode import open_image
 from dreambooth.files.photos import CONTACT_SHEET, METADATA, find_images
 
 OWN_FIELDS = ("file", "prompt", "seed", "index")  # of an image; the rest is the command's
+MAX_ROWS = 100  # of a sheet: one of 300 takes 400 MB of memory
 FILE_NAME = re.compile(r"\d{3,}-\d{4,}-seed\d+\.png")
 # As atomic.replace_file names it; the groups are the host and the process.
 TEMPORARY = re.compile(rf"\.(?:{FILE_NAME.pattern}|{METADATA})\.([^.]+)\.(\d+)\.tmp")
@@ -73,6 +75,7 @@ def find_existing(folder, planned):
     can be written to `folder`.
     """
     atomic.check_writable(folder)
+    _lines_of_others(folder)  # must be readable
     planned = {record["file"]: record for record in planned}
     prompts = {_prompt_number(name): record["prompt"] for name, record in planned.items()}
     first = next(iter(planned.values()))
@@ -121,9 +124,25 @@ def _is_running(process_id):
 
 
 def write_metadata(folder, records):
-    """Replace the folder's metadata.jsonl: one line per image."""
-    lines = "".join(f"{_metadata_line(record)}\n" for record in records)
-    atomic.replace_text(folder / METADATA, lines)
+    """Replace the lines of generated images in the folder's metadata.jsonl: one per image. A user's
+    own lines, captions of other images, stay."""
+    lines = [*_lines_of_others(folder), *map(_metadata_line, records)]
+    atomic.replace_text(folder / METADATA, "".join(f"{line}\n" for line in lines))
+
+
+def _lines_of_others(folder):
+    """The lines of metadata.jsonl that are of images which generate.py did not make."""
+    file = Path(folder) / METADATA
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a UTF-8 text file: name another folder") from None
+    found = []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):  # one that a crash has cut off
+            if not FILE_NAME.fullmatch(json.loads(line)["file_name"]):
+                found.append(line)
+    return found
 
 
 def append_metadata(folder, record):
@@ -140,7 +159,10 @@ def _metadata_line(record):
 def contact_sheet(rows, file, columns=8, side=192):
     """Write the images of `rows`, a dict of captions and lists of paths, as one PNG: a row for each
     caption, each image fitted into a square of `side` pixels. A row shows at most `columns` images,
-    and says so where there are more; a long caption takes several lines."""
+    and says so where there are more; a long caption takes several lines. So do MAX_ROWS rows."""
+    if len(rows) > MAX_ROWS:
+        *shown, (last, paths) = list(rows.items())[:MAX_ROWS]
+        rows = {**dict(shown), f"{last} (the first {MAX_ROWS} of {len(rows)} rows)": paths}
     gap = 6
     line_height = 20
     font = ImageFont.load_default(size=16)
@@ -173,11 +195,12 @@ def caption_of_row(caption, paths, columns):
 
 def wrap(text, font, width):
     """The lines of `text`, none of them wider than `width` pixels."""
-    for characters in range(len(text), 0, -1):
-        lines = textwrap.wrap(text, characters)
-        if all(font.getlength(line) <= width for line in lines):
-            return lines
-    return [text]
+
+    def is_too_wide(characters):
+        return any(font.getlength(line) > width for line in textwrap.wrap(text, characters))
+
+    characters = bisect_left(range(1, len(text) + 1), True, key=is_too_wide)
+    return textwrap.wrap(text, max(1, characters)) or [text]
 
 
 def fit_into_square(image, side):

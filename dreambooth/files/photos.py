@@ -10,7 +10,7 @@ import shutil
 import unicodedata
 from pathlib import Path
 
-from dreambooth.cli import ArgumentParser, UserError, run_main, warn
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, warn
 from dreambooth.files import atomic
 from dreambooth.files.decode import open_image, readable_suffixes
 
@@ -20,10 +20,12 @@ UNREADABLE = {  # images that Pillow cannot read: the raw formats of cameras, an
     ".erf", ".mef", ".mos", ".gpr", ".svg", ".svgz", ".jxl", ".psb", ".xcf", ".ai", ".eps", ".ps",
     ".wmf", ".emf", ".insp",
 }  # fmt: skip
+OTHER_CAPTIONS = (".caption", "metadata.csv", "metadata.parquet")
 COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may replace
 CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; it is not one of them
 METADATA = "metadata.jsonl"  # of generated images, and with the captions of photos
 OURS = {CONTACT_SHEET, METADATA, "compared"}  # beside generated images
+MASKS = ("-masklabel", "-condlabel")  # beside photos, by OneTrainer
 FEW_PHOTOS = 3  # with fewer, the model learns the photo rather than the subject
 
 
@@ -46,6 +48,9 @@ def find_images(folder, report=False):
     for file in files:
         if file.name.startswith(".") or file.name in OURS:
             continue
+        if file.stem.endswith(MASKS):
+            skipped.append(file.name)
+            continue
         suffix = file.suffix.lower()
         if file.is_symlink() and not file.exists():
             raise UserError(f"{file} is a link to a file that does not exist: replace or remove it")
@@ -61,7 +66,8 @@ def find_images(folder, report=False):
     if not found:
         inside = f"; there are some in {_names(subfolders)}: give that folder" if subfolders else ""
         raise UserError(f"{folder}: no images there (such as .jpg, .png, .webp or .heic){inside}")
-    others = [name for name in skipped if name.endswith((".caption", "metadata.csv"))]
+    of_image = {f"{file.name}.txt" for file in found}
+    others = [name for name in skipped if name.endswith(OTHER_CAPTIONS) or name in of_image]
     if report and others:
         warn(f"{folder}/{others[0]} is not read: captions are taken from .txt and {METADATA}")
     if report and skipped:
@@ -204,7 +210,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = ArgumentParser("Check that each photo in a folder can be read, and copy them.")
-    parser.add_argument("source", help="a folder with photos of the subject")
+    parser.add_argument("source", type=absolute_path, help="a folder with photos of the subject")
     where = "where to put them; replaced if this command made it (default: only check them)"
-    parser.add_argument("folder", nargs="?", help=where)
+    parser.add_argument("folder", nargs="?", type=absolute_path, help=where)
     run_main(main, parser.parse_args())

@@ -184,6 +184,7 @@ def check_model_dir(model_dir, flag="--model_dir"):
             " (cache_model.py prints the directory to use)"
         )
     facts = read_facts(folder)
+    check_index(facts, read_config(folder / INDEX, flag), where)
     for part in facts.tokenizers:
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
             if (folder / part / name).exists():
@@ -195,6 +196,21 @@ def check_model_dir(model_dir, flag="--model_dir"):
     configs = {part: read_config(folder / part / "config.json", flag) for part in facts.models}
     check_parts(facts, configs, where)
     resolution(folder, flag)
+
+
+def check_index(facts, index, where):
+    """The parsed model_index.json `index` must name a class of the libraries for each part, and for
+    some parts the pipeline's own."""
+    for part in facts.parts:
+        entry = index.get(part)
+        library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if library not in ("diffusers", "transformers") or not isinstance(name, str):
+            entry = json.dumps(entry)
+            raise UserError(f"{where}: {INDEX} has {part}: {entry}, no class of the libraries")
+        if facts.classes.get(part, name) != name:
+            raise UserError(
+                f"{where}: {part} is a {name}; {facts.name} takes a {facts.classes[part]}"
+            )
 
 
 def check_noise_schedule(facts, scheduler, where):
@@ -220,7 +236,7 @@ def check_parts(facts, configs, where):
     """Backbone and VAE must be of the pipeline's classes, and the backbone made for the VAE, for
     the text encoders, side by side, and for no condition that the pipeline does not use."""
     for part, name in facts.classes.items():
-        found = configs[part].get("_class_name", name)
+        found = configs[part].get("_class_name", name)  # of diffusers' models
         if found != name:
             raise UserError(f"{where}: {part} is a {found}; {facts.name} takes a {name}")
     backbone, vae = configs[facts.backbone], configs["vae"]

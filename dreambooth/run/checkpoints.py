@@ -100,7 +100,9 @@ def remove(folder):
     """Delete a run's checkpoints and Ray Train's files: the result is in place."""
     with suppress(OSError):
         (folder / "run.json").unlink()  # first: without it, no run resumes from the rest
-    shutil.rmtree(folder, ignore_errors=True)
+        for path in set(folder.iterdir()) - {folder / "lock"}:  # last: it tells whose folder it is
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_unless_needed(folder):

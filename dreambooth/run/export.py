@@ -295,6 +295,8 @@ def export_kohya(args):
         raise UserError(f"--output {output}: must end with .safetensors")
     atomic.check_writable(output.parent, "the directory of --output,")
     file = pipeline_dir.lora_file(args.lora_dir, "LORA_DIR")
+    if output.resolve() == file.resolve():
+        raise UserError(f"--output {output} is the LoRA itself: name another file")
     with pipeline_dir.loading(f"LORA_DIR {file}"):
         with safe_open(file, "pt") as opened:
             if "lora_adapter_metadata" in (opened.metadata() or {}):

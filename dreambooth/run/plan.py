@@ -293,9 +293,7 @@ def check_output_dir(args):
     names = [pipeline_dir.LORA_FILE] if args.use_lora else pipeline_dir.PIPELINE_NAMES
     atomic.check_replaceable(args.output_dir, [*names, *pipeline_dir.CARD_FILES])
     atomic.check_writable(report_dir(args.output_dir), "the report's directory,")
-    atomic.check_writable(run_dir(args), "the checkpoints' directory,")
-    if (run_dir(args) / "lock").exists():  # of another run, perhaps one that has ended
-        atomic.lock(run_dir(args) / "lock", args.output_dir)
+    check_run_dir(run_dir(args), args.output_dir)
     if not args.use_lora:
         sizes = pipeline_dir.num_parameters(args.model_dir)
         num_bytes = 4 * sum(sizes.values())  # float32
@@ -303,6 +301,20 @@ def check_output_dir(args):
         leftovers = atomic.unfinished(folder).rglob("*.*")
         atomic.check_space(folder, num_bytes, "the result", leftovers)
         check_space_for_checkpoints(args, sizes)
+
+
+def check_run_dir(folder, output_dir):
+    """Where checkpoints go there must be those of a run, or nothing; and no run that goes on."""
+    atomic.check_writable(folder, "the checkpoints' directory,")
+    if Path(output_dir).resolve() in folder.resolve().parents:
+        raise UserError("--storage_path is inside --output_dir, which is replaced: name another")
+    if (folder / "lock").exists():  # of another run, perhaps one that has ended
+        atomic.lock(folder / "lock", output_dir)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder}, where checkpoints would go, holds other files, which would be lost: rename"
+            " it, or give --storage_path"
+        )
 
 
 def check_space_for_checkpoints(args, sizes):
