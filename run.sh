@@ -21,6 +21,7 @@ use_pocket() {
   TRAIN_FLAGS=${TRAIN_FLAGS:---lr 3e-4 $shared}
   LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 1.5e-3 $shared}
   PAIRS=${PAIRS:-8} STEPS=${STEPS:-300} NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-100}
+  PRESERVE_PROMPTS=${PRESERVE_PROMPTS-photo of a car|photo of a house|photo of a boat|photo of a ball|photo of a cup|photo of a tree}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 3 --seed 1}
 }
@@ -166,6 +167,11 @@ main() {
   if [[ "${LORA:-0}" == 1 && "$TRAIN_FLAGS" != *--use_lora* ]]; then TRAIN_FLAGS+=" --use_lora"; fi
   if ((NUM_CLASS_IMAGES == 0)); then TRAIN_FLAGS+=" --prior_loss_weight 0"; fi
   TRAIN_FLAGS+=" ${MORE_FLAGS:-}"
+  local preserve=()
+  if [[ -n "${PRESERVE_PROMPTS:-}" && "$TRAIN_FLAGS" == *"--prior_target original"* ]]; then
+    IFS='|' read -ra preserve <<<"$PRESERVE_PROMPTS"
+    preserve=(--preserve_prompts "${preserve[@]}")
+  fi
   RESULT_DIR=$TUNED_MODEL_DIR
   RESULT=(--model_dir "$TUNED_MODEL_DIR")
   if [[ "$TRAIN_FLAGS" == *--use_lora* ]]; then
@@ -178,7 +184,8 @@ main() {
   # A mistake of step 4 is found now, except in class images: there are none yet.
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" --num_workers "$NUM_WORKERS" \
-    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) --dry_run >/dev/null
+    $TRAIN_FLAGS ${preserve[@]+"${preserve[@]}"} --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) \
+    --dry_run >/dev/null
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"
@@ -197,7 +204,7 @@ main() {
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
     --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
-    ${previews[@]+"${previews[@]}"}
+    ${preserve[@]+"${preserve[@]}"} ${previews[@]+"${previews[@]}"}
 
   step 5 "generate the subject in new places, and what must not change; the original model, too (under a minute)"
   "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \

@@ -24,16 +24,18 @@ from ray.data.expressions import col
 from dreambooth.images import KINDS, load_crops
 from dreambooth.seeds import seed_for
 
+PRESERVE_EVERY = 8  # pairs, one of which has a prompt to preserve
 PAIRS_PER_BLOCK = 16  # decoded by one task of Ray Data: few enough for an early first batch
 
 
-def pair_images(instance_paths, class_paths, num_pairs, seed, captions=None):
+def pair_images(instance_paths, class_paths, num_pairs, seed, captions=None, preserved=()):
     """The first `num_pairs` pairs of the run with this seed, as in the diagram above.
 
     A pair is a dict: instance and class are paths of image files, instance_prompt and class_prompt
     the numbers of their prompts, and position is its place in the run. Prompt 0 is the instance
-    prompt and 1 the class prompt; `captions` has those of images with a caption, by path. Without
-    class images it has no class: training without prior preservation.
+    prompt and 1 the class prompt; `captions` has those of images with a caption, by path, and
+    `preserved` those of prompts that every PRESERVE_EVERY-th class image has in turn. Without class
+    images it has no class: training without prior preservation.
     """
     captions = captions or {}
 
@@ -52,6 +54,9 @@ def pair_images(instance_paths, class_paths, num_pairs, seed, captions=None):
         for number, (kind, paths) in enumerate(columns.items()):
             pair[kind] = next(paths)
             pair[f"{kind}_prompt"] = captions.get(pair[kind], number)
+        turn, place = divmod(position, PRESERVE_EVERY)
+        if preserved and class_paths and place == PRESERVE_EVERY - 1:
+            pair["class_prompt"] = preserved[turn % len(preserved)]
         pairs.append(pair)
     return pairs
 

@@ -48,8 +48,9 @@ class TrainingPlan:
 
     instance_paths: list
     class_paths: list  # [] without prior preservation
-    prompts: list  # distinct: the instance prompt, the class prompt if there is one, captions
+    prompts: list  # distinct: the instance prompt, the class prompt if there is one, and others
     captions: dict  # the number of the prompt of each image that has a caption, by its path
+    preserved: list  # the numbers of --preserve_prompts
     resolution: int  # pixels
     pairs_per_step: int  # of all workers and forward passes
     num_steps: int
@@ -124,6 +125,7 @@ def make_plan(args):
         class_paths = find_images(args.class_images_dir)
     warn_of_likely_mistakes(prompts, instance_paths)
     prompts, captions = number_captions(args, prompts, instance_paths, class_paths)
+    prompts += [text for text in dict.fromkeys(args.preserve_prompts) if text not in prompts]
     pipeline_dir.check_prompts(args.model_dir, prompts + args.preview_prompts)
     images.check_images(instance_paths + class_paths, resolution)
 
@@ -141,6 +143,7 @@ def make_plan(args):
         class_paths=class_paths,
         prompts=prompts,
         captions=captions,
+        preserved=[prompts.index(text) for text in args.preserve_prompts],
         resolution=resolution,
         pairs_per_step=pairs_per_step,
         num_steps=num_steps,
@@ -215,6 +218,11 @@ def check_pipeline(args):
         warn(
             "--model_dir is distilled to few steps, which training undoes: train its base model;"
             " generate.py takes that LoRA with either"
+        )
+    if args.preserve_prompts and args.prior_target != "original":
+        raise UserError(
+            "--preserve_prompts needs --prior_target original: class images show nothing of them,"
+            " and only the original model can say what it would predict"
         )
     if args.train_text_encoder and not facts.trains_text_encoder:
         raise UserError(f"--train_text_encoder: {facts.name}'s text encoders are not trained here")
