@@ -83,6 +83,17 @@ def test_an_image_with_a_caption_has_its_own_prompt_in_every_pair():
     assert prompts == {"i0": 0, "i1": 2, "i2": 0, "c0": 3, "c1": 1, "c2": 1, "c3": 1}
 
 
+def test_one_class_image_in_eight_has_a_prompt_to_preserve_in_turn():
+    """Whatever the image; the instance images keep theirs, and no image is used more or less."""
+    arguments = names("i", 3), names("c", 4), 40, 0
+    pairs = dataset.pair_images(*arguments, preserved=[5, 1, 7])
+    prompts = [row["class_prompt"] for row in pairs]
+    assert prompts == [1] * 7 + [5] + [1] * 7 + [1] + [1] * 7 + [7] + [1] * 7 + [5] + [1] * 7 + [1]
+    plain = dataset.pair_images(*arguments)
+    assert [{**row, "class_prompt": 1} for row in pairs] == plain
+    assert dataset.pair_images(names("i", 3), [], 9, 0, preserved=[2])[7]["position"] == 7
+
+
 def test_collate_puts_the_instance_half_first():
     """The 8 bit values 0, 51 and 255 become -1, -0.6 and 1, in float32."""
     colours = np.array([0, 51, 255], np.uint8).reshape(1, 3, 1, 1)

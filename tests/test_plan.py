@@ -389,3 +389,17 @@ def test_polynomial_needs_a_learning_rate_above_its_last_one(check_and_plan, ref
     for lr in (1e-7, 1e-8):
         assert "polynomial ends at 1e-07; give linear" in refusal(**flags, lr=lr)
     check_and_plan(**flags, lr=2e-7)
+
+
+def test_prompts_to_preserve_need_the_original_model(check_and_plan, refusal):
+    """On an image of another class, the noise would be a wrong target for them. They are behind the
+    run's own prompts, none twice."""
+    prompts = ["photo of a house", "photo of a car", "photo of a boat", "photo of a house"]
+    assert "--preserve_prompts needs --prior_target original" in refusal(preserve_prompts=prompts)
+    found = check_and_plan(preserve_prompts=prompts, prior_target="original")
+    own = ["photo of unqtkn car", "photo of a car"]
+    assert found.prompts == [*own, "photo of a house", "photo of a boat"]
+    assert found.preserved == [2, 1, 3, 2]
+    too_long = ["on the beach " * 20]
+    message = refusal(preserve_prompts=too_long, prior_target="original")
+    assert message.startswith("prompt too long")

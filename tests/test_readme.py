@@ -146,9 +146,12 @@ def test_recipes_of_the_readme_and_of_benchmarks_are_those_of_run_sh(readme, run
             assert numbers in readme
             assert all(flag in readme for flag in re.findall(r"--\w+ \S+", flags))
             of_all.append(f"{numbers} {flags}")
+    (preserved,) = re.findall(r"PRESERVE_PROMPTS:?-(photo.*?)\}", run_sh)
+    assert all(f'"{prompt}"' in readme for prompt in preserved.split("|"))
+    preserved = " ".join(f"'{prompt}'" for prompt in preserved.split("|"))
     full, _, lora, _ = of_all
-    assert subjects.RECIPES["full"] == full
-    assert subjects.RECIPES["lora"] == f"{lora} --use_lora"
+    assert subjects.RECIPES["full"] == f"{full} --preserve_prompts {preserved}"
+    assert subjects.RECIPES["lora"] == f"{lora} --use_lora --preserve_prompts {preserved}"
     assert recipes(run_sh, "SAMPLE_FLAGS")[0] == f"--guidance_scale {subjects.GUIDANCE} --seed 1"
     for name in ("CLASS_FLAGS", "SAMPLE_FLAGS"):
         for flags in recipes(run_sh, name):

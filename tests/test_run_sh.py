@@ -129,7 +129,7 @@ POCKET_LORA = (
 def test_however_lora_is_asked_for_the_result_is_one(run_story, variables, flags):
     _, commands = run_story(0, **variables)
     (train,) = commands["train.py"]
-    assert train.endswith(f" --num_workers 1 {flags}")
+    assert train.partition(" --preserve_prompts ")[0].endswith(f" --num_workers 1 {flags}")
     assert "--output_dir /data/subjects/lego-car/lora " in train
     _, sample = commands["generate.py"]
     assert "--model_dir /data/model-orig/models--pocket/snapshots/embedded " in sample
@@ -272,6 +272,20 @@ def test_without_class_images_there_is_no_prior(run_story):
     (sample,) = commands["generate.py"]
     assert "images-new" in sample
     assert commands["train.py"][0].endswith(" --prior_loss_weight 0")
+
+
+def test_prompts_are_preserved_where_the_original_model_is_the_target(run_story):
+    """Those of pocket's classes; none without class images, or with the noise as the target."""
+    _, commands = run_story(0)
+    for script in ("train.py", "train.py --dry_run"):
+        (train,) = commands[script]
+        assert " --preserve_prompts photo of a car photo of a house photo of a boat " in train
+    flags = {"PRESERVE_PROMPTS": "a cat|a dog, asleep", "MORE_FLAGS": "--prior_target original"}
+    _, commands = run_story(1, 79, **flags)
+    assert commands["train.py"][-1].endswith(" --preserve_prompts a cat a dog, asleep")
+    for more in ({"NUM_CLASS_IMAGES": "0"}, {"TRAIN_FLAGS": "--lr 1e-4"}, {"PRESERVE_PROMPTS": ""}):
+        _, commands = run_story(0, **more)
+        assert "--preserve_prompts" not in commands["train.py"][-1]
 
 
 def test_what_must_not_change_is_generated_too(run_story):
