@@ -3,9 +3,11 @@
 import errno
 import os
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -169,9 +171,20 @@ def test_only_an_earlier_result_may_be_replaced(tmp_path):
 
 
 def test_what_cannot_be_renamed_cannot_be_replaced(tmp_path, monkeypatch):
-    """A mount point, as a volume of a container is; a directory whose parent is read-only."""
+    """A mount point, as a volume of a container is; a directory whose parent is read-only, though
+    it can be written to itself."""
     with pytest.raises(UserError, match="cannot be written"):
         atomic.check_replaceable(Path("/proc/self"), os.listdir("/proc/self"))
+    (tmp_path / "tuned").mkdir()
+    with monkeypatch.context() as patch:
+        error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        real = tempfile.TemporaryFile
+        refused = MagicMock(side_effect=error)
+        patch.setattr(
+            tempfile, "TemporaryFile", lambda dir: (refused if dir == tmp_path else real)(dir=dir)
+        )
+        with pytest.raises(UserError, match="the directory of --output_dir, .* cannot be written"):
+            atomic.check_replaceable(tmp_path / "tuned", [])
     monkeypatch.setattr(os.path, "ismount", lambda folder: folder == tmp_path)
     with pytest.raises(UserError, match="is a mount point"):
         atomic.check_replaceable(tmp_path, [])

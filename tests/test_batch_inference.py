@@ -3,6 +3,7 @@ the same as without Ray is tested in test_crash.py, where one of the actors is k
 
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -12,6 +13,7 @@ import generate
 from dreambooth import batch_inference
 from dreambooth.batch_inference import count_batches, generate_with_ray
 from dreambooth.cli import UserError
+from dreambooth.machines import device
 
 
 @pytest.mark.parametrize("num_gpus", [1, 3, 8])
@@ -81,24 +83,27 @@ def test_a_worker_that_generates_nothing_is_a_user_error(sampling_args, ray_addr
 
 
 @pytest.mark.parametrize(
-    ("resources", "num_workers", "num_images", "expected"),
+    ("resources", "flags", "num_images", "expected"),
     [
-        ((4, 16), None, 200, {"size": 4, "num_gpus": 1, "num_cpus": 0, "batch_size": 13}),
-        ((4, 16), 2, 200, {"size": 2, "num_gpus": 1, "num_cpus": 0, "batch_size": 15}),
-        ((4, 16), None, 3, {"size": 3, "num_gpus": 1, "num_cpus": 0, "batch_size": 1}),
-        ((0, 2), 2, 40, {"size": 2, "num_cpus": 0.5, "batch_size": 14}),
-        ((0, 2), None, 40, {"size": 1, "num_cpus": 1.0, "batch_size": 14}),
-        ((0, 2), 2, 1, {"size": 1, "num_cpus": 1.0, "batch_size": 1}),
+        ((4, 16), {}, 200, {"size": 4, "num_gpus": 1, "num_cpus": 0, "batch_size": 13}),
+        ((4, 16), {"batch_size": 4}, 200, {"size": 4, "num_gpus": 1, "batch_size": 4}),
+        ((4, 16), {"num_workers": 2}, 200, {"size": 2, "num_gpus": 1, "batch_size": 15}),
+        ((4, 16), {}, 3, {"size": 3, "num_gpus": 1, "num_cpus": 0, "batch_size": 1}),
+        ((0, 2), {"num_workers": 2}, 40, {"size": 2, "num_cpus": 0.5, "batch_size": 14}),
+        ((0, 2), {}, 40, {"size": 1, "num_cpus": 1.0, "batch_size": 14}),
+        ((0, 2), {"num_workers": 2}, 1, {"size": 1, "num_cpus": 1.0, "batch_size": 1}),
     ],
 )
 def test_each_gpu_gets_an_actor(
-    sampling_args, monkeypatch, tmp_path, resources, num_workers, num_images, expected
+    sampling_args, monkeypatch, capsys, tmp_path, resources, flags, num_images, expected
 ):
-    """With --num_workers fewer of them, and no more than there are batches (fault 9 of the
-    published example: with fewer than four samples the batch size was 0, and four GPUs were
-    hard-wired). Without GPUs one, or as many as asked for, on half of the cores. What would run is
-    kept, as there is no GPU here."""
+    """With --num_workers fewer of them, each with --batch_size images at a time, and no more than
+    there are batches (fault 9 of the published example: with fewer than four samples the batch size
+    was 0, and four GPUs were hard-wired). Without GPUs one, or as many as asked for, on half of the
+    cores, and a line says that a large model takes minutes there. What would run is kept, as there
+    is no GPU here."""
     calls = []
+    monkeypatch.setattr(device, "LARGE", 1e6)
 
     class Rows:
         def map_batches(self, cls, **settings):
@@ -114,24 +119,28 @@ def test_each_gpu_gets_an_actor(
     monkeypatch.setattr(
         batch_inference.ray.data, "ActorPoolStrategy", lambda size: SimpleNamespace(size=size)
     )
-    changes = {"num_workers": num_workers} if num_workers else {}
-    args = sampling_args(tmp_path, num_samples_per_prompt=num_images, **changes)
+    args = sampling_args(tmp_path, num_samples_per_prompt=num_images, **flags)
     list(generate_with_ray(args, generate.plan(args)))
     (call,) = calls
     call["size"] = call.pop("compute").size
     assert {name: call[name] for name in expected} == expected
+    on_a_cpu = "num_gpus" not in expected
+    assert ("no GPU: an image takes minutes" in capsys.readouterr().err) == on_a_cpu
 
 
 def test_each_node_must_see_what_generation_reads_and_writes(
-    sampling_args, ray_address, lora_dir, tmp_path, monkeypatch
+    sampling_args, lora_dir, tmp_path, monkeypatch
 ):
-    """Before a model loads on any of them."""
+    """Before a model loads on any of them. The folder for the images is made first, as no other
+    node would see it before."""
     checked = []
 
     def refuse(paths):
+        assert all(Path(path).exists() for path in paths)
         checked.extend(paths)
         raise UserError("node b does not see it")
 
+    monkeypatch.setattr(batch_inference.cluster, "start_ray", lambda *args, **kwargs: (0, 2))
     monkeypatch.setattr(batch_inference.cluster, "check_shared_storage", refuse)
     args = sampling_args(tmp_path / "out", use_ray_data=True, lora_weights_dir=lora_dir)
     with pytest.raises(UserError, match="node b"):

@@ -241,13 +241,20 @@ def test_an_empty_revision_is_refused(run, capsys):
     assert "--revision: is empty" in capsys.readouterr().err
 
 
-def test_a_complete_cache_may_be_read_only(run, monkeypatch):
-    """Such as an administrator's."""
+def test_a_complete_cache_may_be_read_only_and_needs_no_network(
+    run, model_dir, tmp_path, monkeypatch, capsys
+):
+    """Such as an administrator's. (A branch is looked for every time: run.sh gives commits.)"""
     run("pocket")
+    snapshot = pipeline_dir.snapshot_dir(tmp_path / "hub", "acme/sd", "v1")
+    shutil.copytree(model_dir, snapshot)
     refused = MagicMock(side_effect=UserError("it cannot be written"))
     monkeypatch.setattr(cache_model.atomic, "check_writable", refused)
+    monkeypatch.setattr(cache_model, "fetch_from_hub", refused)
     run("pocket")
+    run("acme/sd")
     assert not refused.called
+    assert capsys.readouterr().out.splitlines()[-1] == str(snapshot)
 
 
 def test_another_pocket_model_replaces_the_cached_one(run, model_dir, monkeypatch):
@@ -259,8 +266,11 @@ def test_another_pocket_model_replaces_the_cached_one(run, model_dir, monkeypatc
 
 
 def test_the_folder_holds_the_photos_alone(photo_hub, tmp_path, capsys):
-    """And photos that are there are not downloaded again."""
+    """And photos that are there are not downloaded again. What a file manager puts into a folder
+    that it shows is no photo."""
     args = download_example_dataset.parse_args([str(tmp_path / "dog")])
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / ".DS_Store").touch()
     download_example_dataset.main(args)
     assert sorted(path.name for path in (tmp_path / "dog").iterdir()) == ["a.jpeg", "b.jpeg"]
     assert capsys.readouterr().out == f"photos in {tmp_path / 'dog'}: 2\n"

@@ -85,6 +85,29 @@ def test_a_full_disk_is_said_and_keeps_the_earlier_ones(folder, monkeypatch):
     assert names(folder) == ["step_000010", "step_000020"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_counts_and_before_an_earlier_one_goes(
+    folder, monkeypatch
+):
+    """Else a power cut could leave half a file under its name, or neither of the two."""
+    synced = []
+    fsync = os.fsync
+
+    def note(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((os.path.relpath(path, folder), steps_in(folder)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    checkpoints.write(STATE, 30, folder, limit=1)
+    assert synced == [
+        (".step_000030.tmp/state.pt", [10, 20]),
+        (".step_000030.tmp/complete.json", [10, 20]),
+        (".step_000030.tmp", [10, 20]),
+        (".", [10, 20, 30]),
+    ]
+    assert steps_in(folder) == [30]
+
+
 FINGERPRINT = {"lr": 1e-4, "instance_prompt": "photo of unqtkn car"}
 
 

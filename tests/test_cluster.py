@@ -248,14 +248,16 @@ def test_each_worker_has_a_gpu_or_its_share_of_half_of_the_cores():
 @pytest.mark.parametrize("here", ["a", "h"])
 def test_a_node_that_does_not_see_a_path_is_named(monkeypatch, here):
     """Of two nodes with cores, "b" has a disk of its own; this process is on the other one, or on a
-    head without cores, which no worker uses."""
+    head without cores, which no worker uses, and which has one as well. A node that Ray has lost
+    cannot be asked."""
     nodes = [
         {"NodeID": name, "NodeManagerHostname": name, "Alive": name != "dead", "Resources": cores}
         for name, cores in {"h": {}, "a": {"CPU": 4}, "b": {"CPU": 4}, "dead": {"CPU": 4}}.items()
     ]
 
     def start_on_node(node, function, paths):
-        return [path for path in paths if node["NodeID"] == "b" and path.startswith("/tmp")]
+        assert node["Alive"]
+        return [path for path in paths if node["NodeID"] in "bh" and path.startswith("/tmp")]
 
     context = SimpleNamespace(get_node_id=lambda: here)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
@@ -384,6 +386,24 @@ def test_fit_raises_the_users_error_and_else_what_failed(ray_address, monkeypatc
             cluster.fit(trainer)
         assert type(raised.value) is expected
     assert raised.value is bug
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "num_workers", "watches"),
+    [(1, 2, False), (1, (1, 2), True), (2, 2, True), (2, (1, 2), True)],
+)
+def test_notices_of_preemption_are_listened_for_unless_one_node_is_all_there_will_be(
+    monkeypatch, num_nodes, num_workers, watches
+):
+    """The node that the workers of an elastic run would move to may be there later."""
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)  # and unset again after the test
+    monkeypatch.setattr(ray, "nodes", lambda: [{}] * num_nodes)
+    trainer = MagicMock(running_in_local_mode=False)
+    trainer.scaling_config.num_workers = num_workers
+    assert cluster.fit(trainer) is trainer.fit.return_value
+    assert os.environ.get(name, "1") == str(int(watches))
 
 
 def test_a_run_in_this_process_ends_its_ray_at_exit(ray_address, monkeypatch):

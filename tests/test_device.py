@@ -53,7 +53,7 @@ def test_nothing_starts_with_gpus_that_cannot_be_used(pretend, monkeypatch):
 def test_usable_gpus_and_none_are_no_error(pretend, monkeypatch):
     for count, picked in ((2, "cuda"), (0, "cpu")):
         pretend(count)
-        for hidden in ("", "-1"):
+        for hidden in ("", "-1", "NoDevFiles"):  # the last is Slurm's
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
             assert device.pick_device() == picked
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

@@ -285,14 +285,15 @@ def test_runs_of_images_with_the_same_prompt_share_its_encoding():
 def test_a_caption_stands_in_place_of_the_prompt(
     train_args, instance_dir, class_dir, tmp_path, capsys
 ):
-    """Of its image alone; one that equals the folder's prompt adds none. The fingerprint knows."""
+    """Of its image alone; one that equals the folder's prompt adds none, nor does that of a class
+    image that the user has deleted. The fingerprint knows."""
     photos = shutil.copytree(instance_dir, tmp_path / "photos")
     plain = make_plan(train_args("out", instance_images_dir=photos))
     (photos / "1.txt").write_text("photo of unqtkn car on the beach\n")
     rows = '{"file_name": "3.png", "text": "photo of unqtkn car at night"}\n'
     (photos / "metadata.jsonl").write_text(rows)
     of_class = shutil.copytree(class_dir, tmp_path / "class")
-    texts = {"0.png": "photo of a car", "1.png": "a red car"}
+    texts = {"0.png": "photo of a car", "1.png": "a red car", "9.png": "a blue car"}
     rows = [json.dumps({"file_name": name, "text": text}) for name, text in texts.items()]
     (of_class / "metadata.jsonl").write_text("\n".join(rows))
     args = train_args("out", instance_images_dir=photos, class_images_dir=of_class)

@@ -157,6 +157,7 @@ REFUSED = {
     "--seed is -1": {"seed": -1},
     "--guidance_scale is -1": {"guidance_scale": -1},
     "--lora_scale is -1": {"lora_scale": -1},
+    "--resolution 68: this model takes multiples of 8": {"resolution": 68},  # whole latents: of 4
 }
 
 

@@ -220,6 +220,8 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     long_ago = time.time() - 4000
     os.utime(tmp_path / ".000-0004-seed0.png.other.1.tmp", (long_ago, long_ago))
+    lately = time.time() - 3000  # another machine may still be writing it
+    os.utime(tmp_path / others[-1], (lately, lately))
     generated_images.remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(others)
 

@@ -2,6 +2,10 @@
 
 import re
 
+import ray
+
+from dreambooth.machines import cluster, device, gpus
+
 SCRIPT = """
 import ray
 
@@ -42,6 +46,27 @@ def test_gpus_of_a_cluster_are_tried_on_their_nodes(run_script, tmp_path, root):
     assert found == "[22.0, 78.0]"
     assert re.fullmatch(r"node \S+: Tesla T4 has no bfloat16", refused)
     assert taken == "[None, None]"
+
+
+def test_a_node_that_ray_has_lost_has_no_gpus(monkeypatch):
+    """Ray still lists it, and a task there would never start. Nor is a node without GPUs asked; one
+    whose GPUs are in use has as many that nothing is known of."""
+    nodes = [
+        {"NodeID": name, "Alive": name != "lost", "Resources": {"CPU": 4.0, "GPU": count}}
+        for name, count in {"head": 0.0, "a": 2.0, "busy": 3.0, "lost": 8.0}.items()
+    ]
+    asked = []
+
+    def start_on_node(node, function, num_gpus):
+        asked.append((node["NodeID"], function, num_gpus))
+        return node["NodeID"]
+
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "wait", lambda tasks, **settings: (["a"], ["busy"]))
+    monkeypatch.setattr(ray, "get", {"a": [22.0, 78.0]}.get)
+    monkeypatch.setattr(cluster, "start_on_node", start_on_node)
+    assert gpus.on_each_node(device.gpu_memory) == [22.0, 78.0, None, None, None]
+    assert asked == [("a", device.gpu_memory, 2), ("busy", device.gpu_memory, 3)]
 
 
 def test_the_command_prints_the_number_of_gpus_and_nothing_else(run_script):

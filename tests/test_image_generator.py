@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pandas as pd
@@ -65,6 +66,19 @@ def test_all_images_differ(generator, records, images):
         others.append(generator.sample(records[:1], attempt=0))
     others = torch.cat([images[:1], *others]).flatten(1)
     assert torch.pdist(others).min() > 0
+
+
+def test_every_image_and_attempt_starts_from_noise_of_its_own(records):
+    """Also those of two prompts with the same number: else they would look alike. The same record
+    always starts from the same noise."""
+
+    def noise(record, attempt):
+        generator = image_generator.noise_generator(record, attempt)
+        return tuple(torch.randn(4, generator=generator).tolist())
+
+    starts = [noise(record, attempt) for record in records for attempt in (0, 1)]
+    assert len(set(starts)) == 2 * 6
+    assert noise({**records[0], "file": "elsewhere.png"}, 0) == starts[0]
 
 
 def test_the_scheduler_and_compilation_are_as_asked_for(model_dir, generate_args, tmp_path):
@@ -237,6 +251,17 @@ def test_a_gpu_that_cannot_be_used_is_an_error_and_not_the_cpu(generate_args, mo
         ImageGenerator(generate_args("out"))
 
 
+def test_without_a_gpu_minutes_per_image_are_said_before_a_large_model_loads(
+    generate_args, monkeypatch, capsys
+):
+    monkeypatch.setattr(device, "LARGE", 1e6)
+    loads = MagicMock(side_effect=UserError("it loads"))
+    monkeypatch.setattr(image_generator, "load_sampler", loads)
+    with pytest.raises(UserError, match="it loads"):
+        ImageGenerator(generate_args("out"))
+    assert "no GPU: an image takes minutes" in capsys.readouterr().err
+
+
 def test_pixels_are_rounded_as_torch_rounds():
     """Halves to even. Truncated, 0.999 would be 254."""
     image = torch.cat([torch.arange(3 * 256 - 1) / 2 / 255, torch.tensor([0.999])])
@@ -270,11 +295,14 @@ def test_only_the_thread_that_samples_computes_with_several_threads(
 
 
 def test_content_is_finite_and_not_of_one_colour():
+    """Little contrast, as in fog, is some."""
     image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert image_generator.has_content(image)
     red = torch.zeros(3, 8, 8)
     red[0] = 1
     assert not image_generator.has_content(red)
+    for contrast, shows in ((0.1, True), (0.01, False)):  # from the darkest pixel to the brightest
+        assert image_generator.has_content(0.7 + contrast * image) == shows
     image[0, 0, 0] = float("nan")
     assert not image_generator.has_content(image)
 

@@ -58,9 +58,9 @@ def ramp(tmp_path):
 
 
 def test_crops_follow_from_the_seed_and_lie_inside_the_image(ramp):
-    """The left edge can be at any of the columns 0 to 32; equal keys are equal crops."""
+    """The left edge is at each of the columns 0 to 32 at times; equal keys are equal crops."""
     places = set()
-    for seed in range(40):
+    for seed in range(200):
         crop, key, size = images.crop_image(ramp, 64, seed)
         again, _, _ = images.crop_image(ramp, 64, seed)
         assert np.array_equal(crop, again)
@@ -70,8 +70,8 @@ def test_crops_follow_from_the_seed_and_lie_inside_the_image(ramp):
         assert size == (64, 96, 0, left)  # of the photo: height and width; of the crop: top, left
     keys = {key for key, _ in places}
     edges = {left for _, left in places}
-    assert len(keys) == len(edges) == len(places) > 16
-    assert 0 <= min(edges) < max(edges) <= 32
+    assert len(keys) == len(places)
+    assert edges == set(range(33))
 
 
 def test_a_pairs_crops_depend_on_its_position_and_not_on_its_batch(ramp):

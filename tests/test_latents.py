@@ -90,6 +90,13 @@ def test_photos_may_be_kept_from_the_most_noise():
     assert part[:500].max() == pytest.approx(3 * 0.5 / (1 + 2 * 0.5), abs=0.01)
 
 
+def test_each_timestep_has_an_equal_part_of_the_schedule():
+    """The last one as well: what is just below 1 does not become the timestep behind it."""
+    fractions = torch.tensor([0, 0.0009, 0.001, 0.4999, 0.9999], dtype=torch.float64)
+    assert DiffusionSchedule().timesteps_at(fractions).tolist() == [0, 0, 1, 499, 999]
+    assert DiffusionSchedule().timesteps_at(fractions, 0.5).tolist() == [0, 0, 0, 249, 499]
+
+
 def test_over_seeds_a_timestep_is_uniform():
     """Mean 499.5, standard deviation 288.7; and the two halves start independently."""
     first = torch.stack(

@@ -163,6 +163,11 @@ def test_an_adapter_of_peft_takes_the_same_effect(predict, lora_dir, tmp_path):
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
     found = predict(tmp_path / "peft", 1.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    # Rank-stabilized, the scale is alpha over the rank's root: 1 / 2.
+    config = {"r": 4, "lora_alpha": 1, "use_rslora": True}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    found = predict(tmp_path / "peft", 1.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     # A layer may have a rank and an alpha of its own: here 4 and 2 again, among others' 8 and 8.
     pattern = {"to_[qkv]": 2, "to_out.0": 2}
     config = {"r": 8, "lora_alpha": 8, "rank_pattern": {"to_q": 4}, "alpha_pattern": pattern}

@@ -235,6 +235,7 @@ def test_what_the_machine_may_not_hold_when_it_saves_is_a_warning(check, monkeyp
         monkeypatch.setattr(device, "host_memory", lambda free=free: free)
         line = "7.0 GiB of this machine's memory are free, the run may need 8.0"
         assert (line in check(80)) == warned
+        assert line not in check(80, use_lora=True)  # a small file
 
 
 def test_a_captured_step_needs_what_an_h100_reserved_for_it(check):

@@ -140,10 +140,12 @@ def test_pocket_knows_its_classes_and_no_other():
 
 
 def test_generate_with_pocket_refuses_other_classes(generate_args, tmp_path):
-    """Two hundred images of nothing would be the first step by hand."""
-    flags = {"model_dir": classes.POCKET_DIR, "prompts": ["photo of a dog"]}
-    with pytest.raises(UserError, match="'photo of a dog': the pocket model"):
-        generate.check_args(generate_args(tmp_path / "out", **flags))
+    """Two hundred images of nothing would be the first step by hand. Both models of a comparison
+    must know the prompts."""
+    for flag in ("model_dir", "compare_to"):
+        flags = {flag: classes.POCKET_DIR, "prompts": ["photo of a dog"]}
+        with pytest.raises(UserError, match="'photo of a dog': the pocket model"):
+            generate.check_args(generate_args(tmp_path / "out", **flags))
 
 
 @pytest.fixture

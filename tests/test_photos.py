@@ -238,6 +238,7 @@ def test_captions_are_read_from_either_file(captioned, capsys):
     ("metadata", "texts", "message"),
     [
         ([{"file_name": "b.png", "text": "x"}], {}, "line 1: there is no image 'b.png'"),
+        ([{"file_name": "more/b.png", "text": "x"}], {}, "line 1: there is no image 'more/b.png'"),
         (["{"], {}, "line 1: no"),
         (["[]"], {}, "line 1: no"),
         ([{"file_name": "a.png"}], {}, "line 1: no"),

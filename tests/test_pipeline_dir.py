@@ -143,6 +143,17 @@ def test_models_that_the_scripts_cannot_train_are_refused(copied):
         pipeline_dir.check_model_dir(copied)
 
 
+def test_a_model_that_was_made_to_sample_in_few_steps_is_asked_about(copied, capsys):
+    """Training it as any other undoes that."""
+    pipeline_dir.check_model_dir(copied)
+    assert capsys.readouterr().err == ""
+    for name in ("LCMScheduler", "TCDScheduler"):
+        set_json(copied / "scheduler" / "scheduler_config.json", _class_name=name)
+        pipeline_dir.check_model_dir(copied)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"warning: --model_dir {copied} was made to sample in few steps")
+
+
 def test_parts_that_were_not_made_for_each_other_are_refused(copied):
     set_json(copied / "text_encoder" / "config.json", hidden_size=768)
     with pytest.raises(UserError, match=r"text_encoder and unet do not belong together \(768 and"):

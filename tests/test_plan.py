@@ -366,9 +366,13 @@ def test_unusual_prompts_are_asked_about(check_and_plan, capsys):
 
 
 def test_a_folder_of_one_photo_is_asked_about(check_and_plan, flat_image, tmp_path, capsys):
+    """And what else is there is named, once."""
     flat_image("banner.png", 0, folder=tmp_path / "images")
+    (tmp_path / "images" / "film.mp4").touch()
     check_and_plan(instance_images_dir=tmp_path / "images")
-    assert "images holds 1 photo (banner.png): is it the right folder?" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "images holds 1 photo (banner.png): is it the right folder?" in printed.err
+    assert printed.out.count("(film.mp4)") == 1
 
 
 def test_captions_follow_their_photos_to_another_folder(fingerprint, instance_dir, tmp_path):

@@ -1,10 +1,13 @@
 """train.py: real runs against a training loop written out by hand, and what they leave behind."""
 
 import errno
+import json
 import os
 import shutil
+import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,10 +18,11 @@ import train
 from dreambooth import latents, models
 from dreambooth.cli import Diverged, UserError
 from dreambooth.files import pipeline_dir
+from dreambooth.files.atomic import append_line
 from dreambooth.machines import cluster, device
 from dreambooth.run import checkpoints, export
 from dreambooth.run.plan import report_dir
-from dreambooth.run.training_log import read_metrics, read_record
+from dreambooth.run.training_log import METRICS, read_metrics, read_record
 from tests.by_hand import ByHand
 from tests.without_ray import Rows, call_train_fn
 
@@ -386,6 +390,53 @@ def test_where_this_process_trains_on_a_cpu_half_of_the_cores_read_images(
     trainer = train.build_trainer(args, train.make_plan(args), num_gpus, num_cpus, started=0.0)
     built = trainer.datasets["train"]()
     assert built.context.execution_options.resource_limits.cpu == cores
+
+
+@pytest.fixture
+def main_until_fit(train_args, tmp_path, monkeypatch):
+    """What train.py does before and after the training, for tmp_path/out, on a cluster of two cores
+    that there is not: main_until_fit(fit, num_workers="1:2"), where `fit` takes the place of
+    cluster.fit. Returns the arguments of the wait for workers."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    waits = MagicMock(return_value=(0, 2))
+    monkeypatch.setattr(cluster, "start_ray_in_background", MagicMock())
+    monkeypatch.setattr(cluster, "wait_for_workers", waits)
+    monkeypatch.setattr(cluster, "check_shared_storage", lambda paths: None)
+
+    def run(fit, **changes):
+        monkeypatch.setattr(cluster, "fit", fit)
+        with pytest.raises(UserError, match="a worker failed"):
+            train.main(train_args(tmp_path / "out", **changes))
+        return waits.call_args.args
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_resumed_run_keeps_what_it_has_logged(main_until_fit, tmp_path):
+    """Up to its checkpoint: here of step 2, and it failed after step 3."""
+    seen = []
+    report = tmp_path / "out.report"
+
+    def fit(trainer):
+        seen.append([row["step"] for row in read_metrics(report)])
+        for step in (1, 2, 3):
+            append_line(report / METRICS, json.dumps({"step": step}))
+        checkpoints.write({"weights": {}}, 2, tmp_path / "out.checkpoints", limit=1)
+        raise UserError("a worker failed")
+
+    for flags in ({}, {}, {"restart": True}):
+        main_until_fit(fit, **flags)
+    assert seen == [[], [1, 2], []]
+
+
+def test_an_elastic_run_starts_with_its_fewest_workers(main_until_fit, tmp_path):
+    """It does not wait for the most. Where it fails before its first checkpoint, its record alone
+    is left."""
+    fit = MagicMock(side_effect=UserError("a worker failed"))
+    assert main_until_fit(fit, num_workers="1:2", wait_for_gpus=5) == (1, 5)
+    assert os.listdir(tmp_path) == ["out.report"]
 
 
 @pytest.fixture
