@@ -168,7 +168,7 @@ main() {
   if ((NUM_CLASS_IMAGES == 0)); then TRAIN_FLAGS+=" --prior_loss_weight 0"; fi
   TRAIN_FLAGS+=" ${MORE_FLAGS:-}"
   local preserve=()
-  if [[ -n "${PRESERVE_PROMPTS:-}" && "$TRAIN_FLAGS" == *"--prior_target original"* ]] && ((NUM_CLASS_IMAGES > 0)); then
+  if [[ -n "${PRESERVE_PROMPTS:-}" && "${TRAIN_FLAGS##*--prior_target }" == original* ]] && ((NUM_CLASS_IMAGES > 0)); then
     IFS='|' read -ra preserve <<<"$PRESERVE_PROMPTS"
     preserve=(--preserve_prompts "${preserve[@]}")
   fi

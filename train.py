@@ -65,7 +65,7 @@ def build_parser():
     target_help = "what class images are trained to give: the noise, or the original's prediction"
     add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
     preserve_help = "more prompts to preserve, which one in eight class images has, in turn"
-    add("--preserve_prompts", nargs="+", type=valid_prompt, default=[], help=preserve_help)
+    add("--preserve_prompts", nargs="*", type=valid_prompt, default=[], help=preserve_help)
     noise_help = "fraction of the timesteps, the least noisy, at which photos are trained; 1: all"
     add("--max_instance_noise", type=float, default=1.0, help=noise_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")

@@ -283,7 +283,12 @@ def test_prompts_are_preserved_where_the_original_model_is_the_target(run_story)
     flags = {"PRESERVE_PROMPTS": "a cat|a dog, asleep", "MORE_FLAGS": "--prior_target original"}
     _, commands = run_story(1, 79, **flags)
     assert commands["train.py"][-1].endswith(" --preserve_prompts a cat a dog, asleep")
-    for more in ({"NUM_CLASS_IMAGES": "0"}, {"TRAIN_FLAGS": "--lr 1e-4"}, {"PRESERVE_PROMPTS": ""}):
+    for more in (
+        {"NUM_CLASS_IMAGES": "0"},
+        {"TRAIN_FLAGS": "--lr 1e-4"},
+        {"PRESERVE_PROMPTS": ""},
+        {"MORE_FLAGS": "--prior_target noise"},
+    ):
         _, commands = run_story(0, **more)
         assert "--preserve_prompts" not in commands["train.py"][-1]
 

@@ -20,6 +20,7 @@ and seeds of subjects.py, whose flags this script takes as well.
     fewer_steps        200 steps, not 300
     faster             the same at lr 4.5e-4, not 3e-4
     noise_target       --prior_target noise, the paper's
+    class_prompt_alone no other prompts are preserved
     all_noise          the photos are trained at all timesteps, and at lr 2e-4
 
 A candidate that wins becomes part of the recipe; one that does not is a line in RESULTS.md.
@@ -52,7 +53,8 @@ FLAGS = {
     "min_snr": "--snr_gamma 5",
     "fewer_steps": "--max_train_steps 200 --num_epochs 16",
     "faster": "--max_train_steps 200 --num_epochs 16 --lr 4.5e-4",
-    "noise_target": "--prior_target noise",
+    "noise_target": "--prior_target noise --preserve_prompts",
+    "class_prompt_alone": "--preserve_prompts",
     "all_noise": "--max_instance_noise 1 --lr 2e-4",
     "frozen_text": "--no-train_text_encoder",
 }
@@ -201,9 +203,10 @@ class OtherImages:
         ]
 
     def make_plan(self, args):
-        """With these prompts behind the two of the run."""
+        """With these prompts behind those of the run."""
         plan = self.originals[1](args)
         prompts = self.prompts_of(args.class_prompt)
+        self.first = len(plan.prompts)
         plan.prompts += prompts
         self.paths = prompts if self.photos else [self.images(prompt) for prompt in prompts]
         return plan
@@ -215,7 +218,7 @@ class OtherImages:
             paths = self.paths[which]
             if not self.photos:
                 pair["class"] = str(paths[n // len(self.paths) % len(paths)])
-            pair["class_prompt"] = 2 + which
+            pair["class_prompt"] = self.first + which
         for pair in pairs if self.photos else ():
             pair["class"] = pair["instance"]
         return pairs
