@@ -8,6 +8,7 @@
 #
 # Each variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
 # TRAIN_FLAGS replaces the recipe, MORE_FLAGS is added to it: MORE_FLAGS=--restart ./run.sh
+# SCENES and PRIOR_PROMPTS are lists: SCENES="in the snow|at night" ./run.sh
 set -euo pipefail
 unset CDPATH  # with it, cd prints
 
@@ -21,7 +22,9 @@ use_pocket() {
   TRAIN_FLAGS=${TRAIN_FLAGS:---lr 3e-4 $shared}
   LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 1.5e-3 $shared}
   PAIRS=${PAIRS:-8} STEPS=${STEPS:-300} NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-100}
-  PRESERVE_PROMPTS=${PRESERVE_PROMPTS-photo of a car|photo of a house|photo of a boat|photo of a ball|photo of a cup|photo of a tree}
+  if [[ -z "$OWN_TRAIN_FLAGS" ]]; then
+    PRIOR_PROMPTS=${PRIOR_PROMPTS-photo of a car|photo of a house|photo of a boat|photo of a ball|photo of a cup|photo of a tree}
+  fi
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 3 --seed 1}
 }
@@ -115,7 +118,7 @@ main() {
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
   if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --use_lora "* ]]; then LORA=1; fi
   [[ "${LORA:-0}" == [01] ]] || refuse "LORA=$LORA: must be 0 or 1"
-  [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " != *" --dry_run "* ]] || refuse "--dry_run: step 5 needs the result of step 4"
+  [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " != *" --dry_run "* ]] || refuse "--dry_run: step 5 needs the result of step 4; give it to train.py"
   choose_model
   OWN_MODEL=
   local cache=${ORIG_MODEL_DIR:-${DATA_PREFIX:-/tmp}/model-orig}
@@ -148,8 +151,12 @@ main() {
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
   OTHER_PROMPT=${OTHER_PROMPT:-photo of a house}  # what must not change, beside the class
   if [[ "$OTHER_PROMPT" == "$CLASS_PROMPT" ]]; then OTHER_PROMPT="photo of a car"; fi
-  local scenes scene prompts=() all_scenes=${SCENES//$'\n'/|}
+  local scenes scene prompts=() prior=() all_scenes=${SCENES//$'\n'/|} all_prior=${PRIOR_PROMPTS:-}
   IFS='|' read -ra scenes <<<"$all_scenes"
+  if [[ -n "$all_prior" ]]; then
+    IFS='|' read -ra prior <<<"${all_prior//$'\n'/|}"
+    prior=(--prior_prompts "${prior[@]}")
+  fi
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
   prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
   if [[ "$ORIG_MODEL_NAME" != pocket && -z "$OWN_MODEL" ]]; then check_cheaply; fi
@@ -167,11 +174,6 @@ main() {
   if [[ "${LORA:-0}" == 1 && "$TRAIN_FLAGS" != *--use_lora* ]]; then TRAIN_FLAGS+=" --use_lora"; fi
   if ((NUM_CLASS_IMAGES == 0)); then TRAIN_FLAGS+=" --prior_loss_weight 0"; fi
   TRAIN_FLAGS+=" ${MORE_FLAGS:-}"
-  local preserve=()
-  if [[ -n "${PRESERVE_PROMPTS:-}" && "${TRAIN_FLAGS##*--prior_target }" == original* ]] && ((NUM_CLASS_IMAGES > 0)); then
-    IFS='|' read -ra preserve <<<"$PRESERVE_PROMPTS"
-    preserve=(--preserve_prompts "${preserve[@]}")
-  fi
   RESULT_DIR=$TUNED_MODEL_DIR
   RESULT=(--model_dir "$TUNED_MODEL_DIR")
   if [[ "$TRAIN_FLAGS" == *--use_lora* ]]; then
@@ -184,7 +186,7 @@ main() {
   # A mistake of step 4 is found now, except in class images: there are none yet.
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" --num_workers "$NUM_WORKERS" \
-    $TRAIN_FLAGS ${preserve[@]+"${preserve[@]}"} --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) \
+    ${prior[@]+"${prior[@]}"} $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) \
     --dry_run >/dev/null
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
@@ -203,8 +205,8 @@ main() {
   if ((PREVIEW_EVERY == 0)); then previews=(); fi
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
-    --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
-    ${preserve[@]+"${preserve[@]}"} ${previews[@]+"${previews[@]}"}
+    --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" \
+    ${prior[@]+"${prior[@]}"} $TRAIN_FLAGS ${previews[@]+"${previews[@]}"}
 
   step 5 "generate the subject in new places, and what must not change; the original model, too (under a minute)"
   "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
@@ -234,7 +236,7 @@ check_number() {
   shift
   for name in "$@"; do
     [[ "${!name}" =~ ^(0|[1-9][0-9]{0,8})$ ]] && ((${!name} >= least)) ||
-      refuse "$name=${!name}: must be a whole number of at least $least, below a billion"
+      refuse "$name=${!name}: must be a whole number of at least $least, with at most 9 digits"
   done
 }
 

@@ -43,11 +43,11 @@ STEPS = "--train_batch_size 8 --num_epochs 24 --max_train_steps 300"
 SHARED = (
     "--lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.85 --prior_target original"
 )
-PRESERVED = " ".join(f"'photo of a {kind}'" for kind in render.CLASSES)
+PRIOR_PROMPTS = " ".join(f"'photo of a {kind}'" for kind in render.CLASSES)
 FULL = f"--lr 3e-4 {SHARED}"
 LORA = f"--lora_layers all --lora_rank 16 --lr 1.5e-3 {SHARED}"
 RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
-RECIPES = {name: f"{flags} --preserve_prompts {PRESERVED}" for name, flags in RECIPES.items()}
+RECIPES = {name: f"{flags} --prior_prompts {PRIOR_PROMPTS}" for name, flags in RECIPES.items()}
 GUIDANCE = 3  # of those judged
 SHEET_COLUMNS = 8
 
@@ -84,7 +84,7 @@ def read_batches(plan, pairs_per_pass, seed):
     """What Ray Data hands to the only worker: a batch for each forward pass."""
     num_pairs = plan.num_steps * plan.pairs_per_step
     folders = plan.instance_paths, plan.class_paths
-    pairs = dataset.pair_images(*folders, num_pairs, seed, plan.captions, plan.preserved)
+    pairs = dataset.pair_images(*folders, num_pairs, seed, plan.captions, plan.prior_prompts)
     for start in range(0, num_pairs, pairs_per_pass):
         rows = pairs[start : start + pairs_per_pass]
         columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
