@@ -7,20 +7,19 @@ of latents.
 """
 
 import itertools
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pixel_unshuffle
 
 from dreambooth.files import pipeline_dir
-from dreambooth.files.pipelines import PIPELINES
+from dreambooth.files.pipelines import PIPELINES, PipelineFacts
 
 
 class Family:
     """What a family says and computes; as Stable Diffusion's U-Net and VAE need it, unless it says
     otherwise."""
 
-    facts: NamedTuple  # PipelineFacts
+    facts: PipelineFacts
     dtype_on_gpu = torch.float16  # of sampling
     frozen_in_bf16 = False  # whether a GPU loads what is not trained in bfloat16
     old_lora_names = True  # those of diffusers' own layers, from before PEFT

@@ -183,13 +183,14 @@ def test_another_seed_and_fewer_images_leave_the_first_ones_as_they_are(
 
 def test_captions_of_a_users_own_images_stay(earlier, generate_args):
     """Those of class images, say, that generate.py is to complete: they were lost."""
-    own = {"file_name": "mine.png", "text": "photo of a red car by the sea"}
+    own = '{"file_name": "mine.png", "text": "photo of a red car by the sea"}'
+    wrong = '{"file_nam": "mistyped.png"}'
     file = earlier / "metadata.jsonl"
-    file.write_text(json.dumps(own) + '\n{"file_name": "half of a li')
+    file.write_text(f'{own}\n{wrong}\n{{"file_name": "half of a li')
     generate.main(generate_args(earlier, num_samples_per_prompt=3))
     generate.main(generate_args(earlier, num_samples_per_prompt=3))
-    assert metadata(earlier)[0] == own
-    assert len(metadata(earlier)) == 4
+    assert file.read_text().splitlines()[:2] == [own, wrong]
+    assert len(metadata(earlier)) == 5
     file.write_bytes(b'{"text": "caf\xe9"}')
     with pytest.raises(UserError, match="metadata.jsonl is not a UTF-8 text file"):
         generate.main(generate_args(earlier, num_samples_per_prompt=3))

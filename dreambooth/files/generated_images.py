@@ -131,16 +131,20 @@ def write_metadata(folder, records):
 
 
 def _lines_of_others(folder):
-    """The lines of metadata.jsonl that are of images which generate.py did not make."""
+    """The lines of metadata.jsonl that are not of generated images, whatever they are; without a
+    last one that a crash has cut off."""
     file = Path(folder) / METADATA
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
     except UnicodeDecodeError:
         raise UserError(f"{file} is not a UTF-8 text file: name another folder") from None
     found = []
-    for line in lines:
-        with suppress(ValueError, KeyError, TypeError):  # one that a crash has cut off
+    for number, line in enumerate(lines, start=1):
+        try:
             if not FILE_NAME.fullmatch(json.loads(line)["file_name"]):
+                found.append(line)
+        except (ValueError, KeyError, TypeError):
+            if line.strip() and number < len(lines):
                 found.append(line)
     return found
 
@@ -159,7 +163,8 @@ def _metadata_line(record):
 def contact_sheet(rows, file, columns=8, side=192):
     """Write the images of `rows`, a dict of captions and lists of paths, as one PNG: a row for each
     caption, each image fitted into a square of `side` pixels. A row shows at most `columns` images,
-    and says so where there are more; a long caption takes several lines. So do MAX_ROWS rows."""
+    and says so where there are more; a long caption takes several lines. At most MAX_ROWS rows are
+    shown, the last of which says so."""
     if len(rows) > MAX_ROWS:
         *shown, (last, paths) = list(rows.items())[:MAX_ROWS]
         rows = {**dict(shown), f"{last} (the first {MAX_ROWS} of {len(rows)} rows)": paths}

@@ -18,7 +18,7 @@ class PipelineFacts(NamedTuple):
     trains_text_encoder: bool
     sampler: dict  # the defaults of generate.py
     tags: tuple  # of the model card
-    classes: dict  # by part, of those that no other class may take the place of
+    classes: dict  # by part: the one class that it may have
     conditions: frozenset = frozenset()  # of the U-Net, beside timestep and text
     extras: dict = {}  # what the pipeline's class is told beside its models
     is_distilled: bool = False  # a model that was made to sample in few steps
@@ -41,7 +41,7 @@ class PipelineFacts(NamedTuple):
 
 
 SD_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-CLIP, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+CLIP, PROJECTED_CLIP = "CLIPTextModel", "CLIPTextModelWithProjection"
 ROWS = (
     PipelineFacts(
         class_name="StableDiffusionPipeline",
@@ -68,7 +68,7 @@ ROWS = (
         trains_text_encoder=False,
         sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 5.0},
         tags=("stable-diffusion-xl",),
-        classes={**SD_CLASSES, "text_encoder": CLIP, "text_encoder_2": PROJECTED},
+        classes={**SD_CLASSES, "text_encoder": CLIP, "text_encoder_2": PROJECTED_CLIP},
         conditions=frozenset({"addition_embed_type"}),
         extras={"add_watermarker": False},
     ),

@@ -99,10 +99,12 @@ def check_fingerprint(folder, fingerprint):
 def remove(folder):
     """Delete a run's checkpoints and Ray Train's files: the result is in place."""
     with suppress(OSError):
-        (folder / "run.json").unlink()  # first: without it, no run resumes from the rest
-        for path in set(folder.iterdir()) - {folder / "lock"}:  # last: it tells whose folder it is
+        # First, as without it no run resumes from the rest; last the lock: it tells whose that is.
+        (folder / "run.json").unlink(missing_ok=True)
+        for path in set(folder.iterdir()) - {folder / "lock"}:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+        if set(folder.iterdir()) <= {folder / "lock"}:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_unless_needed(folder):

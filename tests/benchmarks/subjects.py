@@ -46,8 +46,10 @@ SHARED = (
 PRIOR_PROMPTS = " ".join(f"'photo of a {kind}'" for kind in render.CLASSES)
 FULL = f"--lr 3e-4 {SHARED}"
 LORA = f"--lora_layers all --lora_rank 16 --lr 1.5e-3 {SHARED}"
-RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
-RECIPES = {name: f"{flags} --prior_prompts {PRIOR_PROMPTS}" for name, flags in RECIPES.items()}
+RECIPES = {  # as in run.sh
+    "full": f"{STEPS} {FULL} --prior_prompts {PRIOR_PROMPTS}",
+    "lora": f"{STEPS} {LORA} --use_lora --prior_prompts {PRIOR_PROMPTS}",
+}
 GUIDANCE = 3  # of those judged
 SHEET_COLUMNS = 8
 
