@@ -191,6 +191,9 @@ def test_captions_of_a_users_own_images_stay(earlier, generate_args):
     generate.main(generate_args(earlier, num_samples_per_prompt=3))
     assert file.read_text().splitlines()[:2] == [own, wrong]
     assert len(metadata(earlier)) == 5
+    file.write_text(own)  # without a line break
+    generate.main(generate_args(earlier, num_samples_per_prompt=3))
+    assert file.read_text().splitlines()[0] == own
     file.write_bytes(b'{"text": "caf\xe9"}')
     with pytest.raises(UserError, match="metadata.jsonl is not a UTF-8 text file"):
         generate.main(generate_args(earlier, num_samples_per_prompt=3))
