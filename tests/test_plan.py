@@ -406,6 +406,7 @@ def test_prior_prompts_need_the_original_model(check_and_plan, refusal, capsys):
     found = check_and_plan(prior_prompts=prompts, prior_target="original")
     assert found.prompts == [*own, "photo of a house", "photo of a boat"]
     assert found.prior_prompts == [2, 1, 3, 2]
+    assert " class images at 64 px with 4 prior prompts, " in str(found)
     without = {"prior_loss_weight": 0, "class_images_dir": False, "class_prompt": False}
     found = check_and_plan(prior_prompts=prompts, prior_target="original", **without)
     assert (found.prompts, found.prior_prompts) == (own[:1], [])

@@ -13,7 +13,7 @@ from dreambooth.loss import training_loss
 from dreambooth.machines import memory
 
 CPU = torch.device("cpu")
-BATCH = {"keys": ["i", "j", "c", "d"], "prompt_numbers": [0, 0, 1, 1]}  # instance half first
+BATCH = {"keys": ["i", "j", "c", "d"], "prompt_numbers": [0, 0, 1, 2]}  # instance half first
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def make(train_args, load_models):
         original = models.load_original(args, denoiser, CPU)
         images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
         batch = {**BATCH, "images": images, "sizes": torch.zeros(4, 4), "positions": [5, 6]}
-        prompts = {"prompt_ids": torch.arange(96).view(2, 48) % 60}
+        prompts = {"prompt_ids": torch.arange(144).view(3, 48) % 61}
 
         def batches():
             return latents.encode_batches(vae, [batch], denoiser.family, prompts, CPU, original)
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_formula(make, load_models):
     x = batch["posteriors"].double()
     posterior_noise, noise = (n.double() for n in latents.sample_noise(3, [5, 6], (4, 16, 16), CPU))
     timesteps = (latents.sample_fractions(3, [5, 6]) * 1000).long()
-    of_class = {"prompt_ids": batch["conditions"]["prompt_ids"][1:], "counts": [2]}
+    of_class = {"prompt_ids": batch["conditions"]["prompt_ids"][1:], "counts": [1, 1]}
     loss, halves = training_loss(
         made.denoiser, made.scheduler, x, batch["conditions"], posterior_noise, noise, timesteps,
         0.7, None, lambda *inputs: apart(*inputs, of_class).detach(),
@@ -175,10 +175,13 @@ def test_both_targets_have_the_same_gradient_where_the_original_is_exact():
 def test_a_run_with_it_goes_on_to_the_last_bit(run_and_resume, train_here, update):
     """The original is loaded again, as checkpoint and result hold nothing of it. (On two workers:
     test_klein.py.)"""
-    expected, resumed, state = run_and_resume(1, prior_target="original")
+    flags = {"prior_target": "original", "prior_prompts": ["photo of a house"]}
+    expected, resumed, state = run_and_resume(1, train_batch_size=4, **flags)
     assert all(name.startswith(("unet.", "text_encoder.")) for name in state["weights"])
     assert len(state["weights"]) == len(state["optimizer"]["state"])
     assert torch.equal(update(resumed), update(expected))
+    of_boats = train_here(**{**expected.changes, "prior_prompts": ["photo of a boat"]})
+    assert not torch.equal(update(of_boats), update(expected))
     of_noise = train_here(**{**expected.changes, "prior_target": "noise"})
     assert (update(of_noise) - update(expected)).norm() > 0.1 * update(expected).norm()
 

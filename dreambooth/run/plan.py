@@ -107,9 +107,12 @@ class TrainingPlan:
         return texts or None
 
     def __str__(self):
+        count = len(self.prior_prompts)
+        more = f" with {count} prior prompts" if count else ""
         return (
             f"{len(self.instance_paths)} instance and {len(self.class_paths)} class images"
-            f" at {self.resolution} px, {self.num_steps} steps of {self.pairs_per_step} pairs,"
+            f" at {self.resolution} px{more},"
+            f" {self.num_steps} steps of {self.pairs_per_step} pairs,"
             f" {' to '.join(map(str, sorted(set(self.num_workers))))} worker(s)"
         )
 
