@@ -49,7 +49,12 @@ TEXT_ENCODER_LR = 0.25  # times --lr
 NOISE_OFFSET = 0.1
 OTHER_EVERY = 10  # pairs
 NUM_OTHER_IMAGES = 40
+OTHER_PROMPTS = (  # those that bring prompts of their own, and take the place of --prior_prompts
+    "other_classes", "empty_prompt", "mixed", "mixed_places", "ten_prompts", "photos_for_class",
+    "denoised",
+)  # fmt: skip
 FLAGS = {
+    **dict.fromkeys(OTHER_PROMPTS, "--prior_prompts"),
     "min_snr": "--snr_gamma 5",
     "fewer_steps": "--max_train_steps 200 --num_epochs 16",
     "faster": "--max_train_steps 200 --num_epochs 16 --lr 4.5e-4",
