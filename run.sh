@@ -22,9 +22,6 @@ use_pocket() {
   TRAIN_FLAGS=${TRAIN_FLAGS:---lr 3e-4 $shared}
   LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 1.5e-3 $shared}
   PAIRS=${PAIRS:-8} STEPS=${STEPS:-300} NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-100}
-  if [[ -z "$OWN_TRAIN_FLAGS" ]]; then
-    PRIOR_PROMPTS=${PRIOR_PROMPTS-photo of a car|photo of a house|photo of a boat|photo of a ball|photo of a cup|photo of a tree}
-  fi
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 3 --seed 1}
 }

@@ -146,12 +146,9 @@ def test_recipes_of_the_readme_and_of_benchmarks_are_those_of_run_sh(readme, run
             assert numbers in readme
             assert all(flag in readme for flag in re.findall(r"--\w+ \S+", flags))
             of_all.append(f"{numbers} {flags}")
-    (prompts,) = re.findall(r"PRIOR_PROMPTS:?-(photo.*?)\}", run_sh)
-    assert all(f'"{prompt}"' in readme for prompt in prompts.split("|"))
-    prompts = " ".join(f"'{prompt}'" for prompt in prompts.split("|"))
     full, _, lora, _ = of_all
-    assert subjects.RECIPES["full"] == f"{full} --prior_prompts {prompts}"
-    assert subjects.RECIPES["lora"] == f"{lora} --use_lora --prior_prompts {prompts}"
+    assert subjects.RECIPES["full"] == full
+    assert subjects.RECIPES["lora"] == f"{lora} --use_lora"
     assert recipes(run_sh, "SAMPLE_FLAGS")[0] == f"--guidance_scale {subjects.GUIDANCE} --seed 1"
     for name in ("CLASS_FLAGS", "SAMPLE_FLAGS"):
         for flags in recipes(run_sh, name):

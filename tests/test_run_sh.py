@@ -129,7 +129,7 @@ POCKET_LORA = (
 def test_however_lora_is_asked_for_the_result_is_one(run_story, variables, flags):
     _, commands = run_story(0, **variables)
     (train,) = commands["train.py"]
-    assert train.endswith(f" {flags}")
+    assert train.endswith(f" --num_workers 1 {flags}")
     assert "--output_dir /data/subjects/lego-car/lora " in train
     _, sample = commands["generate.py"]
     assert "--model_dir /data/model-orig/models--pocket/snapshots/embedded " in sample
@@ -274,22 +274,17 @@ def test_without_class_images_there_is_no_prior(run_story):
     assert commands["train.py"][0].endswith(" --prior_loss_weight 0")
 
 
-def test_the_prior_prompts_of_pocket_are_its_classes(run_story):
-    """In their place, in lines as well, those of the user; MORE_FLAGS may take them away."""
-    _, commands = run_story(0)
-    for script in ("train.py", "train.py --dry_run"):
-        (train,) = commands[script]
-        assert " --prior_prompts photo of a car photo of a house photo of a boat " in train
+def test_prior_prompts_are_handed_on(run_story):
+    """Also those on lines; MORE_FLAGS may take them away."""
     for prompts in ("a cat|a dog, asleep", "a cat\na dog, asleep"):
         _, commands = run_story(1, 79, PRIOR_PROMPTS=prompts)
-        assert (
-            " --prior_prompts a cat a dog, asleep --train_batch_size 2" in commands["train.py"][-1]
-        )
-    _, commands = run_story(0, MORE_FLAGS="--prior_prompts")
-    assert commands["train.py"][-1].endswith(" --prior_target original --prior_prompts")
-    for variables in ({"TRAIN_FLAGS": "--lr 1e-4"}, {"PRIOR_PROMPTS": ""}):
-        _, commands = run_story(0, **variables)
-        assert "--prior_prompts" not in commands["train.py"][-1]
+        for script in ("train.py", "train.py --dry_run"):
+            train = commands[script][-1]
+            assert " --prior_prompts a cat a dog, asleep --train_batch_size 2" in train
+    _, commands = run_story(1, 79, PRIOR_PROMPTS="a cat", MORE_FLAGS="--prior_prompts")
+    assert commands["train.py"][-1].endswith(" --lr 5e-6 --prior_prompts")
+    _, commands = run_story(0)
+    assert "--prior_prompts" not in commands["train.py"][-1]
 
 
 def test_what_must_not_change_is_generated_too(run_story):

@@ -43,13 +43,9 @@ STEPS = "--train_batch_size 8 --num_epochs 24 --max_train_steps 300"
 SHARED = (
     "--lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.85 --prior_target original"
 )
-PRIOR_PROMPTS = " ".join(f"'photo of a {kind}'" for kind in render.CLASSES)
 FULL = f"--lr 3e-4 {SHARED}"
 LORA = f"--lora_layers all --lora_rank 16 --lr 1.5e-3 {SHARED}"
-RECIPES = {  # as in run.sh
-    "full": f"{STEPS} {FULL} --prior_prompts {PRIOR_PROMPTS}",
-    "lora": f"{STEPS} {LORA} --use_lora --prior_prompts {PRIOR_PROMPTS}",
-}
+RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
 GUIDANCE = 3  # of those judged
 SHEET_COLUMNS = 8
 
