@@ -8,7 +8,7 @@
 #
 # Each variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
 # TRAIN_FLAGS replaces the recipe, MORE_FLAGS is added to it: MORE_FLAGS=--restart ./run.sh
-# SCENES and PRIOR_PROMPTS are lists: SCENES="in the snow|at night" ./run.sh
+# SCENES is a list: SCENES="in the snow|at night" ./run.sh
 set -euo pipefail
 unset CDPATH  # with it, cd prints
 
@@ -148,12 +148,8 @@ main() {
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
   OTHER_PROMPT=${OTHER_PROMPT:-photo of a house}  # what must not change, beside the class
   if [[ "$OTHER_PROMPT" == "$CLASS_PROMPT" ]]; then OTHER_PROMPT="photo of a car"; fi
-  local scenes scene prompts=() prior=() all_scenes=${SCENES//$'\n'/|} all_prior=${PRIOR_PROMPTS:-}
+  local scenes scene prompts=() all_scenes=${SCENES//$'\n'/|}
   IFS='|' read -ra scenes <<<"$all_scenes"
-  if [[ -n "$all_prior" ]]; then
-    IFS='|' read -ra prior <<<"${all_prior//$'\n'/|}"
-    prior=(--prior_prompts "${prior[@]}")
-  fi
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
   prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
   if [[ "$ORIG_MODEL_NAME" != pocket && -z "$OWN_MODEL" ]]; then check_cheaply; fi
@@ -183,8 +179,7 @@ main() {
   # A mistake of step 4 is found now, except in class images: there are none yet.
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" --num_workers "$NUM_WORKERS" \
-    ${prior[@]+"${prior[@]}"} $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) \
-    --dry_run >/dev/null
+    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) --dry_run >/dev/null
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"
@@ -202,8 +197,8 @@ main() {
   if ((PREVIEW_EVERY == 0)); then previews=(); fi
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
-    --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" \
-    ${prior[@]+"${prior[@]}"} $TRAIN_FLAGS ${previews[@]+"${previews[@]}"}
+    --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
+    ${previews[@]+"${previews[@]}"}
 
   step 5 "generate the subject in new places, and what must not change; the original model, too (under a minute)"
   "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \

@@ -64,10 +64,6 @@ def build_parser():
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
     target_help = "target of the class loss: the noise, or the original model's prediction"
     add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
-    prior_help = (
-        "prompts to preserve as well: one in eight class images is trained with one of them"
-    )
-    add("--prior_prompts", nargs="*", type=valid_prompt, default=[], help=prior_help)
     noise_help = "fraction of the timesteps, the least noisy, at which photos are trained; 1: all"
     add("--max_instance_noise", type=float, default=1.0, help=noise_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
@@ -199,8 +195,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
     """Pair the images for the whole run and hand them to a TorchTrainer."""
     num_pairs = plan.num_steps * plan.pairs_per_step
     folders = plan.instance_paths, plan.class_paths
-    prompts = {"captions": plan.captions, "prior_prompts": plan.prior_prompts}
-    pairs = dataset.pair_images(*folders, num_pairs, args.seed, **prompts)
+    pairs = dataset.pair_images(*folders, num_pairs, args.seed, plan.captions)
     pair_config = dataset.PairDataConfig(plan.pairs_per_step, plan.resolution, args.seed)
     in_driver = cluster.runs_in_driver(args.num_workers)  # then all pairs are for one
     log = {"log_every": args.log_every, "started": started}

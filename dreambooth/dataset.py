@@ -24,40 +24,34 @@ from ray.data.expressions import col
 from dreambooth.images import KINDS, load_crops
 from dreambooth.seeds import seed_for
 
-PRIOR_PROMPT_EVERY = 8  # pairs: the last one's class image has one of --prior_prompts
 PAIRS_PER_BLOCK = 16  # decoded by one task of Ray Data: few enough for an early first batch
 
 
-def pair_images(instance_paths, class_paths, num_pairs, seed, captions=None, prior_prompts=()):
+def pair_images(instance_paths, class_paths, num_pairs, seed, captions=None):
     """The first `num_pairs` pairs of the run with this seed, as in the diagram above.
 
     A pair is a dict: instance and class are paths of image files, instance_prompt and class_prompt
     the numbers of their prompts, and position is its place in the run. Prompt 0 is the instance
-    prompt and 1 the class prompt; `captions` has those of images with a caption, by path. In every
-    PRIOR_PROMPT_EVERY-th pair the class image has one of `prior_prompts`, numbers, instead: in
-    shuffled rounds, as timesteps follow from positions, and in strict turns each prompt would be
-    trained at a few timesteps alone. Without class images a pair has no class.
+    prompt and 1 the class prompt; `captions` has those of images with a caption, by path. Without
+    class images it has no class: training without prior preservation.
     """
     captions = captions or {}
 
-    def shuffled_rounds(items, kind):
+    def shuffled_rounds(paths, kind):
         rng = np.random.default_rng(seed_for(f"{kind} order", seed))
         while True:
-            for i in rng.permutation(len(items)):
-                yield items[i]
+            for i in rng.permutation(len(paths)):
+                yield str(Path(paths[i]).absolute())
 
-    folders = {"instance": instance_paths, "class": class_paths}
-    columns = {kind: shuffled_rounds(paths, kind) for kind, paths in folders.items() if paths}
-    others = shuffled_rounds(prior_prompts, "prior prompt")
+    columns = {"instance": shuffled_rounds(instance_paths, "instance")}
+    if class_paths:
+        columns["class"] = shuffled_rounds(class_paths, "class")
     pairs = []
     for position in range(num_pairs):
         pair = {"position": position}
         for number, (kind, paths) in enumerate(columns.items()):
-            pair[kind] = str(Path(next(paths)).absolute())
+            pair[kind] = next(paths)
             pair[f"{kind}_prompt"] = captions.get(pair[kind], number)
-        is_last = position % PRIOR_PROMPT_EVERY == PRIOR_PROMPT_EVERY - 1
-        if is_last and class_paths and prior_prompts:
-            pair["class_prompt"] = next(others)
         pairs.append(pair)
     return pairs
 

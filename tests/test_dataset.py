@@ -10,7 +10,7 @@ import ray.data
 import torch
 from PIL import Image
 
-from dreambooth import dataset, latents
+from dreambooth import dataset
 from dreambooth.cli import UserError
 from dreambooth.images import KINDS
 from tests.without_ray import Rows
@@ -81,35 +81,6 @@ def test_an_image_with_a_caption_has_its_own_prompt_in_every_pair():
     pairs = dataset.pair_images(names("i", 3), names("c", 4), 20, 0, captions)
     prompts = {Path(row[kind]).name: row[f"{kind}_prompt"] for row in pairs for kind in KINDS}
     assert prompts == {"i0": 0, "i1": 2, "i2": 0, "c0": 3, "c1": 1, "c2": 1, "c3": 1}
-
-
-def test_one_class_image_in_eight_has_a_prior_prompt():
-    """Whatever the image, also one with a caption; the instance images keep theirs, no image is
-    used more or less, and each prompt is used as often as the others."""
-    arguments = names("i", 3), names("c", 4), 240, 0, {str(Path.cwd() / "c0"): 3}
-    pairs = dataset.pair_images(*arguments, prior_prompts=[5, 1, 7])
-    plain = dataset.pair_images(*arguments)
-    eighth = [row.pop("class_prompt") for row in pairs[7::8]]
-    assert sorted(eighth) == [1] * 10 + [5] * 10 + [7] * 10
-    assert sorted(eighth[:3]) == sorted(eighth[27:]) == [1, 5, 7]
-    for row in plain[7::8]:
-        del row["class_prompt"]
-    assert pairs == plain
-    assert dataset.pair_images(names("i", 3), [], 9, 0, prior_prompts=[2])[7]["position"] == 7
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 13, 18])
-def test_each_prior_prompt_is_trained_all_over_the_schedule(count):
-    """In strict turns each of six was trained at three narrow bands of the timesteps alone: 48
-    positions on, the golden ratio is back at two thirds."""
-    pairs = dataset.pair_images(["i"], ["c"], 200 * 8 * count, 0, prior_prompts=range(2, 2 + count))
-    fractions = latents.sample_fractions(0, range(len(pairs))).chunk(2)[1].numpy()
-    for number in range(2, 2 + count):
-        used = np.sort(
-            [fractions[row["position"]] for row in pairs if row["class_prompt"] == number]
-        )
-        assert len(used) == 200
-        assert np.diff(used, prepend=0, append=1).max() < 0.1
 
 
 def test_collate_puts_the_instance_half_first():

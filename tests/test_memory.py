@@ -165,7 +165,6 @@ def plan_for(args, num_workers, resolution):
         class_paths=["class.png"] if args.prior_loss_weight else [],
         prompts=[],
         captions={},
-        prior_prompts=[],
         resolution=resolution,
         pairs_per_step=args.train_batch_size * passes * num_workers,
         num_steps=1,

@@ -393,25 +393,3 @@ def test_polynomial_needs_a_learning_rate_above_its_last_one(check_and_plan, ref
     for lr in (1e-7, 1e-8):
         assert "polynomial ends at 1e-07; give linear" in refusal(**flags, lr=lr)
     check_and_plan(**flags, lr=2e-7)
-
-
-def test_prior_prompts_need_the_original_model(check_and_plan, refusal, capsys):
-    """On an image of another class, the noise would be a wrong target for them. They are behind the
-    run's own prompts, none twice."""
-    prompts = ["photo of a house", "photo of a car", "photo of a boat", "photo of a house"]
-    own = ["photo of unqtkn car", "photo of a car"]
-    found = check_and_plan(prior_prompts=prompts)
-    assert (found.prompts, found.prior_prompts) == (own, [])
-    assert "--prior_prompts need --prior_target original" in capsys.readouterr().err
-    found = check_and_plan(prior_prompts=prompts, prior_target="original")
-    assert found.prompts == [*own, "photo of a house", "photo of a boat"]
-    assert found.prior_prompts == [2, 1, 3, 2]
-    assert " class images at 64 px with 4 prior prompts, " in str(found)
-    without = {"prior_loss_weight": 0, "class_images_dir": False, "class_prompt": False}
-    found = check_and_plan(prior_prompts=prompts, prior_target="original", **without)
-    assert (found.prompts, found.prior_prompts) == (own[:1], [])
-    message = refusal(prior_prompts=own[:1], prior_target="original")
-    assert message.startswith("--prior_prompts has the instance prompt")
-    too_long = ["on the beach " * 20]
-    message = refusal(prior_prompts=too_long, prior_target="original")
-    assert message.startswith("prompt too long")

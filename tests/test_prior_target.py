@@ -175,13 +175,10 @@ def test_both_targets_have_the_same_gradient_where_the_original_is_exact():
 def test_a_run_with_it_goes_on_to_the_last_bit(run_and_resume, train_here, update):
     """The original is loaded again, as checkpoint and result hold nothing of it. (On two workers:
     test_klein.py.)"""
-    flags = {"prior_target": "original", "prior_prompts": ["photo of a house"]}
-    expected, resumed, state = run_and_resume(1, train_batch_size=4, **flags)
+    expected, resumed, state = run_and_resume(1, prior_target="original")
     assert all(name.startswith(("unet.", "text_encoder.")) for name in state["weights"])
     assert len(state["weights"]) == len(state["optimizer"]["state"])
     assert torch.equal(update(resumed), update(expected))
-    of_boats = train_here(**{**expected.changes, "prior_prompts": ["photo of a boat"]})
-    assert not torch.equal(update(of_boats), update(expected))
     of_noise = train_here(**{**expected.changes, "prior_target": "noise"})
     assert (update(of_noise) - update(expected)).norm() > 0.1 * update(expected).norm()
 

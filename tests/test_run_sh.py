@@ -274,19 +274,6 @@ def test_without_class_images_there_is_no_prior(run_story):
     assert commands["train.py"][0].endswith(" --prior_loss_weight 0")
 
 
-def test_prior_prompts_are_handed_on(run_story):
-    """Also those on lines; MORE_FLAGS may take them away."""
-    for prompts in ("a cat|a dog, asleep", "a cat\na dog, asleep"):
-        _, commands = run_story(1, 79, PRIOR_PROMPTS=prompts)
-        for script in ("train.py", "train.py --dry_run"):
-            train = commands[script][-1]
-            assert " --prior_prompts a cat a dog, asleep --train_batch_size 2" in train
-    _, commands = run_story(1, 79, PRIOR_PROMPTS="a cat", MORE_FLAGS="--prior_prompts")
-    assert commands["train.py"][-1].endswith(" --lr 5e-6 --prior_prompts")
-    _, commands = run_story(0)
-    assert "--prior_prompts" not in commands["train.py"][-1]
-
-
 def test_what_must_not_change_is_generated_too(run_story):
     """The class and another class, beside the subject: for a house that is a car."""
     _, commands = run_story(0)

@@ -48,9 +48,8 @@ class TrainingPlan:
 
     instance_paths: list
     class_paths: list  # [] without prior preservation
-    prompts: list  # distinct: instance prompt, class prompt if any, captions, prior prompts
+    prompts: list  # distinct: the instance prompt, the class prompt if there is one, captions
     captions: dict  # the number of the prompt of each image that has a caption, by its path
-    prior_prompts: list  # their numbers
     resolution: int  # pixels
     pairs_per_step: int  # of all workers and forward passes
     num_steps: int
@@ -107,12 +106,9 @@ class TrainingPlan:
         return texts or None
 
     def __str__(self):
-        count = len(self.prior_prompts)
-        more = f" with {count} prior prompts" if count else ""
         return (
             f"{len(self.instance_paths)} instance and {len(self.class_paths)} class images"
-            f" at {self.resolution} px{more},"
-            f" {self.num_steps} steps of {self.pairs_per_step} pairs,"
+            f" at {self.resolution} px, {self.num_steps} steps of {self.pairs_per_step} pairs,"
             f" {' to '.join(map(str, sorted(set(self.num_workers))))} worker(s)"
         )
 
@@ -128,9 +124,7 @@ def make_plan(args):
         class_paths = find_images(args.class_images_dir)
     warn_of_likely_mistakes(prompts, instance_paths)
     prompts, captions = number_captions(args, prompts, instance_paths, class_paths)
-    prior_prompts = args.prior_prompts if class_paths else []
-    prompts += [text for text in dict.fromkeys(prior_prompts) if text not in prompts]
-    pipeline_dir.check_prompts(args.model_dir, prompts + args.prior_prompts + args.preview_prompts)
+    pipeline_dir.check_prompts(args.model_dir, prompts + args.preview_prompts)
     images.check_images(instance_paths + class_paths, resolution)
 
     # Each step takes the next pairs: one stream, which goes on from epoch to epoch.
@@ -147,7 +141,6 @@ def make_plan(args):
         class_paths=class_paths,
         prompts=prompts,
         captions=captions,
-        prior_prompts=[prompts.index(text) for text in prior_prompts],
         resolution=resolution,
         pairs_per_step=pairs_per_step,
         num_steps=num_steps,
@@ -197,17 +190,14 @@ def report_dir(output_dir):
 
 
 def check_flags(args):
-    """Check the flags of train.py, as far as that takes no time, and leave out --cuda_graph and
-    --prior_prompts where they cannot do anything. A UserError names the first mistake."""
+    """Check the flags of train.py, as far as that takes no time, and leave --cuda_graph out where
+    no step can be captured. A UserError names the first mistake."""
     check_numbers(args)
     for name in PATHS:
         path = getattr(args, name) or ""
         if path.encode(errors="replace") != os.fsencode(path):
             raise UserError(f"--{name} {path!r} is not UTF-8, which Ray needs: rename the folder")
     args.cuda_graph = can_capture(args)
-    if args.prior_prompts and args.prior_target == "noise":
-        warn("--prior_prompts need --prior_target original, which predicts them: none is trained")
-        args.prior_prompts = []
     pipeline_dir.check_model_dir(args.model_dir)
     check_pipeline(args)
     check_output_dir(args)
@@ -241,8 +231,6 @@ def check_class(args):
         raise UserError(
             "--instance_prompt and --class_prompt are equal: put the identifier before the class"
         )
-    if args.instance_prompt in args.prior_prompts:
-        raise UserError("--prior_prompts has the instance prompt, which must change: leave it out")
     if Path(args.instance_images_dir).resolve() == Path(args.class_images_dir).resolve():
         raise UserError("--instance_images_dir and --class_images_dir are the same folder")
     find_images(args.class_images_dir)

@@ -20,7 +20,6 @@ and seeds of subjects.py, whose flags this script takes as well.
     fewer_steps        200 steps, not 300
     faster             the same at lr 4.5e-4, not 3e-4
     noise_target       --prior_target noise, the paper's
-    prior_prompts      every eighth class image has one of all classes' prompts
     all_noise          the photos are trained at all timesteps, and at lr 2e-4
 
 A candidate that wins becomes part of the recipe; one that does not is a line in RESULTS.md.
@@ -54,8 +53,6 @@ FLAGS = {
     "fewer_steps": "--max_train_steps 200 --num_epochs 16",
     "faster": "--max_train_steps 200 --num_epochs 16 --lr 4.5e-4",
     "noise_target": "--prior_target noise",
-    "prior_prompts": "--prior_prompts "
-    + " ".join(f"'photo of a {kind}'" for kind in render.CLASSES),
     "all_noise": "--max_instance_noise 1 --lr 2e-4",
     "frozen_text": "--no-train_text_encoder",
 }

@@ -82,7 +82,7 @@ def read_batches(plan, pairs_per_pass, seed):
     """What Ray Data hands to the only worker: a batch for each forward pass."""
     num_pairs = plan.num_steps * plan.pairs_per_step
     folders = plan.instance_paths, plan.class_paths
-    pairs = dataset.pair_images(*folders, num_pairs, seed, plan.captions, plan.prior_prompts)
+    pairs = dataset.pair_images(*folders, num_pairs, seed, plan.captions)
     for start in range(0, num_pairs, pairs_per_pass):
         rows = pairs[start : start + pairs_per_pass]
         columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
