@@ -264,5 +264,5 @@ cd "$(dirname "$(realpath "$0")")"
 case "${1:-}" in
   "") find_python; main ;;
   test) find_python; exec "$PYTHON" -m pytest -q ;;
-  *) sed -n '2,10s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
 esac

@@ -11,6 +11,7 @@ from dreambooth.files import pipeline_dir
 from dreambooth.image_generator import load_sampler
 from dreambooth.lora import apply_lora
 from dreambooth.run import export
+from tests.test_export import predict as predict_with
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +30,7 @@ def pipeline_with(model_dir):
 @pytest.fixture(scope="module")
 def predict(pipeline_with):
     """What U-Net and text encoder predict for fixed inputs: predict(lora_dir, scale)."""
-
-    def call(*lora):
-        pipeline = pipeline_with(*lora)
-        random = torch.Generator().manual_seed(0)
-        noisy_latents = torch.randn(2, 4, 16, 16, generator=random)
-        prompt_ids = torch.randint(0, 500, (2, 48), generator=random)
-        with torch.no_grad():
-            hidden_states = pipeline.text_encoder(prompt_ids)[0]
-            return pipeline.unet(noisy_latents, torch.tensor([10, 900]), hidden_states).sample
-
-    return call
+    return lambda *lora: predict_with(pipeline_with(*lora))
 
 
 def test_a_lora_takes_effect_according_to_its_scale(predict, lora_dir):
