@@ -206,7 +206,8 @@ def check_index(facts, index, where):
         library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         if library not in ("diffusers", "transformers") or not isinstance(name, str):
             entry = json.dumps(entry)
-            raise UserError(f"{where}: {INDEX} has {part}: {entry}, no class of the libraries")
+            reason = f"{INDEX} has {part}: {entry}, no class of the libraries"
+            raise UserError(f"{where}: {reason}; fetch or copy it again")
         if facts.classes.get(part, name) != name:
             raise UserError(
                 f"{where}: {part} is a {name}; {facts.name} takes a {facts.classes[part]}"
