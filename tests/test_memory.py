@@ -56,16 +56,25 @@ def test_the_clusters_file_has_cards_for_its_job(root):
 
 def test_the_documents_have_the_same_numbers(readme, root):
     """The README's are the table's, and RESULTS.md has them all."""
-    numbers = {float(number) for number in re.findall(r"([\d.]+) GiB", readme)}
-    assert len(numbers) >= 4
-    rows = [*memory.COUNTED_XL.values(), *memory.COUNTED_KLEIN.values()]
-    known = {row.one_gpu - row.per_pair for row in rows}  # one pair
-    known |= {number for row in COUNTED.values() for number in row[:2]}
-    share = (1024 + 512) / (4096 + 512)  # of tokens at 512 px
-    for row in memory.COUNTED_KLEIN.values():
-        known.add(row.one_gpu - memory.PAIRS * row.per_pair + share * row.per_pair)
-    for number in numbers:
-        assert min(abs(number - other) for other in known) < 0.11, number
+    both = (CHECKPOINTING, BF16)
+    text = readme.partition("**SDXL**")[0]
+    said = [float(number) for number in re.findall(r"([\d.]+) GiB", text)][:5]
+    assert said == [
+        round(needed(flags, job), 1)
+        for flags, job in [
+            ((), Job()), ((), Job(keeps_gradients=True)),
+            ((CHECKPOINTING,), Job()), (both, Job()), ((CHECKPOINTING, LORA), Job()),
+        ]
+    ]  # fmt: skip
+    xl, klein = (memory.REFERENCES[f"{name}Pipeline"] for name in ("StableDiffusionXL", "Flux2Klein"))
+    for name, job in {
+        "SDXL": Job(1, resolution=1024, reference=xl),
+        "FLUX.2-klein": Job(1, resolution=1024, reference=klein),
+        "FLUX.2-klein, `--resolution 512`": Job(1, reference=klein),
+    }.items():
+        columns = [(), (CHECKPOINTING,), both, (LORA,), (CHECKPOINTING, LORA)]
+        cells = [f"{needed(flags, job):.1f} GiB" for flags in columns]
+        assert f"| {name} | {' | '.join(cells)} |" in readme
     results = (root / "tests" / "benchmarks" / "RESULTS.md").read_text()
     for name, flags in {
         "full fine-tuning": (),
@@ -147,6 +156,7 @@ def test_a_preview_between_two_steps_needs_no_less_than_an_image():
     flags = (CHECKPOINTING, LORA)
     one, none = needed(flags, Job(pairs=1)), needed(flags, Job(pairs=0))
     assert one == none > memory.RESERVE * memory.PREVIEW * 512**2 + memory.LIBRARIES
+    assert needed(flags, Job(pairs=1, has_previews=False)) < one
 
 
 def test_stable_diffusion_is_as_large_as_counted(sd14_dir):
@@ -243,8 +253,9 @@ def test_a_captured_step_needs_what_an_h100_reserved_for_it(check):
     for flags, measured in (((), 21.3), ((LORA,), 10.1)):
         job = Job(is_captured=True)
         assert measured < needed(flags, job) < 1.1 * measured
-    assert "training may need" in check(22, cuda_graph=True)
-    assert check(23, cuda_graph=True) == ""
+    previews = {"cuda_graph": True, "preview_every": 9, "preview_prompts": ["photo of a car"]}
+    assert "training may need" in check(22, **previews)
+    assert check(23, **previews) == check(22, cuda_graph=True) == ""
 
 
 @pytest.mark.parametrize("missing", ["a C compiler", "Python's headers"])

@@ -56,7 +56,6 @@ COUNTED_KLEIN = {
     (LORA,): Counted(77.7, 77.7, 35.1),
     (CHECKPOINTING, LORA): Counted(15.3, 15.4, 3.8),
 }
-CHOICES = [flags for flags in COUNTED if flags != (BF16,)]  # without checkpointing it gains little
 PAIRS = 2  # as counted; run.sh's recipe has as many on one GPU, and one on each of several
 RESERVE = 1.08  # the allocator's gaps, in proportion to what it holds; measured: 1.03 to 1.05
 LIBRARIES = 1.0  # GiB of CUDA, cuDNN and NCCL; measured: 0.8
@@ -89,6 +88,7 @@ class Job(NamedTuple):
     pairs: int = PAIRS  # per forward pass
     keeps_gradients: bool = False
     is_captured: bool = False  # with --cuda_graph; its gradients are where activations were
+    has_previews: bool = True  # as in run.sh
     resolution: int = 512  # pixels
     backbone_ratio: float = 1.0  # of that model's parameters to the reference's
     trained_ratio: float = 1.0  # of all trained ones to the reference's
@@ -104,7 +104,7 @@ def needed(flags, job):
     text = job.reference.text
     size = text + (1 - text) * (job.resolution / job.reference.resolution) ** 2
     activations = job.pairs * counted.per_pair * size
-    preview = PREVIEW * job.resolution**2  # between two steps
+    preview = PREVIEW * job.resolution**2 if job.has_previews else 0.0  # between two steps
     if job.is_captured:  # the graph keeps what its activations take
         activations += preview + CUDA_GRAPHS
     else:
@@ -117,10 +117,10 @@ def needed(flags, job):
 
 
 def choose(gib, job, given=()):
-    """The first of CHOICES that includes the flags `given` and with which `job` fits GPUs with
+    """The first key of COUNTED that includes the flags `given` and with which `job` fits GPUs with
     `gib` GiB free; where none does, the last, which needs least: the numbers are counted, and it
     may fit all the same."""
-    choices = [flags for flags in CHOICES if set(given) <= set(flags)]
+    choices = [flags for flags in COUNTED if set(given) <= set(flags)]
     return next((flags for flags in choices if needed(flags, job) <= gib), choices[-1])
 
 
@@ -153,6 +153,7 @@ def check_device(args, plan, num_workers, torch_device):
         pairs=pairs_per_pass * plan.images_per_pair / 2,
         keeps_gradients=num_workers > 1 or accumulation_steps > 1,
         is_captured=args.cuda_graph,
+        has_previews=bool(args.preview_every),
         resolution=plan.resolution,
         original=has_copy * own,
         **relative(args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)),
