@@ -41,7 +41,7 @@ def build_parser():
     add("--use_lora", action="store_true", help="train LoRA matrices only: less memory, small file")
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
     layers = ["attention", "all"]
-    add("--lora_layers", choices=layers, default=layers[0], help="layers of the U-Net to adapt")
+    add("--lora_layers", choices=layers, default=layers[0], help="layers to adapt")
     text_help = "train the text encoder as well (default: of Stable Diffusion 1 and 2)"
     add("--train_text_encoder", action=on_off, help=text_help)
 
@@ -64,7 +64,7 @@ def build_parser():
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
     target_help = "target of the class loss: the noise, or the original model's prediction"
     add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
-    noise_help = "fraction of the timesteps, the least noisy, at which photos are trained; 1: all"
+    noise_help = "fraction of the timesteps, the least noisy, at which photos are trained (1: all)"
     add("--max_instance_noise", type=float, default=1.0, help=noise_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
@@ -136,7 +136,7 @@ def train_fn(config):
 
     args = argparse.Namespace(**config["args"])
     plan = TrainingPlan(**config["plan"])
-    configure_logs(args.verbose)
+    configure_logs(args.verbose, loads_models=True)
     context = ray.train.get_context()  # [1]
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = get_device()
@@ -172,7 +172,7 @@ def train_fn(config):
     for callback in callbacks:
         callback.on_train_begin(first_step)
 
-    # Encode each image once, when a step first needs it.
+    # Encode each crop once, when a step first needs it.
     batches = latents.encode_batches(vae, batches, family, encoded_prompts, device, original)
     for step in range(first_step, plan.num_steps):
         losses = forward_backward(wrapped, scheduler, batches, accumulation_steps, args)
@@ -194,13 +194,14 @@ def train_fn(config):
 def build_trainer(args, plan, num_gpus, num_cpus, started):
     """Pair the images for the whole run and hand them to a TorchTrainer."""
     num_pairs = plan.num_steps * plan.pairs_per_step
-    folders = plan.instance_paths, plan.class_paths
-    pairs = dataset.pair_images(*folders, num_pairs, args.seed, plan.captions)
+    pairs = dataset.pair_images(
+        plan.instance_paths, plan.class_paths, num_pairs, args.seed, plan.captions
+    )
     pair_config = dataset.PairDataConfig(plan.pairs_per_step, plan.resolution, args.seed)
     in_driver = cluster.runs_in_driver(args.num_workers)  # then all pairs are for one
     log = {"log_every": args.log_every, "started": started}
 
-    def build_dataset():
+    def read_what_is_left():
         first_step = checkpoints.find_newest(plan.run_dir)  # the workers go on from there
         cores = max(1, num_cpus // 2) if in_driver and not num_gpus else None
         rows = dataset.build_dataset(pairs[first_step * plan.pairs_per_step :], args.verbose, cores)
@@ -209,7 +210,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
     return TorchTrainer(
         train_fn,
         train_loop_config={"args": vars(args), "plan": vars(plan), "log": log},
-        datasets={"train": build_dataset},  # [6] called again for each worker group
+        datasets={"train": read_what_is_left},  # [6] called again for each worker group
         dataset_config=pair_config,  # [7]
         scaling_config=cluster.scaling_config(args.num_workers, num_gpus, num_cpus),  # [8]
         run_config=ray.train.RunConfig(  # [9]
@@ -241,8 +242,9 @@ def main(args):
     first_step = checkpoints.prepare(plan.run_dir, plan.fingerprint(args), args)
     training_log.prepare(plan.report_dir, first_step)
     stop = checkpoints.StopOnSignal(plan.run_dir)
+    hardware = describe(min(num_gpus, args.num_workers[1]))
     try:
-        with training_log.RunRecord(args, plan, describe(num_gpus)) as record:
+        with training_log.RunRecord(args, plan, hardware) as record:
             folders = [args.model_dir, *plan.image_dirs, plan.run_dir, plan.report_dir]
             cluster.check_shared_storage(folders)
             result = cluster.fit(build_trainer(args, plan, num_gpus, num_cpus, started))

@@ -95,7 +95,7 @@ def valid_prompt(text):
 
 
 def warn(message):
-    """One line on stderr about what is allowed, and may not be meant."""
+    """One line on stderr about what is allowed and probably a mistake."""
     print(f"warning: {_one_line(message)}", file=sys.stderr, flush=True)
 
 
@@ -225,13 +225,16 @@ def read_lines(file, flag):
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def configure_logs(verbose):
-    """Silence the libraries in this process and in those that Ray starts from it, unless `verbose`.
+def configure_logs(verbose, loads_models=False):
+    """Silence the libraries in this process and in those that Ray starts from it, unless `verbose`;
+    with `loads_models` also diffusers and transformers, which it imports.
 
     What fails is raised in any case. Call it before Ray starts and before models load.
     """
     if verbose:
         return
+    if loads_models:
+        hide_progress_bars()
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
@@ -239,11 +242,8 @@ def configure_logs(verbose):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def hide_progress_bars(verbose):
-    """Hide the bars with which diffusers and transformers load models, and what they log, unless
-    `verbose`. Imports both."""
-    if verbose:
-        return
+def hide_progress_bars():
+    """Hide the bars with which diffusers and transformers load models, and what they log."""
     import diffusers
     import transformers
 

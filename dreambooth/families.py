@@ -1,9 +1,10 @@
-"""What the model families compute in their own ways, by the class of the pipeline. Their facts
-(parts, limits, defaults) are in files/pipelines.py; what is not here is the same for all.
+"""What the model families compute in different ways: a class for each pipeline class of diffusers.
+Their facts (parts, limits, defaults) are in files/pipelines.py; what is not here is the same for
+all.
 
-Letters: P prompts of a run; R groups of consecutive images with the same prompt; 2B images in a
-batch; L tokens in a prompt; D width of its embedding; N images; C, h, w channels, height and width
-of latents.
+Letters: P prompts of a run; G groups of consecutive images with the same prompt; 2B images in a
+batch; R their resolution; L tokens in a prompt; D width of its embedding; N images; C, h, w
+channels, height and width of latents.
 """
 
 import itertools
@@ -16,12 +17,11 @@ from dreambooth.files.pipelines import PIPELINES, PipelineFacts
 
 
 class Family:
-    """What a family says and computes; as Stable Diffusion's U-Net and VAE need it, unless it says
-    otherwise."""
+    """What a family must define, and defaults, which suit Stable Diffusion's U-Net and VAE."""
 
     facts: PipelineFacts
     dtype_on_gpu = torch.float16  # of sampling
-    frozen_in_bf16 = False  # whether a GPU loads what is not trained in bfloat16
+    lora_base_in_bf16 = False  # whether a GPU loads the backbone of a LoRA in bfloat16
     old_lora_names = True  # those of diffusers' own layers, from before PEFT
     lora_targets = {  # the projections of attention
         "unet": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -83,14 +83,14 @@ class StableDiffusion(Family):
         return True
 
     def encode_prompts(self, args, prompts, device):
-        """Their token ids."""
+        """The token ids of the prompts."""
         tokenizer = pipeline_dir.load_tokenizer(args.model_dir)
         length = {"padding": "max_length", "max_length": tokenizer.model_max_length}
         ids = tokenizer(prompts, **length).input_ids
         return {"prompt_ids": torch.tensor(ids, device=device)}  # (P, L)
 
     def conditions(self, encoded_prompts, batch):
-        """Consecutive images with one prompt are a group: the token ids (R, L) of each group, and
+        """Consecutive images with one prompt are a group: the token ids (G, L) of each group, and
         the groups' sizes."""
         numbers = batch["prompt_numbers"]
         groups = [(number, len(list(images))) for number, images in itertools.groupby(numbers)]
@@ -101,13 +101,15 @@ class StableDiffusion(Family):
         return {"prompt_ids": repeat(conditions["prompt_ids"], conditions["counts"])}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
-        states = denoiser.text_encoder(conditions["prompt_ids"])[0]  # (R, L, D)
+        states = denoiser.text_encoder(conditions["prompt_ids"])[0]  # (G, L, D)
         if "counts" in conditions:
             states = repeat(states, conditions["counts"])  # (2B, L, D)
         return denoiser.unet(noisy_latents, timesteps, states).sample
 
     def sampler_inputs(self, pipeline, prompt, device):
-        embeds, negative = pipeline.encode_prompt(prompt, device, 1, True)
+        embeds, negative = pipeline.encode_prompt(
+            prompt, device, num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
         return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
 
 
@@ -132,7 +134,7 @@ class StableDiffusionXL(Family):
 
     def encode_prompts(self, args, prompts, device):
         """The embeddings of the prompts; and, for previews, all that is sampled with, by prompt.
-        The encoders leave memory."""
+        The encoders are freed then."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         pipeline = pipeline_dir.load_pipeline(args.model_dir, dtype, unet=None, vae=None).to(device)
         with torch.no_grad():
@@ -161,16 +163,16 @@ class StableDiffusionXL(Family):
     def sampler_inputs(self, pipeline, prompt, device):
         names = ["prompt_embeds", "negative_prompt_embeds"]
         names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
-        return dict(zip(names, pipeline.encode_prompt(prompt, None, device, 1, True), strict=True))
+        return dict(zip(names, pipeline.encode_prompt(prompt, device=device), strict=True))
 
 
 class Flux2Klein(Family):
-    """FLUX.2-klein (Black Forest Labs 2025): a transformer that predicts a flow's velocity of 2 by
+    """FLUX.2-klein (Black Forest Labs 2026): a transformer that predicts a flow's velocity of 2 by
     2 patches of latents, (N, 128, h, w), from the hidden states of a language model."""
 
     facts = PIPELINES["Flux2KleinPipeline"]
     dtype_on_gpu = torch.bfloat16
-    frozen_in_bf16 = True
+    lora_base_in_bf16 = True
     old_lora_names = False
     lora_targets = {"transformer": ["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"]}
     lora_more_targets = [  # of the double-stream blocks
@@ -252,7 +254,7 @@ def select(tensor, rows):
 
 
 def repeat(rows, counts):
-    """Repeat row i of `rows` (R, ...) counts[i] times: (2B, ...)."""
+    """Repeat row i of `rows` (G, ...) counts[i] times: (2B, ...)."""
     if len(set(counts)) == 1:
         return rows.repeat_interleave(counts[0], 0)
     repeats = torch.tensor(counts).to(rows.device, non_blocking=True)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from dreambooth.cli import UserError, configure_logs, hide_progress_bars
+from dreambooth.cli import UserError, configure_logs
 from dreambooth.families import family_of
 from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.lora import apply_lora
@@ -33,8 +33,7 @@ class ImageGenerator:
     """Loads the pipeline once and generates the images of records in batches."""
 
     def __init__(self, args):
-        configure_logs(args.verbose)
-        hide_progress_bars(args.verbose)
+        configure_logs(args.verbose, loads_models=True)
         self.args = args = with_defaults(args)
         self.device = device.pick_device()
         self.padded_size = cpu_batch_size(args.resolution) if self.device == "cpu" else None
@@ -58,8 +57,8 @@ class ImageGenerator:
             raise UserError("out of GPU memory: the model alone does not fit this GPU") from None
         if self.device == "cuda":
             torch.cuda.empty_cache()  # what another model has left, as with --compare_to
-        given = self.padded_size or args.batch_size  # sized once the weights have their memory
-        self.batch_size = given or batch_size_that_fits(args.resolution)
+        given = self.padded_size or args.batch_size
+        self.batch_size = given or batch_size_that_fits(args.resolution)  # beside the weights
         if args.compile:
             backbone.compile_repeated_blocks()
 
@@ -182,8 +181,9 @@ def load_sampler(model_dir, dtype=None, scheduler="dpm", **parts):
 
 
 def build_dpm(config):
-    """DPM-Solver++ with Karras sigmas (Lu et al. 2022, arXiv 2211.01095) for a noise schedule; the
-    one that adds noise at each step if the model's own scheduler is that.
+    """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) with the sigmas of Karras et al. 2022 (arXiv
+    2206.00364) for a noise schedule; the one that adds noise at each step if the model's own
+    scheduler is that.
 
     Where the last timestep is all but pure noise (cosine, zero SNR), without Karras: its first
     steps are all so noisy that they fall on that one timestep.
@@ -198,7 +198,7 @@ def build_dpm(config):
 
 
 def noise_generator(record, attempt):
-    """What an image starts from depends on its record and the attempt alone."""
+    """The generator of an image's random numbers: its record and the attempt alone decide them."""
     prompt = zlib.crc32(record["prompt"].encode())
     seed = seed_for("image", record["seed"], record["index"], prompt, attempt)
     return torch.Generator().manual_seed(seed)

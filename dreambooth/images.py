@@ -16,6 +16,7 @@ from dreambooth.files.decode import open_image
 from dreambooth.seeds import seed_for
 
 KINDS = ("instance", "class")  # of images
+CROP_POSITIONS = 8  # of an image that is not square: few, as the VAE encodes each once
 
 
 def check_images(paths, resolution):
@@ -51,15 +52,16 @@ def _resized(path, resolution):
 
 
 def crop_image(path, resolution, seed):
-    """Read and resize one image and crop it at random (the same crop for the same `seed`).
+    """Read and resize one image and crop it at one of CROP_POSITIONS, evenly spread along the
+    longer side, at random (the same for the same `seed`).
 
     Returns uint8 (3, R, R), a key that tells this crop from all others, and the image's own height
     and width with the crop's top and left in the resized one: four integers, in this order.
     """
     image, size = _resized(path, resolution)
-    height, width, _ = image.shape
-    limits = [height - resolution + 1, width - resolution + 1]
-    top, left = np.random.default_rng(seed).integers(limits)
+    spare = np.array(image.shape[:2]) - resolution  # rows and columns that a crop leaves out
+    positions = np.random.default_rng(seed).integers(CROP_POSITIONS, size=2)
+    top, left = spare * positions // (CROP_POSITIONS - 1)
     crop = image[top : top + resolution, left : left + resolution]
     return crop.transpose(2, 0, 1), f"{path}:{top}:{left}", (*size, int(top), int(left))
 

@@ -1,4 +1,4 @@
-"""Images to latents, once, and the random numbers of a training step.
+"""Images to latents, each crop once, and the random numbers of a training step.
 
 The frozen VAE's posterior of an image, a mean and a standard deviation per latent, does not change
 during a run: it is computed once per crop. Each step samples it anew, as if the VAE ran at every
@@ -14,7 +14,7 @@ import torch
 
 from dreambooth.seeds import seed_for
 
-GOLDEN_RATIO = (5**0.5 - 1) / 2
+INVERSE_GOLDEN_RATIO = (5**0.5 - 1) / 2
 MAX_BYTES_ON_DEVICE = 2**28  # of posteriors; a crop of FLUX.2-klein's at 1024 px takes 4 MiB
 PIXELS_PER_PASS = 512 * 512  # through the VAE: more would need more memory than a LoRA's step
 
@@ -121,6 +121,6 @@ def sample_fractions(seed, positions):
     """
     generator = torch.Generator().manual_seed(seed_for("timesteps", seed))
     starts = torch.rand(2, 1, generator=generator, dtype=torch.float64)
-    steps = GOLDEN_RATIO * torch.tensor(positions, dtype=torch.float64)
+    steps = INVERSE_GOLDEN_RATIO * torch.tensor(positions, dtype=torch.float64)
     fractions = (starts + steps) % 1  # (2, B)
     return fractions.flatten()

@@ -1,9 +1,9 @@
-"""The loss of a DreamBooth training step as pure functions of tensors. Noise and timesteps are
-passed in.
+"""The loss of a DreamBooth training step. Noise and timesteps are passed in; what is below
+`training_loss` are pure functions of tensors.
 
 Letters: 2B images in a batch, B of the instance first and then B of the class; C latent channels;
 h, w height and width of a latent; T timesteps of the noise schedule. Without prior preservation a
-batch is B images of the instance, and there is one prompt.
+batch is B images of the instance.
 """
 
 import torch
@@ -36,8 +36,8 @@ def training_loss(
     alphas_cumprod = scheduler.alphas_cumprod
     target = get_target(prediction_type, latents, noise, timesteps, alphas_cumprod)
     if original is not None:
-        own = original(noisy_latents.chunk(2)[1], timesteps.chunk(2)[1])
-        target = torch.cat([target.chunk(2)[0], own])
+        original_pred = original(noisy_latents.chunk(2)[1], timesteps.chunk(2)[1])
+        target = torch.cat([target.chunk(2)[0], original_pred])
     weights = None
     if snr_gamma is not None:
         weights = min_snr_weights(prediction_type, timesteps, alphas_cumprod, snr_gamma)
@@ -94,8 +94,8 @@ def prior_preserving_loss(model_pred, target, prior_loss_weight, weights=None):
     half: that of all images.
 
     Shapes: model_pred and target (2B, C, h, w), instance half first; weights (2B,), a factor for
-    each image's error. Returns a scalar and, without gradients, the means of the halves before
-    weighting (2,), or of the one (1,).
+    each image's error. Returns a scalar and, without gradients, the means of the halves (2,),
+    without `prior_loss_weight`, or of the one (1,).
     """
     error = (model_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # (2B,)
     if weights is not None:

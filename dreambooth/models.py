@@ -26,7 +26,6 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_map
 
-from dreambooth.cli import hide_progress_bars
 from dreambooth.families import family_of
 from dreambooth.files import pipeline_dir
 from dreambooth.schedules import DiffusionSchedule, FlowSchedule
@@ -100,7 +99,6 @@ def load_models(args, device, autocast=None):
     weights. On a CPU it gains nothing: the backward pass of attention takes five times as long as
     in float32.
     """
-    hide_progress_bars(args.verbose)
     if autocast is None:
         autocast = device.type == "cuda" or args.param_dtype == "bf16"
     denoiser = load_denoiser(args, device, autocast).train()
@@ -141,7 +139,7 @@ def load_denoiser(args, device, autocast):
     if family.facts.trains_text_encoder:
         text_dtype = dtype if pipeline_dir.trains_text_encoder(args) else torch.float32
         text_encoder = load_part("text_encoder", dtype=text_dtype)
-    if args.use_lora and family.frozen_in_bf16 and autocast:
+    if args.use_lora and family.lora_base_in_bf16 and autocast:
         dtype = torch.bfloat16  # at once: in float32 it would be twice as large for a moment
     backbone = load_part(family.facts.backbone, dtype=dtype)
     return Denoiser(family, text_encoder, backbone, autocast)
@@ -153,7 +151,7 @@ def load_original(args, denoiser, device):
     `args.prior_target` asks for it.
 
     With LoRA that is the denoiser with its matrices switched off; else a frozen model of its own,
-    in bfloat16 where products are.
+    whose linear and convolution layers are in bfloat16 where the denoiser runs under autocast.
     """
     if args.prior_target == "noise" or not args.prior_loss_weight:
         return None
@@ -185,7 +183,8 @@ def add_lora(denoiser, args):
     rank, family = args.lora_rank, denoiser.family
     denoiser.requires_grad_(False)
     both = pipeline_dir.trains_text_encoder(args)
-    for part in family.lora_targets if both else [family.facts.backbone]:
+    parts = family.lora_targets if both else [family.facts.backbone]
+    for part in parts:
         model = getattr(denoiser, part)
         targets = family.lora_targets_of(part, model, args.lora_layers == "all")
         settings = {"lora_alpha": rank, "init_lora_weights": "gaussian", "target_modules": targets}
@@ -236,4 +235,7 @@ def build_optimizer(parameters, args):
 
 def build_lr_schedule(optimizer, num_steps, args):
     """The learning rate of each of `num_steps` steps: `args.lr` times what the schedule says."""
-    return get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, num_steps)
+    return get_scheduler(
+        args.lr_scheduler, optimizer,
+        num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps,
+    )  # fmt: skip

@@ -253,7 +253,7 @@ def test_models_load_without_bars_and_messages_unless_verbose(unconfigured):
     for library in both:
         library.enable_progress_bar()
     for verbose in (True, False):  # silent in the end, as in other tests
-        cli.hide_progress_bars(verbose)
+        cli.configure_logs(verbose, loads_models=True)
         assert {library.is_progress_bar_enabled() for library in both} == {verbose}
         assert {library.get_verbosity() == logging.CRITICAL for library in both} == {not verbose}
 

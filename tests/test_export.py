@@ -220,6 +220,7 @@ def test_the_card_says_what_the_hub_reads_and_how_the_model_was_made(result):
     assert "lora" not in data["tags"]
     for part in ("revision b95be7d6", "- class prompt: photo of a car", "from 5 photos", "3 steps"):
         assert part in text
+    assert "made with DreamBooth's prior-preserving loss" in text
 
 
 def test_the_card_of_a_lora(result):
@@ -229,7 +230,7 @@ def test_the_card_of_a_lora(result):
     assert "lora" in data["tags"]
     assert 'from_pretrained("CompVis/stable-diffusion-v1-4")' in text
     assert 'load_lora_weights("tuned")' in text
-    assert "class prompt" not in text
+    assert "class prompt" not in text and "prior-preserving" not in text
 
 
 def test_the_card_of_a_model_that_is_not_on_the_hub(result):

@@ -4,9 +4,11 @@ pipeline samples what it was trained for. Here a tiny SDXL with random weights."
 import json
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -225,8 +227,12 @@ def test_a_run_its_result_and_its_images(
         assert digests(tmp_path / "kohya") == after
 
 
-def test_a_run_goes_on_to_the_last_bit(run_and_resume, xl_dir):
+def test_a_run_goes_on_to_the_last_bit(run_and_resume, xl_dir, capfd):
+    """And says nothing but its own lines, also while its text encoders load."""
+    for library in (diffusers, transformers):
+        library.utils.logging.enable_progress_bar()
     expected, resumed, _ = run_and_resume(1, model_dir=xl_dir)
+    assert "Loading" not in capfd.readouterr().err
     assert torch.equal(weights(resumed.output_dir), weights(expected.output_dir))
     assert not torch.equal(weights(resumed.output_dir), weights(xl_dir))
 
@@ -304,11 +310,15 @@ def test_a_caption_stands_in_place_of_the_prompt(
     ]  # fmt: skip
     captions = {photos / "1.png": 2, photos / "3.png": 3, of_class / "1.png": 4}
     assert plan.captions == {str(path): number for path, number in captions.items()}
-    assert (
-        "1 class images have captions of their own, such as 'a red car'" in capsys.readouterr().out
-    )
+    out, err = capsys.readouterr()
+    said = "1 class images have captions of their own, such as 'a red car'"
+    assert said in out and "captions" not in err
     assert plan.fingerprint(args)["captions"] != plain.fingerprint(args)["captions"]
     assert plain.fingerprint(args)["captions"] is None
+    for image in list(of_class.glob("[02-9]*.png")):
+        image.unlink()
+    make_plan(args)  # no image is left for --class_prompt
+    assert f"warning: {said}: no image is left for --class_prompt" in capsys.readouterr().err
 
 
 def test_text_encoders_that_are_not_trained_are_saved_in_float32(load_models, xl_dir, tmp_path):

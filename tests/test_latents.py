@@ -212,4 +212,4 @@ def test_pairs_late_in_a_long_run_are_spread_as_evenly():
     """In float32, the millionth pair's place in the schedule would be one of sixteen."""
     fractions = latents.sample_fractions(0, range(10**6, 10**6 + 1000)).view(2, 1000)
     steps = fractions.diff(dim=1) % 1
-    assert (steps - latents.GOLDEN_RATIO).abs().max() < 1e-6
+    assert (steps - latents.INVERSE_GOLDEN_RATIO).abs().max() < 1e-6

@@ -66,7 +66,8 @@ def test_the_documents_have_the_same_numbers(readme, root):
             ((CHECKPOINTING,), Job()), (both, Job()), ((CHECKPOINTING, LORA), Job()),
         ]
     ]  # fmt: skip
-    xl, klein = (memory.REFERENCES[f"{name}Pipeline"] for name in ("StableDiffusionXL", "Flux2Klein"))
+    xl = memory.REFERENCES["StableDiffusionXLPipeline"]
+    klein = memory.REFERENCES["Flux2KleinPipeline"]
     for name, job in {
         "SDXL": Job(1, resolution=1024, reference=xl),
         "FLUX.2-klein": Job(1, resolution=1024, reference=klein),

@@ -144,7 +144,7 @@ def test_generate_with_pocket_refuses_other_classes(generate_args, tmp_path):
     must know the prompts."""
     for flag in ("model_dir", "compare_to"):
         flags = {flag: classes.POCKET_DIR, "prompts": ["photo of a dog"]}
-        with pytest.raises(UserError, match="'photo of a dog': the pocket model"):
+        with pytest.raises(UserError, match="'photo of a dog': pocket only draws car"):
             generate.check_args(generate_args(tmp_path / "out", **flags))
 
 

@@ -1,12 +1,9 @@
-"""What the pocket model cannot show: anything but the classes of its small world.
-
-python -m dreambooth.pocket.classes "photo of a dog"    # refused, with exit code 2
-"""
+"""Where the pocket model is, and the classes of its small world: it can show nothing else."""
 
 import re
 from pathlib import Path
 
-from dreambooth.cli import ArgumentParser, UserError, run_main, valid_prompt
+from dreambooth.cli import UserError
 from dreambooth.pocket.render import CLASSES
 
 POCKET_DIR = Path(__file__).parent / "model"
@@ -18,13 +15,6 @@ def check_classes(prompts):
     for text in prompts:
         if not set(re.findall("[a-z]+", text.lower())) & set(CLASSES):
             raise UserError(
-                f"{text!r}: the pocket model is a world of drawings that knows"
-                f" {', '.join(CLASSES[:-1])} and {CLASSES[-1]}; real photos need Stable Diffusion"
-                " and a CUDA GPU (README, Your own photos)"
+                f"{text!r}: pocket only draws {', '.join(CLASSES[:-1])} and {CLASSES[-1]}; real"
+                " photos need Stable Diffusion and a CUDA GPU (README, Your own photos)"
             )
-
-
-if __name__ == "__main__":
-    parser = ArgumentParser("Check that pocket knows the class in each prompt.")
-    parser.add_argument("prompts", nargs="+", type=valid_prompt, metavar="PROMPT")
-    run_main(lambda args: check_classes(args.prompts), parser.parse_args())

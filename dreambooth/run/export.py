@@ -36,8 +36,8 @@ OPTIONAL_PARTS = {"safety_checker", "feature_extractor", "image_encoder"}  # whi
 TEXT = """
 # {name}
 
-{kind} that knows one subject as "{prompt}", made with DreamBooth's prior-preserving loss
-([Ruiz et al. 2022](https://arxiv.org/abs/2208.12242)) from {num_photos} photos.
+{kind} that knows one subject as "{prompt}", made with DreamBooth{loss} ([Ruiz et al.
+2022](https://arxiv.org/abs/2208.12242)) from {num_photos} photos.
 {image}
 ```python
 {code}
@@ -190,6 +190,7 @@ def build_card(name, record, has_image):
         name=name,
         kind="A LoRA" if lora else f"A {facts.name.partition(' 1.x')[0]} model",
         prompt=prompt,
+        loss="'s prior-preserving loss" if flags["prior_loss_weight"] else "",
         class_prompt=f"- class prompt: {class_prompt}\n" if class_prompt else "",
         num_photos=len(record["instance_paths"]),
         image=f"\n![before, above, and after]({IMAGE})\n" if has_image else "",

@@ -166,7 +166,11 @@ def number_captions(args, prompts, instance_paths, class_paths):
     of_class = {path: text for path, text in of_class.items() if text != args.class_prompt}
     if of_class:
         first = next(iter(of_class.values()))
-        print(f"{len(of_class)} class images have captions of their own, such as {first!r}")
+        message = f"{len(of_class)} class images have captions of their own, such as {first!r}"
+        if len(of_class) < len(class_paths):
+            print(message)
+        else:
+            warn(f"{message}: no image is left for --class_prompt")
     for path, text in [*of_instance.items(), *of_class.items()]:
         if text not in prompts:
             prompts.append(text)
@@ -336,7 +340,7 @@ def check_space_for_checkpoints(args, sizes):
 
 
 def warn_of_likely_mistakes(prompts, instance_paths):
-    """Say what is allowed and seldom meant: few photos, prompts the wrong way round."""
+    """Warn of what is allowed and probably a mistake: few photos, prompts the wrong way round."""
     warn_if_few(instance_paths)
     if len(prompts) < 2:
         return

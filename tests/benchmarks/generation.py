@@ -119,7 +119,7 @@ def compare_commands(args):
 
 
 def main(args):
-    hide_progress_bars(verbose=False)
+    hide_progress_bars()
     torch.set_num_threads(num_cores())
     compare_in_process(args)
     compare_commands(args)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import generate
 import train
 from dreambooth import dataset, latents, models
-from dreambooth.cli import ArgumentParser, UserError, absolute_path
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, configure_logs
 from dreambooth.files import atomic, generated_images, pipeline_dir
 from dreambooth.files.photos import find_images
 from dreambooth.images import load_crops
@@ -216,6 +216,7 @@ def print_table(results):
 def main(args, candidate=None):
     """Train and judge what has no result in --work_dir yet, and print the table. The `candidate`
     that changes training (candidates.py) names its results and sheets."""
+    configure_logs(verbose=False, loads_models=True)
     train_flags = shlex.split(RECIPES[args.recipe]) + shlex.split(args.train_flags)
     file = Path(args.work_dir) / f"{candidate or 'results'}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -372,7 +372,7 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(num_cores())
     torch.set_float32_matmul_precision("high")  # as in train.py
-    hide_progress_bars(verbose=False)
+    hide_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         compare_steps(args, pipeline_of(args.model, folder), device)
 
