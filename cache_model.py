@@ -63,9 +63,9 @@ def files_to_fetch(names, facts):
 
 
 def fetch_from_hub(cache_dir, model_name, revision):
-    """Download what is missing; returns the pipeline directory. What model it is, is looked at
-    first. UserError: no network, no such model or revision, a licence to accept first, or a model
-    that these scripts do not take."""
+    """Download what is missing, the index first; returns the pipeline directory. UserError: no
+    network, no such model or revision, a licence to accept first, or a model that these scripts do
+    not take, of which no weights are downloaded."""
     snapshot = pipeline_dir.snapshot_dir(cache_dir, model_name, revision)
     offline_remedy = (
         f"run this where there is one and copy the directory to {snapshot},"

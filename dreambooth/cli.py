@@ -33,7 +33,9 @@ LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "diffusers", "trans
 class UserError(ValueError):
     """Something that the user caused and can fix; the message, one line, says how."""
 
-    status = "failed"  # in the record of the run that it ended (run/training_log.py)
+    # In the record of the run that it ended (run/training_log.py). All subclasses are in this
+    # module, by whose name machines/cluster.py finds them in the text of Ray's errors.
+    status = "failed"
 
 
 class Stopped(UserError):

@@ -16,7 +16,7 @@ from dreambooth.files.decode import open_image
 from dreambooth.seeds import seed_for
 
 KINDS = ("instance", "class")  # of images
-CROP_POSITIONS = 8  # of an image that is not square: few, as the VAE encodes each once
+CROP_STEPS = 16  # from one end of an image to the other: few crops, as each is encoded once
 
 
 def check_images(paths, resolution):
@@ -52,16 +52,16 @@ def _resized(path, resolution):
 
 
 def crop_image(path, resolution, seed):
-    """Read and resize one image and crop it at one of CROP_POSITIONS, evenly spread along the
-    longer side, at random (the same for the same `seed`).
+    """Read and resize one image and crop it at random (the same crop for the same `seed`), at one
+    of CROP_STEPS + 1 evenly spread places, or fewer if its sides are nearly equal.
 
     Returns uint8 (3, R, R), a key that tells this crop from all others, and the image's own height
     and width with the crop's top and left in the resized one: four integers, in this order.
     """
     image, size = _resized(path, resolution)
     spare = np.array(image.shape[:2]) - resolution  # rows and columns that a crop leaves out
-    positions = np.random.default_rng(seed).integers(CROP_POSITIONS, size=2)
-    top, left = spare * positions // (CROP_POSITIONS - 1)
+    steps = spare.clip(max=CROP_STEPS)
+    top, left = spare * np.random.default_rng(seed).integers(steps + 1) // steps.clip(min=1)
     crop = image[top : top + resolution, left : left + resolution]
     return crop.transpose(2, 0, 1), f"{path}:{top}:{left}", (*size, int(top), int(left))
 

@@ -42,7 +42,7 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
         raise UserError(f"{flag} is empty")
     for sign, kind in OTHER_ADAPTERS.items():
         if any(sign in name for name in names):
-            raise UserError(f"{flag} is a {kind}, which is not read here: take a plain LoRA")
+            raise UserError(f"{flag} is a {kind}, which is not supported: use a plain LoRA")
     # By its path: its header may hold the alphas, which its tensors do not.
     source, options = file.parent, {"weight_name": file.name}
     is_peft = any(name.startswith(PEFT) for name in names)
@@ -62,7 +62,7 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     if not loaded:
         needs = f"; PEFT's own file needs {pipeline_dir.PEFT_CONFIG} beside it" if is_peft else ""
         raise UserError(
-            f"{flag} is no LoRA for --model_dir: no layer is called {names[0]}, say{needs}"
+            f"{flag} is no LoRA for --model_dir, which has no layer for {names[0]}{needs}"
         )
     partly = any("additional target modules" in str(warning.message) for warning in caught)
     if partly or len(loaded) < len(given):

@@ -451,7 +451,7 @@ def test_one_line_when_a_node_is_missed_and_one_when_it_is_back(run_while, capsy
     """And none for a moment without it."""
     run_while(2, *9 * [1], *3 * [2])
     assert capsys.readouterr().out.splitlines() == [
-        "waiting: 2 workers need 2 GPUs, the cluster has 1. Ctrl-C, twice, stops; rerun to resume",
+        "waiting: 2 workers need 2 GPUs, the cluster has 1. Ctrl-C twice stops; rerun to resume",
         "the cluster has room for the workers again",
     ]
     run_while(*5 * [2, 1, 2])

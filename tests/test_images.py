@@ -58,8 +58,8 @@ def ramp(tmp_path):
 
 
 def test_crops_follow_from_the_seed_and_lie_inside_the_image(ramp):
-    """The left edge is at one of eight columns, from 0 to 32; equal keys are equal crops. So few
-    that a step soon finds each of its crops encoded."""
+    """The left edge is at one of 17 columns, from 0 to 32; equal keys are equal crops. So few that
+    a step soon finds each of its crops encoded."""
     places = set()
     for seed in range(200):
         crop, key, size = images.crop_image(ramp, 64, seed)
@@ -72,7 +72,7 @@ def test_crops_follow_from_the_seed_and_lie_inside_the_image(ramp):
     keys = {key for key, _ in places}
     edges = {left for _, left in places}
     assert len(keys) == len(places)
-    assert edges == {0, 4, 9, 13, 18, 22, 27, 32}
+    assert edges == set(range(0, 33, 2))
 
 
 def test_a_pairs_crops_depend_on_its_position_and_not_on_its_batch(ramp):
@@ -105,4 +105,4 @@ def test_crops_of_a_portrait_differ_by_their_rows(tmp_path):
         top = int(crop[0, 0, 0])
         assert size == (96, 64, top, 0)
         places.add((key, top))
-    assert len({key for key, _ in places}) == len({top for _, top in places}) == len(places) == 8
+    assert len({key for key, _ in places}) == len({top for _, top in places}) == len(places) > 8

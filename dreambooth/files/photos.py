@@ -154,7 +154,7 @@ def _normal(name):
 
 
 def warn_if_few(paths):
-    """Say so if there are not enough photos of a subject."""
+    """Warn if there are not enough photos of a subject."""
     if len(paths) < FEW_PHOTOS:
         warn(
             f"{Path(paths[0]).parent} holds {len(paths)} photo{'s' if len(paths) > 1 else ''}"

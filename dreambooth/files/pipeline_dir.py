@@ -286,8 +286,8 @@ def _fetch_again(file):
 
 
 def check_not_damaged(file, flag):
-    """`file` must be safetensors as long as their header says, or a complete pickle of weights
-    alone. No code in a pickle is run, here or later."""
+    """`file` must be a safetensors file whose length matches its header, or a complete pickle of
+    weights alone. No code in a pickle is run, here or later."""
     if file.suffix == ".bin":
         _check_pickle(file, flag)
         return
@@ -418,7 +418,7 @@ def load_tokenizer(model_dir, part="tokenizer"):
 
 def check_fields(cls, file):
     """The fields of a configuration must be of the types that the class `cls`, which is built from
-    it, says that it takes, or null: as yet nobody has set them. UserError: one is not; the class
+    it, says that it takes, or null, which stands for its default. UserError: one is not; the class
     itself would fail later, or not at all."""
     hints = typing.get_type_hints(cls.__init__)
     for name, value in read_config(file, "--model_dir").items():
@@ -553,7 +553,8 @@ def fingerprint(folder):
 
 
 def lora_fingerprint(path):
-    """The same of the LoRA at `path`, a file or its directory."""
+    """A digest that tells one LoRA from another, as `fingerprint` does for a model; `path` is its
+    file or directory."""
     file = lora_file(path)
     config = file.parent / PEFT_CONFIG  # which holds the scale of a PEFT adapter
     return _digest([file, config] if config.exists() else [file], file.parent)

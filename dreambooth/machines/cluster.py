@@ -290,7 +290,7 @@ def wait_and_tell(future, scaling_config, interval=5):
             continue
         short_since = short_since or time.monotonic()
         if not told and time.monotonic() - short_since >= GRACE:
-            print(f"waiting: {missing}. Ctrl-C, twice, stops; rerun to resume", flush=True)
+            print(f"waiting: {missing}. Ctrl-C twice stops; rerun to resume", flush=True)
             told = True
     return future.result()
 

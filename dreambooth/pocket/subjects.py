@@ -48,8 +48,8 @@ def draw_teapot(canvas, scene):
 
 
 def draw_fire_engine(canvas, scene):
-    """Red from end to end, a ladder of thin rungs that rises to the front, a light on the cab: as
-    long as no car is tall, and the same on neither side."""
+    """Red from end to end, a ladder of thin rungs that rises to the front, a light on the cab:
+    longer than any other car, and asymmetric."""
     canvas.box(-5, 4, 2, 0.9, scene.colour, 0.2)
     canvas.box(1.8, 5, 5, 0.9, scene.colour, 0.5)
     canvas.box(3, 4.5, 4.6, 3.1, (150, 200, 225))

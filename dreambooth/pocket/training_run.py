@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 WARM_UP = 200  # steps
-DECAY = 0.2  # share of the steps, the last, in which the learning rate falls to 0
+LR_DECAY = 0.2  # share of the steps, the last, in which the learning rate falls to 0
 SECONDS_BETWEEN_SAVES = 180
 
 
@@ -25,7 +25,7 @@ class Run:
         self.module = module
         self.steps = steps
         self.lr = lr
-        self.decay = ema
+        self.ema = ema
         self.file = work_dir / f"{name}.pt"
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=1e-2)
@@ -55,12 +55,12 @@ class Run:
 
     def _set_lr(self):
         warm_up = (self.step + 1) / WARM_UP
-        decay = (self.steps - self.step) / (DECAY * self.steps)
+        decay = (self.steps - self.step) / (LR_DECAY * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, warm_up, decay)
 
     def _update_average(self):
-        keep = min(self.decay, self.step / (self.step + 10))
+        keep = min(self.ema, self.step / (self.step + 10))
         for name, value in self.module.state_dict().items():
             if value.is_floating_point():
                 self.average[name].lerp_(value, 1 - keep)

@@ -77,8 +77,8 @@ def advice(rows, relative_contrast, prior_target="noise"):
 
 
 def class_loss_rises(rows):
-    """Its mean over the last third of the run is above the first third's: by a tenth, and by more
-    than twice the standard error."""
+    """Whether the mean class loss of the last third of the run is above the first third's: by a
+    tenth, and by more than twice the standard error."""
     losses = [row["class_loss"] for row in rows if "class_loss" in row]
     if len(losses) < MIN_ROWS or not all(map(math.isfinite, losses)):
         return False

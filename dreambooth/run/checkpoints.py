@@ -266,7 +266,7 @@ class Checkpointer:
                 raise error from None
             raise UserError(
                 f"the result could not be saved ({reason}), the state of the last step was:"
-                " mend that and give the same command again, which then only saves"
+                " mend that and run the same command again, which then only saves"
             ) from error
 
     def _is_due(self, step):

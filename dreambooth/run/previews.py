@@ -129,7 +129,7 @@ def remove_of_other_prompts(folder, prompts):
     for number, by_step in find(folder).items():
         for file in by_step.values():
             record = generated_images.read_record(file)
-            if prompts and record and prompts[number : number + 1] != [record["prompt"]]:
+            if prompts and record and record["prompt"] not in prompts[number : number + 1]:
                 file.unlink()
 
 
