@@ -157,11 +157,11 @@ def test_a_run_that_failed_at_its_first_step_has_a_page_too(report, train_args):
 def test_images_of_another_prompt_are_not_before_and_after(save_after):
     """What is left in compared/ of an earlier command."""
     folder = save_after()
-    first, second = page.find_pairs(folder)
+    first, second = page.find_comparisons(folder)
     record = {"prompt": "photo of a boat", "seed": 0, "index": 0}
     generated_images.save_image(Image.new("RGB", (64, 64)), record, first[-1])
-    assert page.find_pairs(folder) == [second]
-    assert page.find_pairs(None) == []
+    assert page.find_comparisons(folder) == [second]
+    assert page.find_comparisons(None) == []
 
 
 def test_prompts_that_do_not_name_the_subject_are_what_must_not_change(report, save_after):
@@ -259,7 +259,7 @@ def test_each_prompt_is_shown_once_before_any_twice(save_after):
         name = generated_images.file_name(number, 1, 0)
         for place in (folder, folder / "compared"):
             generated_images.save_image(Image.new("RGB", (64, 64)), record, place / name)
-    names = [after.name for _, _, after in page.find_pairs(folder)]
+    names = [after.name for _, _, after in page.find_comparisons(folder)]
     assert names == [
         "000-0000-seed0.png", "001-0000-seed0.png", "000-0001-seed0.png", "001-0001-seed0.png",
     ]  # fmt: skip

@@ -27,7 +27,7 @@ from dreambooth.run import export, previews, training_log
 PAGE = "report.html"
 MAX_SIDE = 320  # pixels of an image on the page
 MAX_PHOTOS = 12
-MAX_PAIRS = 12
+MAX_COMPARISONS = 12
 
 # A curve's title, and the metrics in it with their labels.
 CURVES = [
@@ -146,20 +146,20 @@ def data_uri(path, max_side=MAX_SIDE):
     return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
-def find_pairs(images_dir):
+def find_comparisons(images_dir):
     """The images that generate.py has made with --compare_to: prompt, before and after (paths), one
     per prompt and then the next."""
     if not images_dir:
         return []
-    pairs = []
+    comparisons = []
     for after in sorted(Path(images_dir).glob("*-seed*.png")):
         before = after.parent / "compared" / after.name
         record, other = map(generated_images.read_record, (after, before))
         same = ("prompt", "seed", "index")
         if record and other and all(record[name] == other[name] for name in same):
-            pairs.append((record["index"], record["prompt"], before, after))
-    pairs.sort(key=lambda pair: pair[0])
-    return [pair[1:] for pair in pairs]
+            comparisons.append((record["index"], record["prompt"], before, after))
+    comparisons.sort(key=lambda comparison: comparison[0])
+    return [comparison[1:] for comparison in comparisons]
 
 
 def contrast(path):
@@ -168,12 +168,12 @@ def contrast(path):
         return ImageStat.Stat(image.convert("L")).stddev[0]
 
 
-def relative_contrast(pairs):
+def relative_contrast(comparisons):
     """The mean contrast of the images after, relative to those before; None without images."""
-    before = sum(contrast(before) for _, before, _ in pairs)
+    before = sum(contrast(before) for _, before, _ in comparisons)
     if not before:
         return None
-    return sum(contrast(after) for _, _, after in pairs) / before
+    return sum(contrast(after) for _, _, after in comparisons) / before
 
 
 def names_subject(prompt, flags):
@@ -185,13 +185,13 @@ def names_subject(prompt, flags):
     return set(flags["instance_prompt"].split()) - known <= set(prompt.split())
 
 
-def distance(pairs):
+def distance(comparisons):
     """How far the images have moved: the root mean square of the change of their pixels, averaged
-    over `pairs`; None without any."""
-    if not pairs:
+    over `comparisons`; None without any."""
+    if not comparisons:
         return None
     changes = []
-    for _, *paths in pairs:
+    for _, *paths in comparisons:
         before, after = (open_image(path) for path in paths)
         squares = ImageStat.Stat(ImageChops.difference(before, after)).rms
         changes.append(math.sqrt(mean(square**2 for square in squares)))
@@ -231,12 +231,14 @@ def facts_of(record):
     return facts
 
 
-def render(folder, record, pairs, kept):
+def render(folder, record, comparisons, kept):
     """The page's HTML, and the advice on it, for the run in `record` (training_log.py), whose
-    report is in `folder`. `pairs` and `kept`: what `subjects_and_others` returns."""
+    report is in `folder`. `comparisons` and `kept`: what `subjects_and_others` returns."""
     rows = training_log.read_metrics(folder)
-    moved = distance(pairs)
-    found = advice(rows, relative_contrast(pairs), record["flags"].get("prior_target", "noise"))
+    moved = distance(comparisons)
+    found = advice(
+        rows, relative_contrast(comparisons), record["flags"].get("prior_target", "noise")
+    )
     photos = [path for path in record["instance_paths"] if Path(path).exists()]
     template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -246,7 +248,7 @@ def render(folder, record, pairs, kept):
         flags=record["flags"],
         advice=found,
         photos=[data_uri(path) for path in photos[:MAX_PHOTOS]],
-        pairs=shown(pairs),
+        comparisons=shown(comparisons),
         kept=shown(kept),
         relative_distance=distance(kept) / moved if kept and moved else None,
         strips=film_strips(folder),
@@ -258,27 +260,27 @@ def render(folder, record, pairs, kept):
     return html, found
 
 
-def subjects_and_others(pairs, flags):
-    """Of `find_pairs`, those whose prompts name the run's subject, and the others; of each at most
-    MAX_PAIRS."""
-    subjects = [pair for pair in pairs if names_subject(pair[0], flags)]
-    others = [pair for pair in pairs if pair not in subjects]
-    return subjects[:MAX_PAIRS], others[:MAX_PAIRS]
+def subjects_and_others(comparisons, flags):
+    """Of `comparisons`, those whose prompts name the run's subject, and the others; of each at most
+    MAX_COMPARISONS."""
+    subjects = [comparison for comparison in comparisons if names_subject(comparison[0], flags)]
+    others = [comparison for comparison in comparisons if comparison not in subjects]
+    return subjects[:MAX_COMPARISONS], others[:MAX_COMPARISONS]
 
 
-def shown(pairs):
-    """`find_pairs` as the template takes them."""
+def shown(comparisons):
+    """`find_comparisons` as the template takes them."""
     return [
         {"prompt": prompt, "before": data_uri(before), "after": data_uri(after)}
-        for prompt, before, after in pairs
+        for prompt, before, after in comparisons
     ]
 
 
-def write_before_after(pairs, file):
+def write_before_after(comparisons, file):
     """The image of the model card: a row before, a row after."""
     rows = {
-        "original model": [before for _, before, _ in pairs],
-        "tuned model": [after for _, _, after in pairs],
+        "original model": [before for _, before, _ in comparisons],
+        "tuned model": [after for _, _, after in comparisons],
     }
     generated_images.contact_sheet(rows, file, columns=5, side=128)
 
@@ -291,15 +293,15 @@ def main(args):
         raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
     if args.images_dir and not Path(args.images_dir).is_dir():
         raise UserError(f"--images_dir {args.images_dir}: no such directory")
-    found = find_pairs(args.images_dir)
+    found = find_comparisons(args.images_dir)
     if args.images_dir and not found:
         warn(f"--images_dir {args.images_dir} holds no images made with --compare_to")
-    pairs, kept = subjects_and_others(found, record["flags"])
-    html, found = render(folder, record, pairs, kept)
+    comparisons, kept = subjects_and_others(found, record["flags"])
+    html, found = render(folder, record, comparisons, kept)
     atomic.replace_text(folder / PAGE, html)
     output_dir = Path(record["flags"]["output_dir"])
-    if pairs and record["status"] == "finished" and output_dir.is_dir():
-        write_before_after(pairs, folder / export.IMAGE)
+    if comparisons and record["status"] == "finished" and output_dir.is_dir():
+        write_before_after(comparisons, folder / export.IMAGE)
         export.write_card(output_dir, record, folder / export.IMAGE)
     for item in found:
         print(f"{item.finding} {item.remedy}")
