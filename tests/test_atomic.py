@@ -318,3 +318,59 @@ def test_two_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_pa
 
     atomic.replace_file(file, write_meanwhile)
     assert file.read_text() == "first"
+
+
+def test_a_result_is_on_the_disk_before_the_earlier_one_goes(tmp_path, monkeypatch):
+    """Its files, and then its name: else a power cut could leave neither."""
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "model.txt").write_text("old")
+    synced = []
+    fsync = os.fsync
+
+    def note(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        names = sorted(file.name for file in tmp_path.iterdir())
+        synced.append((os.path.relpath(path, tmp_path), names))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    atomic.replace_dir(tmp_path / "tuned", lambda new: (new / "model.txt").write_text("new"))
+    assert synced == [
+        (".tuned.new/model.txt", [".tuned.new", "tuned"]),
+        (".tuned.new", [".tuned.new", "tuned"]),
+        (".", [".tuned.old", "tuned"]),
+    ]
+
+
+def test_the_lock_is_for_every_user_of_shared_storage(tmp_path):
+    """As their umask leaves it: another user's run is to be refused, and not warned of."""
+    atomic.lock(tmp_path / "lock", "tuned")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "lock").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_what_windows_puts_into_a_folder_is_no_other_file(tmp_path):
+    for name in ("Thumbs.db", "desktop.ini"):
+        (tmp_path / name).touch()
+    atomic.check_replaceable(tmp_path, [])
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.EBADF])
+def test_a_sync_that_is_not_allowed_loses_no_result(tmp_path, monkeypatch, code):
+    """As of a directory on FUSE or a Windows share."""
+    monkeypatch.setattr(os, "fsync", MagicMock(side_effect=OSError(code, os.strerror(code))))
+    atomic.replace_dir(tmp_path / "tuned", lambda new: (new / "a").write_text("new"))
+    assert (tmp_path / "tuned" / "a").read_text() == "new"
+
+
+def test_the_umask_decides_who_may_read_a_result(tmp_path):
+    old = os.umask(0o027)
+    try:
+        folder = tmp_path / "new"
+        folder.mkdir()
+        file = folder / "a"
+        file.touch(mode=0o600)
+        atomic.apply_umask(folder)
+        assert file.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(old)

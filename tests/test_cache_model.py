@@ -2,6 +2,7 @@
 photos; and what can fail while something is downloaded from the Hugging Face Hub."""
 
 import errno
+import fnmatch
 import hashlib
 import http.server
 import json
@@ -340,3 +341,30 @@ def test_what_fails_while_downloading_is_one_line_with_the_remedy():
         assert "\n" not in str(raised.value)
     with pytest.raises(ZeroDivisionError):
         fail(ZeroDivisionError())
+
+
+def test_a_tokenizers_text_files_are_fetched_as_well():
+    """Merges of CLIP's, the chat template of FLUX.2-klein's."""
+    for name, pipeline in (
+        ("tokenizer/merges.txt", "StableDiffusionPipeline"),
+        ("tokenizer/chat_template.jinja", "Flux2KleinPipeline"),
+    ):
+        facts = PIPELINES[pipeline]
+        weights = [f"{part}/model.safetensors" for part in facts.text_encoders]
+        weights += [
+            f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", facts.backbone)
+        ]
+        assert name in cache_model.files_to_fetch([name, *weights], facts)
+
+
+def test_photos_are_asked_for_by_their_names_on_the_hub(tmp_path, flat_image, monkeypatch):
+    """alvan-nee-....jpeg; not the dataset's README."""
+
+    def download(name, local_dir, allow_patterns, **settings):
+        for photo in ("dog.jpeg", "README.md"):
+            if any(fnmatch.fnmatch(photo, pattern) for pattern in allow_patterns):
+                flat_image(photo, 0, folder=local_dir)
+
+    monkeypatch.setattr(download_example_dataset, "snapshot_download", download)
+    download_example_dataset.main(download_example_dataset.parse_args([str(tmp_path / "dog")]))
+    assert [file.name for file in (tmp_path / "dog").iterdir()] == ["dog.jpeg"]

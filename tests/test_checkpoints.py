@@ -570,3 +570,60 @@ def test_a_request_to_stop_waits_for_the_checkpoint_that_is_being_written(make, 
     state = checkpoints.read(run.folder / "step_000005")
     assert torch.equal(state["weights"]["weight"], expected)
     assert steps_in(run.folder) == [5, 6]
+
+
+def test_rank_0_decides_whether_a_run_is_long(make, reports, monkeypatch):
+    """For all: the clocks of two workers differ, and Ray Train waits until each has reported."""
+    for is_long, expected in ((False, []), (True, [None] * 3)):
+        reports.clear()
+        answer = MagicMock(return_value=is_long)
+        monkeypatch.setattr(checkpoints, "broadcast_from_rank_zero", answer)
+        other = make(rank=1)
+        other.take_steps(0, 7)
+        other.checkpointer.on_train_end()
+        assert reports == expected
+
+
+def test_a_request_to_stop_is_answered_by_rank_0_alone(make):
+    """The others go on until Ray Train ends them."""
+    other = make(rank=1, checkpointing_steps=0)
+    other.folder.mkdir(parents=True)
+    (other.folder / "stop").touch()
+    other.take_steps(0, 2)
+
+
+def test_ray_train_copies_no_checkpoint(make, monkeypatch):
+    """They are where they belong: a copy would take as much of the disk again."""
+    modes = []
+    monkeypatch.setattr(
+        ray.train, "report",
+        lambda metrics, checkpoint, **settings: modes.append(settings["checkpoint_upload_mode"]),
+    )  # fmt: skip
+    run = make(checkpointing_steps=5)
+    run.take_steps(0, 11)
+    run.checkpointer.on_train_end()
+    assert modes == [ray.train.CheckpointUploadMode.NO_UPLOAD] * 2
+
+
+def test_weights_that_are_infinite_are_not_saved(make):
+    run = make(checkpointing_steps=5)
+    run.take_steps(0, 4)
+    run.model.weight.data[0, 0] = float("inf")
+    with pytest.raises(Diverged, match="not finite after step 5"):
+        run.take_steps(4, 5)
+    assert not list(run.folder.glob("step_*"))
+
+
+def test_a_file_in_a_checkpoints_place_is_none(tmp_path):
+    checkpoints.write(STATE, 10, tmp_path, limit=5)
+    (tmp_path / "step_000020").touch()
+    assert checkpoints.find_newest(tmp_path) == 10
+
+
+def test_what_kept_the_result_from_being_saved_is_what_is_raised(make, monkeypatch):
+    """Where the last checkpoint fails as well."""
+    run = make(checkpointing_steps=0)
+    monkeypatch.setattr(checkpoints, "write", MagicMock(side_effect=OSError(errno.EIO, "gone")))
+    save = MagicMock(side_effect=RuntimeError("shapes"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run.checkpointer.save_result(save, run.model, None)

@@ -365,3 +365,11 @@ def test_text_is_read_and_written_as_utf_8_whatever_the_locale(root):
             if name in ("read_text", "write_text"):
                 named = {keyword.arg for keyword in node.keywords}
                 assert "encoding" in named, f"{file}:{node.lineno}"
+
+
+def test_a_link_in_a_path_stays_one(tmp_path, monkeypatch):
+    """What goes beside a result goes beside the link to it; a model has the link's name."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path)
+    assert cli.absolute_path("link/model") == str(tmp_path / "link" / "model")

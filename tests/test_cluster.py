@@ -21,7 +21,7 @@ from ray.train import ScalingConfig
 
 import train
 from dreambooth.cli import LOGGERS, OutOfMemory, Stopped, UserError
-from dreambooth.machines import cluster
+from dreambooth.machines import cluster, device
 
 # The start.
 
@@ -554,3 +554,54 @@ def test_a_ray_that_does_not_start_is_one_line(ray_init):
     ) as found:
         cluster.start_ray()
     assert "\n" not in str(found.value)
+
+
+def test_a_script_on_ray_ends_on_term_without_a_trace(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(device, "check_driver", lambda: None)
+    cluster.start_ray()
+    with pytest.raises(SystemExit) as stopped:
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert stopped.value.code == 143
+
+
+def test_an_addresss_own_port_is_tried(monkeypatch):
+    tried = MagicMock()
+    monkeypatch.setattr(cluster.socket, "create_connection", tried)
+    cluster.check_address("10.0.0.1:7001")
+    assert tried.call_args.args[0] == ("10.0.0.1", 7001)
+
+
+def test_a_token_that_the_user_names_is_the_one(monkeypatch, tmp_path):
+    """No other is made beside it."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+        monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+        monkeypatch.setenv(name, "x")
+        cluster.create_token()
+        assert not list(tmp_path.iterdir())
+
+
+def test_without_a_core_the_remedy_is_a_node():
+    with pytest.raises(UserError, match="has 0 CPU cores, .*; start nodes with some"):
+        cluster.check_num_workers(1, 0, 0)
+
+
+def test_a_folder_for_sockets_may_be_as_long_as_they_leave(monkeypatch, tmp_path):
+    """39 characters of 107."""
+    for length, fits in ((39, True), (40, False)):
+        folder = "/tmp/" + "d" * (length - 5)
+        os.makedirs(folder, exist_ok=True)
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        try:
+            if fits:
+                cluster.check_temp_dir()
+            else:
+                with pytest.raises(UserError, match="too long"):
+                    cluster.check_temp_dir()
+        finally:
+            os.rmdir(folder)

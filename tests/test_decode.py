@@ -1,7 +1,11 @@
 """Images as phones, cameras and programs store them: decoded, or refused by name."""
 
 import errno
+import io
+import os
 import struct
+import zlib
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from PIL import Image, ImageCms
 
 from dreambooth.cli import UserError
 from dreambooth.files import decode, photos
+from tests.test_drawn_photos import png_chunk
 
 WHITE = (255, 255, 255)
 
@@ -307,3 +312,48 @@ def test_a_transparent_value_of_16_bit_grey_becomes_white(tmp_path):
     Image.fromarray(values).save(tmp_path / "grey.png", transparency=257 * 100)
     found = np.asarray(decode.open_image(tmp_path / "grey.png"))[:, :, 0]
     assert found.tolist() == [[0, 255], [50, 255]]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ETIMEDOUT])
+def test_storage_that_fails_is_not_the_images_fault(flat_image, monkeypatch, code):
+    path = flat_image("a.png", 0)
+    monkeypatch.setattr(Image, "open", MagicMock(side_effect=OSError(code, os.strerror(code))))
+    with pytest.raises(OSError) as raised:
+        decode.open_image(path)
+    assert not isinstance(raised.value, UserError)
+
+
+def test_colours_that_are_multiplied_by_their_alpha_are_those_of_others(tmp_path):
+    """As some programs write TIFF: half of white shows below 64 of 128."""
+    for mode, colour, expected in (
+        ("LA", (64, 128), (191,) * 3),
+        ("RGBA", (64, 0, 0, 128), (191, 127, 127)),
+    ):
+        content = io.BytesIO()
+        Image.new(mode, (4, 4), colour).save(content, "TIFF")
+        straight, multiplied = (struct.pack("<HHIHH", 338, 3, 1, kind, 0) for kind in (2, 1))
+        assert straight in content.getvalue()
+        (tmp_path / "a.tif").write_bytes(content.getvalue().replace(straight, multiplied))
+        found = decode.open_image(tmp_path / "a.tif").getpixel((0, 0))
+        assert np.abs(np.subtract(found, expected)).max() <= 1, mode
+
+
+def test_a_dark_image_of_16_bits_is_dark_whatever_its_format(tmp_path):
+    """Values up to 200 of 65535; as integers of 32 bits they could be of 8."""
+    values = np.full((4, 4), 200, np.uint16)
+    for name in ("a.png", "a.pgm"):
+        Image.fromarray(values).save(tmp_path / name)
+        assert decode.open_image(tmp_path / name).getpixel((0, 0)) == (0, 0, 0), name
+
+
+def test_a_png_with_metadata_that_pillow_refuses_is_read(tmp_path):
+    """Texts of 100 MB, packed and plain: no pixel depends on them."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(content, "PNG")
+    header, rest = content.getvalue()[:33], content.getvalue()[33:]
+    for chunk in (
+        png_chunk(b"zTXt", b"XML\0\0" + zlib.compress(bytes(100_000_000), 1)),
+        png_chunk(b"tEXt", b"Comment\0" + bytes(2**26 + 1)),
+    ):
+        (tmp_path / "a.png").write_bytes(header + chunk + rest)
+        assert decode.open_image(tmp_path / "a.png").getpixel((0, 0)) == (1, 2, 3)

@@ -193,3 +193,25 @@ def test_a_runs_hardware_in_words(pretend):
     pretend(0)
     assert device.describe(8) == "8 GPUs of a cluster"
     assert device.describe(0).endswith(", no GPU")
+
+
+def test_each_gpu_must_be_one_that_can_be_used(pretend, monkeypatch):
+    """Also the second one, an older card."""
+    for check, capability, message in (
+        (device.check_driver, (7, 0), "^GPU 1, Tesla T4"),
+        (device.gpu_memory, (7, 5), "has no bfloat16"),
+    ):
+        pretend(2, free_gib=(22, 22))
+        check()
+        capabilities = [(8, 0), capability]
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        with pytest.raises(UserError, match=message):
+            check()
+
+
+def test_a_compiler_that_is_named_in_the_environment_is_one(monkeypatch, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CC", "/opt/gcc-13/bin/gcc")
+    device.check_compiler("--compile")

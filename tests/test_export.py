@@ -398,3 +398,36 @@ def test_a_result_has_no_safety_checker_and_asks_for_none(load_models, model_dir
     export.save_pipeline(denoiser, original, tmp_path / "tuned")
     saved = json.loads((tmp_path / "tuned" / "model_index.json").read_text())
     assert (saved["safety_checker"], saved["requires_safety_checker"]) == ([None, None], False)
+
+
+def test_the_card_of_a_lora_is_written_anew(result):
+    folder, _ = result(use_lora=True)
+    (folder / "x").rename(folder / pipeline_dir.LORA_FILE)
+    run_export("card", folder)
+    data, text = card_of(folder)
+    assert "lora" in data["tags"]
+
+
+def test_the_card_has_the_recipes_numbers(result):
+    folder, record = result(lr=2e-4, prior_loss_weight=0.5, seed=7)
+    export.write_card(folder, record)
+    assert "learning rate 0.0002, prior loss weight 0.5, seed 7" in card_of(folder)[1]
+
+
+def test_a_card_without_an_image_names_none(result):
+    """The Hub would show a broken one."""
+    folder, record = result()
+    export.write_card(folder, record)
+    assert "before-after.png" not in (folder / "README.md").read_text()
+
+
+def test_the_hub_that_does_not_answer_is_one_line(result, monkeypatch):
+    folder, record = result()
+    export.write_card(folder, record)
+    error = HfHubHTTPError("no", response=MagicMock())
+    error.response = None
+    hub = MagicMock()
+    hub.whoami.side_effect = error
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    with pytest.raises(UserError, match="the Hub answered no answer"):
+        export.push(folder, "me/model", private=True)

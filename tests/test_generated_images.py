@@ -4,6 +4,7 @@ A folder takes more images, fewer, and another seed's; images of another model, 
 are never mixed in.
 """
 
+import errno
 import json
 import os
 import subprocess
@@ -354,3 +355,30 @@ def test_a_caption_ends_before_the_margin(flat_image, tmp_path):
     captions = {"i" * number + " car": [red] for number in range(100, 140)}
     generated_images.contact_sheet(captions, sheet, side=32)
     assert (np.asarray(Image.open(sheet))[:, -6:] == 255).all()
+
+
+def test_thousands_of_prompts_and_images_are_recognized(tmp_path):
+    records = [make_record(1000, 10_000)]
+    save(tmp_path, records[0])
+    assert find_existing(tmp_path, records) == Existing(records, [], [])
+
+
+def test_what_another_users_process_is_writing_is_left_alone(tmp_path, monkeypatch):
+    """The system says that there is one, and no more."""
+
+    def kill(process_id, number):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", kill)
+    file = tmp_path / f".000-0000-seed0.png.{atomic.HOST}.1.tmp"
+    file.touch()
+    generated_images.remove_leftovers(tmp_path)
+    assert file.exists()
+
+
+def test_a_users_only_caption_stays_though_windows_signed_the_file(tmp_path):
+    """A byte order mark stands before its line."""
+    own = '{"file_name": "mine.png", "text": "photo of a red car"}'
+    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{own}", encoding="utf-8")
+    generated_images.write_metadata(tmp_path, [make_record()])
+    assert (tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[0] == own

@@ -111,10 +111,12 @@ def test_each_prompt_is_encoded_once(generator, records):
     assert len(calls) == 2 * 2
 
 
-def test_a_record_is_yielded_once_its_image_is_saved(generator, records, tmp_path):
+def test_a_record_is_yielded_once_its_image_is_saved(generator, records, tmp_path, capsys):
+    """And nothing is said meanwhile."""
     for record in generator.generate(records):
         file = tmp_path / "new" / record["file"]
         assert generated_images.read_record(file) == record
+    assert capsys.readouterr().err == ""
 
 
 def test_a_data_frame_of_records_becomes_one_of_finished_records(generator, records):
@@ -341,3 +343,68 @@ def test_an_image_has_content_if_one_of_its_channels_has():
     image = torch.zeros(3, 8, 8)
     image[0, :, 4:] = 1
     assert image_generator.has_content(image)
+
+
+@pytest.fixture
+def sampler(monkeypatch):
+    """What stands in for the pipeline of an ImageGenerator."""
+    sampler = MagicMock()
+    load = MagicMock(return_value=sampler)
+    monkeypatch.setattr(image_generator, "load_sampler", load)
+    sampler.load = load
+    return sampler
+
+
+def test_a_lora_has_the_strength_that_was_asked_for(generate_args, sampler, tmp_path, monkeypatch):
+    applied = MagicMock()
+    monkeypatch.setattr(image_generator, "apply_lora", applied)
+    ImageGenerator(generate_args("out", lora_weights_dir=tmp_path, lora_scale=0.3))
+    applied.assert_called_once_with(sampler, str(tmp_path), 0.3)
+    ImageGenerator(generate_args("out", lora_weights_dir=tmp_path))
+    applied.assert_called_with(sampler, str(tmp_path), 1.0)
+
+
+def test_images_are_of_the_size_that_was_asked_for(generate_args, sampler):
+    generator = ImageGenerator(generate_args("out", resolution=96))
+    generator._encode_prompt = lambda prompt: {"prompt_embeds": torch.zeros(1, 2)}
+    sampler.return_value.images = torch.zeros(7, 3, 96, 96)
+    generator.sample([{"prompt": "a", "seed": 0, "index": 0}], attempt=0)
+    settings = sampler.call_args.kwargs
+    assert (settings["height"], settings["width"]) == (96, 96)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch, sampler):
+    monkeypatch.setattr(device, "pick_device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(image_generator, "batch_size_that_fits", lambda side: 7)
+    return sampler
+
+
+def test_on_a_gpu_a_generator_is_in_float16_with_batches_as_asked_for(generate_args, on_a_gpu):
+    """Or of as many images as fit."""
+    assert ImageGenerator(generate_args("out", batch_size=3)).batch_size == 3
+    assert ImageGenerator(generate_args("out")).batch_size == 7
+    assert on_a_gpu.load.call_args.args[1] == torch.float16
+    on_a_gpu.to.assert_called_with("cuda")
+
+
+def test_a_gpu_that_does_not_hold_the_model_is_one_line(generate_args, on_a_gpu):
+    on_a_gpu.to.side_effect = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(UserError, match="the model alone does not fit this GPU"):
+        ImageGenerator(generate_args("out"))
+
+
+def test_on_a_gpu_compilation_needs_a_compiler(generate_args, on_a_gpu, monkeypatch):
+    check = MagicMock(side_effect=UserError("no compiler"))
+    monkeypatch.setattr(device, "check_compiler", check)
+    with pytest.raises(UserError, match="no compiler"):
+        ImageGenerator(generate_args("out", compile=True))
+    assert not on_a_gpu.load.called
+
+
+def test_an_image_starts_from_the_noise_of_earlier_versions():
+    """Else a folder that is completed after an update would mix two versions' images."""
+    record = {"prompt": "photo of a car", "seed": 3, "index": 5}
+    noise = torch.randn(1, generator=image_generator.noise_generator(record, 0)).item()
+    assert noise == pytest.approx(1.268781, abs=1e-5)

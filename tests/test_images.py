@@ -106,3 +106,18 @@ def test_crops_of_a_portrait_differ_by_their_rows(tmp_path):
         assert size == (96, 64, top, 0)
         places.add((key, top))
     assert len({key for key, _ in places}) == len({top for _, top in places}) == len(places) > 8
+
+
+def test_crops_are_those_of_earlier_versions(tmp_path):
+    """So that a run that is resumed after an update goes on with its own."""
+    Image.new("RGB", (200, 130)).save(tmp_path / "a.png")
+    batch = {"position": np.array([5, 6]), "instance": [str(tmp_path / "a.png")] * 2}
+    found = images.load_crops({**batch, "instance_prompt": np.zeros(2)}, 64, seed=3)
+    assert found["instance_size"].tolist() == [[130, 200, 0, 12], [130, 200, 0, 34]]
+
+
+def test_an_image_keeps_its_proportions_to_half_a_pixel(tmp_path):
+    """100 by 201 pixels become 64 by 129, not 128: the last column is seen."""
+    Image.new("RGB", (201, 100)).save(tmp_path / "a.png")
+    lefts = {images.crop_image(str(tmp_path / "a.png"), 64, seed)[2][3] for seed in range(1000)}
+    assert max(lefts) == 129 - 64

@@ -1,6 +1,7 @@
 """A LoRA on a pipeline's models: what it does, whichever program wrote its file."""
 
 import json
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
 from dreambooth.image_generator import load_sampler
-from dreambooth.lora import apply_lora
+from dreambooth.lora import apply_lora, from_peft
 from dreambooth.run import export
 from tests.test_export import predict as predict_with
 
@@ -96,13 +97,18 @@ def test_the_alpha_in_a_files_header_counts(predict, lora_dir, tmp_path):
     torch.testing.assert_close(predict(tmp_path, 1.0), half, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dora_scale", "lokr_w1", "hada_w1_a", "lora_mid", "w_norm"])
+OTHER_ADAPTERS = [
+    "dora_scale", "lokr_w1", "hada_w1_a", "lora_mid", "w_norm", "oft_blocks", "diff_b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_ADAPTERS)
 def test_other_adapters_of_kohya_are_refused_by_name(pipeline_with, tmp_path, kind):
     """Of some, diffusers would load a part without a word."""
     layer = "lora_unet_mid_block_attentions_0_proj_in"
     weights = {f"{layer}.{name}": torch.ones(2, 2) for name in ("lora_up.weight", kind)}
     save_file(weights, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="is a (DoRA|LoKr|LoHa|LoCon|LyCORIS).*use a plain LoRA"):
+    with pytest.raises(UserError, match="is a (DoRA|Lo|LyCORIS|OFT).*use a plain LoRA"):
         pipeline_with(str(tmp_path))
 
 
@@ -173,3 +179,34 @@ def test_a_file_of_peft_needs_its_configuration(pipeline_with, tmp_path):
     save_file(weights, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="PEFT's own file needs adapter_config.json beside it"):
         pipeline_with(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("layer", "part"),
+    [
+        ("text_model.encoder.layers.0.self_attn.q_proj", "text_encoder"),
+        ("single_transformer_blocks.0.attn.to_out", "transformer"),
+        ("transformer_blocks.0.attn.to_q", "transformer"),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet"),
+    ],
+)
+def test_an_adapter_of_peft_is_put_on_the_model_that_has_its_layers(tmp_path, layer, part):
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2}')
+    weights = {f"base_model.model.{layer}.lora_A.weight": torch.ones(2, 4)}
+    found = from_peft(weights, tmp_path / "adapter_config.json", "--lora_weights_dir x")
+    assert list(found) == [f"{part}.{layer}.lora_A.weight"]
+
+
+def test_a_lora_without_matrices_or_scale_is_one_line(tmp_path):
+    save_file({}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="x.safetensors is empty"):
+        apply_lora(MagicMock(), tmp_path, 1.0)
+    for config in (
+        {"r": 4},
+        {"lora_alpha": 4},
+        {"r": 0, "lora_alpha": 4},
+        {"r": 4, "lora_alpha": "x"},
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="adapter_config.json has no r and lora_alpha"):
+            from_peft({}, tmp_path / "adapter_config.json", "--lora_weights_dir x")

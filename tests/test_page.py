@@ -2,7 +2,9 @@
 figure is off and only there."""
 
 import argparse
+import base64
 import html.parser
+import io
 import json
 import math
 import re
@@ -275,3 +277,49 @@ def test_the_change_of_one_channel_counts_as_a_third_of_the_squares(flat_image):
     both = page.distance([("a car", before, red), ("a car", before, all_channels)])
     assert both == pytest.approx((60 / math.sqrt(3) + 20) / 2)
     assert page.distance([]) is None
+
+
+def test_what_is_called_before_is_the_original_models_image(flat_image, tmp_path):
+    before = flat_image("before.png", (0, 0, 255))
+    after = flat_image("after.png", (255, 0, 0))
+    (shown,) = page.shown([("a car", before, after)])
+    assert shown["before"] == page.data_uri(before)
+    assert shown["after"] == page.data_uri(after)
+    page.write_before_after([("a car", before, after)], tmp_path / "card.png")
+    pixels = np.asarray(Image.open(tmp_path / "card.png"))
+    blue, red = ((pixels == colour).all(2).any(1).argmax() for colour in ((0, 0, 255), (255, 0, 0)))
+    assert blue < red
+
+
+def test_a_page_outlives_the_photos_and_the_result_of_its_run(report, save_after):
+    """run.sh replaces its copies with the next subject's; a result may have been moved."""
+    record = json.loads((report / training_log.RECORD).read_text())
+    record["instance_paths"][0] = "/nowhere/0.png"
+    (report / training_log.RECORD).write_text(json.dumps(record))
+    report.with_name("tuned").rmdir()
+    text = write_page(report, save_after())
+    assert Parsed(text).tags.count("img") == 4 + 2 * 2 + 2 * 3
+
+
+def test_a_page_shows_a_dozen_photos_scaled_down(report, flat_image, tmp_path):
+    photo = flat_image("large.png", 0, size=(4000, 3000))
+    record = json.loads((report / training_log.RECORD).read_text())
+    record["instance_paths"] = [str(photo)] * 50
+    (report / training_log.RECORD).write_text(json.dumps(record))
+    text = write_page(report)
+    assert text.count('alt="photo ') == 12
+    uri = re.search(r'src="data:image/jpeg;base64,([^"]+)" alt="photo 1"', text)[1]
+    assert Image.open(io.BytesIO(base64.b64decode(uri))).size == (320, 240)
+
+
+def test_a_strip_shows_the_preview_of_each_step(report):
+    (first, _) = page.film_strips(report)
+    assert [image["step"] for image in first["images"]] == [0, 20, 40]
+    assert len({image["data"] for image in first["images"]}) == 3
+
+
+def test_the_page_says_whether_a_lora_was_trained(report):
+    record = json.loads((report / training_log.RECORD).read_text())
+    assert dict(page.facts_of(record))["LoRA"] == "no"
+    record["flags"]["use_lora"] = True
+    assert dict(page.facts_of(record))["LoRA"] == "rank 4"

@@ -53,7 +53,7 @@ def test_what_is_no_image_of_the_folder_is_skipped(flat_image, tmp_path):
 def test_unreadable_formats_are_refused_by_name(flat_image, tmp_path):
     """Fault 6 of the published example: what it could not read was skipped silently."""
     flat_image("a.png", 0)
-    for name in ("IMG_1.DNG", "DSCF1.raf", "P1.orf", "1.rw2", "d.svg", "plot.eps"):
+    for name in ("IMG_1.DNG", "DSCF1.raf", "P1.orf", "1.rw2", "d.svg", "plot.eps", "1.insp"):
         (tmp_path / name).write_bytes(b"some camera's own")
         with pytest.raises(UserError, match=f"{name}: .* cannot be read; convert it to JPEG"):
             photos.find_images(tmp_path)
@@ -338,3 +338,27 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(captioned, tmp_path):
     assert captioned(a=f"{bom}photo of unqtkn car") == {
         a: "photo of unqtkn car", cafe: "at night",
     }  # fmt: skip
+
+
+def test_the_command_names_a_photo_or_caption_that_cannot_be_read(flat_image, tmp_path):
+    """Before anything costly starts; nothing is copied."""
+    source = flat_image("a.png", 0, folder=tmp_path / "source").parent
+    args = SimpleNamespace(source=source, folder=tmp_path / "own")
+    (source / "a.txt").write_text("")
+    with pytest.raises(UserError, match="a.txt: an empty caption"):
+        photos.main(SimpleNamespace(source=source, folder=None))
+    (source / "a.txt").unlink()
+    photo = flat_image("b.png", 0, folder=source)
+    photo.write_bytes(photo.read_bytes()[:-50])
+    with pytest.raises(UserError, match="b.png: unreadable or truncated"):
+        photos.main(args)
+    assert not (tmp_path / "own").exists()
+
+
+def test_captions_of_images_in_a_subfolder_are_left_out(flat_image, tmp_path):
+    """ImageFolder's metadata.jsonl lists them as well."""
+    a = flat_image("a.png", 0)
+    flat_image("b.png", 0, folder=tmp_path / "more")
+    rows = [{"file_name": name, "text": name} for name in ("a.png", "more/b.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert photos.read_captions(tmp_path, [a]) == {a: "a.png"}

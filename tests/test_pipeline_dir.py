@@ -1,6 +1,8 @@
 """A pipeline directory, judged without loading its models; prompts; fingerprints; loading it."""
 
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -276,7 +278,7 @@ def test_pocket_alone_is_asked_for_its_classes(model_dir, tmp_path):
     pipeline_dir.check_prompts(model_dir, ["photo of a dog"])
     for folder in (POCKET_DIR, shutil.copytree(POCKET_DIR, tmp_path / "cached")):
         pipeline_dir.check_prompts(folder, ["photo of a car"])
-        with pytest.raises(UserError, match="'photo of a dog': the pocket model"):
+        with pytest.raises(UserError, match="'photo of a dog': pocket only draws car"):
             pipeline_dir.check_prompts(folder, ["photo of a car", "photo of a dog"])
 
 
@@ -357,3 +359,52 @@ def test_of_two_limits_of_a_prompt_the_smaller_one_holds(copied):
     set_json(copied / "tokenizer" / "tokenizer_config.json", model_max_length=20)
     with pytest.raises(UserError, match="the model takes 20"):
         pipeline_dir.check_prompts(copied, ["a car " * 15])
+
+
+def test_a_tokenizer_may_be_in_two_files(model_dir, tmp_path):
+    """As Stable Diffusion 1.4's is on the Hub; both are needed."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    for name in ("merges.txt", "vocab.json"):
+        assert pipeline_dir.missing_file(folder) == "tokenizer/tokenizer.json"
+        (folder / "tokenizer" / name).write_text("{}")
+    assert pipeline_dir.missing_file(folder) is None
+
+
+def test_memory_or_storage_that_fails_is_no_fault_of_the_model():
+    """The first is answered with flags that take less, the second may pass."""
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        OSError(errno.ESTALE, "Stale file handle"),
+    ):
+        with pytest.raises(type(error)) as raised, pipeline_dir.loading("unet"):
+            raise error
+        assert raised.value is error
+    with pytest.raises(UserError, match="unet cannot be loaded: odd"), pipeline_dir.loading("unet"):
+        raise RuntimeError("odd")
+
+
+def test_the_first_token_beyond_the_embeddings_is_named(model_dir, tmp_path):
+    """Their number is the vocabulary's size, counted from 0."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    file = folder / "text_encoder" / "config.json"
+    last = max(pipeline_dir.load_tokenizer(folder)("a car").input_ids)
+    for size, fits in ((last + 1, True), (last, False)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": size}))
+        if fits:
+            pipeline_dir.check_prompts(folder, ["a car"])
+        else:
+            with pytest.raises(UserError, match="no embedding of"):
+                pipeline_dir.check_prompts(folder, ["a car"])
+
+
+def test_a_lora_in_another_format_is_one_line(tmp_path):
+    (tmp_path / "lora.ckpt").write_bytes(b"x")
+    with pytest.raises(UserError, match="lora.ckpt is no .safetensors file; convert it"):
+        pipeline_dir.lora_file(tmp_path / "lora.ckpt")
+
+
+def test_other_pipelines_of_flux_have_their_own_names():
+    for pipeline, name in (("Flux2Pipeline", "FLUX.2 "), ("FluxPipeline", "FLUX.1 ")):
+        with pytest.raises(UserError, match=f"is {re.escape(name)}"):
+            pipeline_dir.facts_of({"_class_name": pipeline}, "--model_dir x")

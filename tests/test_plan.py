@@ -10,7 +10,14 @@ import pytest
 
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
-from dreambooth.run.plan import MAY_CHANGE, check_flags, make_plan, worker_range
+from dreambooth.run.plan import (
+    MAY_CHANGE,
+    check_flags,
+    make_plan,
+    report_dir,
+    run_dir,
+    worker_range,
+)
 
 
 @pytest.fixture
@@ -393,3 +400,41 @@ def test_polynomial_needs_a_learning_rate_above_its_last_one(check_and_plan, ref
     for lr in (1e-7, 1e-8):
         assert "polynomial ends at 1e-07; give linear" in refusal(**flags, lr=lr)
     check_and_plan(**flags, lr=2e-7)
+
+
+def test_a_caption_without_the_identifier_is_warned_of(train_args, instance_dir, tmp_path, capsys):
+    folder = shutil.copytree(instance_dir, tmp_path / "photos")
+    (folder / "0.txt").write_text("Photo of UNQTKN car, at night.")
+    (folder / "1.txt").write_text("photo of a car at night")
+    make_plan(train_args("out", instance_images_dir=folder))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: the caption of {folder / '1.png'} lacks words")
+
+
+def test_a_path_that_is_not_utf_8_is_refused(train_args, tmp_path):
+    """On which Ray ends in a trace."""
+    folder = tmp_path / b"caf\xe9".decode(errors="surrogateescape")
+    for name in ("output_dir", "class_images_dir"):
+        flags = {"output_dir": tmp_path / "out", name: folder}
+        with pytest.raises(UserError, match=f"--{name} .*is not UTF-8, which Ray needs"):
+            check_flags(train_args(**flags))
+
+
+def test_checkpoints_need_space_for_what_is_trained_alone(
+    train_args, sd14_dir, tmp_path, monkeypatch
+):
+    sizes = pipeline_dir.num_parameters(sd14_dir)
+    usage = SimpleNamespace(free=2 * 12 * sizes["unet"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    flags = {"model_dir": sd14_dir, "no_train_text_encoder": True}
+    check_flags(train_args(tmp_path / "out", **flags))
+    usage.free -= 1000
+    with pytest.raises(UserError, match="2 checkpoints at a time"):
+        check_flags(train_args(tmp_path / "out", **flags))
+
+
+def test_results_whose_names_differ_after_a_dot_share_nothing(train_args, tmp_path):
+    outs = [tmp_path / "dog-v1.0", tmp_path / "dog-v1.5"]
+    assert [report_dir(out).name for out in outs] == ["dog-v1.0.report", "dog-v1.5.report"]
+    found = [run_dir(train_args(out)).name for out in outs]
+    assert found == ["dog-v1.0.checkpoints", "dog-v1.5.checkpoints"]

@@ -1,11 +1,13 @@
 """The embedded model's parts: its tokenizer, its balanced latents, resumed training, its world."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from dreambooth.files.pipeline_dir import load_tokenizer
-from dreambooth.pocket import pretrain, render
+from dreambooth.pocket import pretrain, render, training_run
 from dreambooth.pocket.caption_tokenizer import CAPTION_TERMS, MAX_TOKENS, build_tokenizer
 from dreambooth.pocket.training_run import Run
 
@@ -157,3 +159,29 @@ def test_one_caption_in_ten_is_empty():
     rng = np.random.default_rng(0)
     captions = [render.caption(render.sample_scene(rng), rng) for _ in range(500)]
     assert 30 <= captions.count("") <= 70
+
+
+def test_pretraining_ends_with_the_mean_of_its_weights_at_a_falling_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_run, "WARM_UP", 1)
+    module = torch.nn.Linear(3, 2)
+    run = Run("toy", module, tmp_path, steps=50, lr=0.1, ema=0.5)
+    rates = []
+
+    def loss_of_step(step, rng):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        return module(torch.ones(1, 3)).square().sum()
+
+    run.train(loss_of_step)
+    assert rates[:40] == [0.1] * 40
+    assert rates[40:] == pytest.approx([0.1 * n / 10 for n in range(10, 0, -1)])
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, run.average[name])
+
+
+def test_an_orange_car_has_its_article():
+    captions = {
+        render.caption(render.Scene("car", colour, "at night"), np.random.default_rng(seed))
+        for colour in ("orange", "red") for seed in range(200)
+    }  # fmt: skip
+    found = {re.match(r"photo of (an? \w+)", c)[1] for c in captions if c}
+    assert found == {"an orange", "a red", "a car"}

@@ -185,3 +185,24 @@ def test_a_run_that_is_resumed_without_previews_keeps_those_it_has(train_args, t
     preview, _ = make(train_args, tmp_path)
     preview.on_train_begin(2)
     assert previews.find(tmp_path) == {0: {2: file}}
+
+
+def test_a_run_in_bfloat16_has_previews(train_args, load_models, tmp_path, monkeypatch):
+    """Of weights in bfloat16 and a VAE in float32."""
+    monkeypatch.setattr(previews, "NUM_INFERENCE_STEPS", 1)
+    vae, denoiser, _ = load_models(param_dtype="bf16")
+    flags = {"preview_prompts": ["photo of a car"], "preview_every": 1}
+    preview, log = make(train_args, tmp_path, vae, denoiser, **flags)
+    preview.on_train_begin(0)
+    log.on_train_end()
+    assert list(previews.find(tmp_path)[0]) == [0]
+
+
+def test_a_film_strip_shows_all_previews_of_each_prompt(flat_image, tmp_path):
+    """Also where one prompt has fewer, as it came later."""
+    for number, steps in ((0, (0, 2, 4, 6)), (1, (6,))):
+        for step in steps:
+            flat_image(previews.file_name(number, step), 0, folder=tmp_path / previews.FOLDER)
+    previews.write_film_strip(tmp_path)
+    pixels = np.asarray(Image.open(tmp_path / previews.FILM_STRIP))
+    assert (pixels[100] == 0).all(1).sum() == 4 * 128

@@ -394,3 +394,68 @@ def test_without_previews_none_is_asked_for(run_story, tmp_path):
     assert "--preview" not in (tmp_path / "commands").read_text()
     run_story(0, PREVIEW_EVERY="400", STEPS="300")  # the first and the last
     assert "--preview_every 400" in (tmp_path / "commands").read_text()
+
+
+def test_each_model_has_its_recipe(run_story):
+    for variables, flags in (
+        ({"MODEL": "sdxl"}, "--num_epochs 3 --max_train_steps 500 --lr 2e-6"),
+        ({"MODEL": "sdxl", "LORA": "1"}, "--max_train_steps 500 --lora_rank 16 --lr 1e-4"),
+        (
+            {"MODEL": "klein", "ORIG_MODEL_HASH": "abc"},
+            "--train_batch_size 1 --num_epochs 11 --max_train_steps 500 --lora_rank 16 --lr 1e-4",
+        ),
+    ):
+        _, commands = run_story(1, 79, **variables)
+        assert flags in commands["train.py"][-1]
+
+
+def test_results_stand_beside_the_original_models(run_story, tmp_path):
+    """Images from the same noise, a sheet with photos and class images, the page of the run."""
+    _, commands = run_story(0, LORA="1")
+    original = "/data/model-orig/models--pocket/snapshots/embedded"
+    assert f" --compare_to {original} --overwrite " in commands["generate.py"][-1]
+    own = "/data/subjects/lego-car"
+    (page,) = commands["dreambooth.report.page"]
+    assert page == f"{own}/lora.report --images_dir {own}/images-new"
+    (sheet,) = commands["dreambooth.files.generated_images"]
+    assert sheet.startswith(
+        f"--output {own}/dreambooth.png photos of the subject={own}/images-own"
+        " photo of a car, by the original model=/data/images-reg/pocket-car photo of unqtkn car in"
+    )
+    log = (tmp_path / "commands").read_text().replace("\\", "")
+    prompts = "photo of unqtkn car in the snow photo of a car"
+    assert f"--preview_prompts {prompts} --preview_every 100 " in log
+
+
+def test_the_example_photos_are_downloaded_for_the_example_alone(run_story):
+    _, commands = run_story(1, 79)
+    assert commands["download_example_dataset.py"] == ["images/dog"]
+    names = list(commands)
+    first = names.index("download_example_dataset.py")
+    assert first < names.index("train.py --dry_run")
+
+
+def test_paths_are_those_of_the_callers_directory(root, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    for name in ("SUBJECT_DIR", "IMAGES_REG_DIR"):
+        done = subprocess.run(
+            [root / "run.sh"], cwd=tmp_path, capture_output=True, text=True,
+            env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "MODEL": "pocket", "NUM_GPUS": "0",
+                 "DATA_PREFIX": "/data", name: "mine"},
+        )  # fmt: skip
+        assert f" to {tmp_path}/mine" in done.stdout, done.stderr
+
+
+def test_an_old_python_is_refused(root, tmp_path):
+    """With another the packages do not install."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        [root / "run.sh"], cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Python 3.11 or newer is needed")

@@ -1,17 +1,20 @@
 """What a training run logs: lines or a bar, metrics and curves that go on after a resume, where the
 seconds went, and how the run ended."""
 
+import errno
 import json
 import math
 import sys
 import time
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth.cli import Diverged, OutOfMemory, Stopped, UserError
+from dreambooth.files import atomic
 from dreambooth.run import training_log
 from dreambooth.run.plan import TrainingPlan, make_plan
 
@@ -288,3 +291,34 @@ def test_on_a_gpu_a_line_has_what_tensors_took_and_what_was_reserved(
     assert capsys.readouterr().out.endswith(" reserved 5.0 GiB\n")
     (row,) = training_log.read_metrics(tmp_path / "report")
     assert (row["peak_gib"], row["reserved_gib"]) == (3, 5)
+
+
+def test_a_full_disk_costs_metrics_and_not_the_run(tmp_path, monkeypatch, capsys):
+    """And is said once."""
+    plan = SimpleNamespace(num_steps=3, report_dir=tmp_path, images_per_pair=2, pairs_per_step=1)
+    log = training_log.TrainingLog(plan, torch.device("cpu"), 1, 0.0, True)
+    log.models_are_loaded([torch.zeros(1)], 1)
+    log.on_train_begin(0)
+    full = MagicMock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(atomic, "append_line", full)
+    for step in (1, 2, 3):
+        log.on_step_end(step, torch.ones(3), torch.tensor(0.5), 1e-3)
+    printed = capsys.readouterr()
+    assert printed.out.count("loss 1.0000") == 3
+    assert printed.err.count("metrics cannot be written to") == 1
+
+
+def test_each_metric_has_its_curve():
+    """In TensorBoard."""
+    logged = {"grad_norm", "lr", "images_per_s", "peak_gib", "reserved_gib"}
+    assert training_log.TAGS.keys() == {*training_log.LOSSES, *logged}
+
+
+def test_a_new_run_begins_with_no_files_of_tensorboard(tmp_path):
+    """Also those of step 0, such as previews, which a later run would not purge."""
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events.out.tfevents.1").touch()
+    training_log.prepare(tmp_path, 3)
+    assert (tmp_path / "tensorboard" / "events.out.tfevents.1").exists()
+    training_log.prepare(tmp_path, 0)
+    assert not (tmp_path / "tensorboard").exists()
