@@ -39,8 +39,11 @@ def parse_args(argv=None):
 
 
 def valid_revision(text):
+    """The type of --revision, which becomes the name of a folder in the cache."""
     if not text:
         raise ArgumentTypeError("is empty; is a shell variable not set?")
+    if text.startswith("/") or {".", ".."} & set(text.split("/")):
+        raise ArgumentTypeError(f"{text!r} is no commit, tag or branch")
     return text
 
 
@@ -129,7 +132,7 @@ def copy_pocket(snapshot):
 
     if is_there():
         return
-    atomic.check_writable(snapshot, "--model_dir")
+    atomic.check_replaceable(snapshot, pipeline_dir.PIPELINE_NAMES, "--model_dir")
     snapshot.parent.mkdir(parents=True, exist_ok=True)
     atomic.lock(snapshot.with_name(".lock"), snapshot, wait=True)  # two runs may begin at once
     if not is_there():

@@ -46,7 +46,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("images").add_argument
     add("--output_dir", **path, required=True, help="where the images go")
-    add("--prompts", nargs="+", type=valid_prompt, default=[], help="prompts, each in quotes")
+    several = {"nargs": "+", "action": "extend", "type": valid_prompt, "default": []}
+    add("--prompts", **several, help="prompts, each in quotes")
     add("--prompts_file", **path, help="a text file with one prompt per line")
     add("--num_samples_per_prompt", type=int, default=1, help="images per prompt")
     add("--seed", type=int, default=0, help="of all noise: the initial one and the sampler's")

@@ -115,6 +115,12 @@ main() {
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
   if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --use_lora "* ]]; then LORA=1; fi
   [[ "${LORA:-0}" == [01] ]] || refuse "LORA=$LORA: must be 0 or 1"
+  local own
+  for own in model_dir=ORIG_MODEL_PATH output_dir=TUNED_MODEL_DIR instance_images_dir=INSTANCE_DIR \
+    instance_prompt=INSTANCE_PROMPT class_images_dir=IMAGES_REG_DIR class_prompt=CLASS_PROMPT; do
+    [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " != *" --${own%=*}"[\ =]* ]] ||
+      refuse "--${own%=*} in TRAIN_FLAGS or MORE_FLAGS: set ${own#*=} instead"
+  done
   [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " != *" --dry_run "* ]] || refuse "--dry_run: step 5 needs the result of step 4; give it to train.py"
   choose_model
   OWN_MODEL=
@@ -195,7 +201,7 @@ main() {
   step 4 "fine-tune (minutes)"
   local previews=(--preview_prompts "${prompts[0]}" "$CLASS_PROMPT" --preview_every "$PREVIEW_EVERY")
   if ((PREVIEW_EVERY == 0)); then previews=(); fi
-  "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
+  run "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$IMAGES_OWN_DIR" --instance_prompt "$INSTANCE_PROMPT" \
     --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
     ${previews[@]+"${previews[@]}"}
@@ -230,6 +236,19 @@ check_number() {
     [[ "${!name}" =~ ^(0|[1-9][0-9]{0,8})$ ]] && ((${!name} >= least)) ||
       refuse "$name=${!name}: must be a whole number of at least $least, with at most 9 digits"
   done
+}
+
+# Run a command that a scheduler's TERM for this script reaches as well: training then writes a checkpoint.
+# (A terminal sends Ctrl-C to both.)
+run() {
+  local code child
+  (trap - INT; exec "$@") &  # else Ctrl-C would not reach a background command
+  child=$!
+  trap 'kill -TERM "$child"' TERM
+  trap : INT
+  while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do :; done
+  trap - TERM INT
+  return "$code"
 }
 
 refuse() { echo "error: $1" >&2; exit 2; }

@@ -92,7 +92,8 @@ def build_parser():
     add("--max_failures", type=int, default=3, help="restarts after a worker fails or dies")
     add("--wait_for_gpus", type=int, default=0, help="seconds to wait for the workers' GPUs")
     add("--log_every", type=int, default=10, help="steps between two lines of the log")
-    add("--preview_prompts", nargs="+", type=valid_prompt, default=[], help="prompts of previews")
+    several = {"nargs": "+", "action": "extend", "type": valid_prompt, "default": []}
+    add("--preview_prompts", **several, help="prompts of previews")
     add("--preview_every", type=int, default=0, help="steps between previews; 0: none")
     add("--dry_run", action="store_true", help="check everything, print the plan, and stop")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import ray.data
 
+from dreambooth.cli import UserError, is_full
 from dreambooth.image_generator import (
     MAX_BATCH,
     ImageGenerator,
@@ -52,6 +53,10 @@ def generate_with_ray(args, records):
     try:
         yield from rows.iter_rows()
     except ray.exceptions.RayError as error:
+        if is_full(error):
+            raise UserError(
+                f"no space left in {args.output_dir}: make room, run it again"
+            ) from None
         raise cluster.user_error_in(error) or error from None
 
 

@@ -69,7 +69,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser whose --help is the script's docstring, and whose errors are one line."""
 
     def __init__(self, description, **settings):
-        super().__init__(description=description, formatter_class=HelpFormatter, **settings)
+        super().__init__(
+            description=description, formatter_class=HelpFormatter, allow_abbrev=False, **settings
+        )
 
     def error(self, message):
         self.exit(2, f"error: {_one_line(message)} (--help explains the flags)\n")

@@ -220,9 +220,11 @@ def test_pocket_is_copied_without_a_network_and_only_where_it_is_not_there(run, 
     run("pocket")
     assert (snapshot / "mark").exists()
     (snapshot / "unet" / "config.json").unlink()
+    with pytest.raises(UserError, match="holds other files .mark., which would be lost"):
+        run("pocket")
+    (snapshot / "mark").unlink()
     run("pocket")
     pipeline_dir.check_model_dir(snapshot)
-    assert not (snapshot / "mark").exists()
 
 
 def test_runs_that_begin_at_once_share_the_first_ones_copy(root, tmp_path):
@@ -240,6 +242,14 @@ def test_an_empty_revision_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         run("pocket", revision="")
     assert "--revision: is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("revision", ["/home", "..", "../..", "main/../../.."])
+def test_a_revision_that_leaves_the_cache_is_refused(run, capsys, revision):
+    """Pocket would have replaced the folder that it leads to."""
+    with pytest.raises(SystemExit):
+        run("pocket", revision=revision)
+    assert "is no commit, tag or branch" in capsys.readouterr().err
 
 
 def test_a_complete_cache_may_be_read_only_and_needs_no_network(

@@ -620,6 +620,16 @@ def test_a_file_in_a_checkpoints_place_is_none(tmp_path):
     assert checkpoints.find_newest(tmp_path) == 10
 
 
+def test_a_result_whose_weights_are_not_finite_is_not_saved(make):
+    """The last step's update comes after its loss, and a short run writes no checkpoint."""
+    run = make(checkpointing_steps=0)
+    run.model.weight.data[0, 0] = float("nan")
+    save = MagicMock()
+    with pytest.raises(Diverged, match="not finite after step"):
+        run.checkpointer.save_result(save, run.model, None)
+    assert not save.called and not list(run.folder.glob("step_*"))
+
+
 def test_what_kept_the_result_from_being_saved_is_what_is_raised(make, monkeypatch):
     """Where the last checkpoint fails as well."""
     run = make(checkpointing_steps=0)

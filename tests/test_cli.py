@@ -367,6 +367,16 @@ def test_text_is_read_and_written_as_utf_8_whatever_the_locale(root):
                 assert "encoding" in named, f"{file}:{node.lineno}"
 
 
+def test_flags_are_written_out_and_lists_of_them_add_up(train_argv):
+    """run.sh looks for --use_lora and --dry_run; of two --preview_prompts the first was lost."""
+    for flag in ("--use_l", "--dry"):
+        with pytest.raises(SystemExit):
+            train.parse_args([*train_argv("out"), flag])
+    twice = ["--preview_prompts", "a", "--preview_prompts", "b", "c"]
+    assert train.parse_args([*train_argv("out"), *twice]).preview_prompts == ["a", "b", "c"]
+    assert train.parse_args(train_argv("out")).preview_prompts == []
+
+
 def test_a_link_in_a_path_stays_one(tmp_path, monkeypatch):
     """What goes beside a result goes beside the link to it; a model has the link's name."""
     (tmp_path / "disk").mkdir()

@@ -357,6 +357,15 @@ def test_a_caption_ends_before_the_margin(flat_image, tmp_path):
     assert (np.asarray(Image.open(sheet))[:, -6:] == 255).all()
 
 
+def test_a_sheet_replaces_none_of_its_images(flat_image, tmp_path):
+    photo = flat_image("a.png", 0)
+    args = SimpleNamespace(rows=[f"photos={tmp_path}"], output=str(photo), columns=8)
+    with pytest.raises(UserError, match="is one of the images: name another file"):
+        generated_images.main(args)
+    with pytest.raises(UserError, match="--columns is 0: must be at least 1"):
+        generated_images.main(SimpleNamespace(**{**vars(args), "columns": 0}))
+
+
 def test_thousands_of_prompts_and_images_are_recognized(tmp_path):
     records = [make_record(1000, 10_000)]
     save(tmp_path, records[0])

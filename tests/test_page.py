@@ -197,6 +197,9 @@ def test_the_model_card_shows_before_and_after_of_a_finished_run(report, save_af
     write_page(report, save_after())
     assert "](before-after.png)" in card.read_text()
     assert (card.parent / "before-after.png").exists()
+    card.write_text(f"{card.read_text()}\nMy own words.\n")
+    write_page(report, save_after())
+    assert card.read_text().endswith("My own words.\n")
 
 
 def test_a_directory_of_no_run_is_refused(tmp_path):

@@ -355,6 +355,17 @@ def test_the_command_names_a_photo_or_caption_that_cannot_be_read(flat_image, tm
     assert not (tmp_path / "own").exists()
 
 
+def test_a_users_caption_among_the_copied_photos_is_not_lost(flat_image, tmp_path):
+    """They belong beside the photos; but what is there is not deleted without a word."""
+    flat_image("a.png", 0, folder=tmp_path / "source")
+    for _ in range(2):
+        photos.copy_images(tmp_path / "source", tmp_path / "own")
+    (tmp_path / "own" / "a.txt").write_text("photo of unqtkn car at night")
+    with pytest.raises(UserError, match="holds other files .a.txt., which would be lost"):
+        photos.copy_images(tmp_path / "source", tmp_path / "own")
+    assert (tmp_path / "own" / "a.txt").exists()
+
+
 def test_captions_of_images_in_a_subfolder_are_left_out(flat_image, tmp_path):
     """ImageFolder's metadata.jsonl lists them as well."""
     a = flat_image("a.png", 0)

@@ -272,6 +272,8 @@ def test_a_result_replaces_nothing_but_an_earlier_result(
     for folder in (model_dir, model_dir / ".." / model_dir.name, tmp_path / "link"):
         assert "--output_dir is --model_dir" in refusal(output_dir=folder)
     earlier = shutil.copytree(model_dir, tmp_path / "tuned")
+    assert "holds a model that train.py has not made" in refusal(output_dir=earlier)
+    (tmp_path / "tuned.report").mkdir()
     assert check_and_plan(earlier).num_steps == 3
     assert pipeline_dir.missing_file(earlier) is None  # it is still there
     (earlier / "thesis.tex").write_text("years")

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -446,6 +447,39 @@ def test_paths_are_those_of_the_callers_directory(root, tmp_path):
                  "DATA_PREFIX": "/data", name: "mine"},
         )  # fmt: skip
         assert f" to {tmp_path}/mine" in done.stdout, done.stderr
+
+
+def test_what_run_sh_sets_itself_is_refused_with_the_variable_to_set(run_story):
+    """It trained elsewhere, and showed an earlier result as the new one."""
+    for name in ("MORE_FLAGS", "TRAIN_FLAGS"):
+        for flags in ("--lr 1 --output_dir /elsewhere", "--output_dir=/elsewhere"):
+            done, commands = run_story(0, **{name: flags})
+            assert done.returncode == 2 and not commands
+            assert "--output_dir in TRAIN_FLAGS or MORE_FLAGS: set TUNED_MODEL_DIR" in done.stderr
+
+
+def test_a_schedulers_signal_reaches_training(root, tmp_path):
+    """TERM of the script, as for the first process of a container; its exit code is training's."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+        case "$*" in
+          train.py*--dry_run*) ;;
+          train.py*) trap 'echo stopping; sleep 0.2; echo stopped; exit 143' TERM
+            touch {tmp_path}/began; while :; do sleep 0.05; done ;;
+        esac
+        """
+    )
+    python.chmod(0o755)
+    variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "MODEL": "pocket"}
+    variables |= {"NUM_GPUS": "0", "DATA_PREFIX": str(tmp_path)}
+    process = subprocess.Popen([root / "run.sh"], env=variables, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    assert out.endswith("stopping\nstopped\n") and process.returncode == 143
 
 
 def test_an_old_python_is_refused(root, tmp_path):

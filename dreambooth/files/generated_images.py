@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from dreambooth.cli import ArgumentParser, UserError, run_main
+from dreambooth.cli import ArgumentParser, UserError, check_at_least, run_main
 from dreambooth.files import atomic
 from dreambooth.files.decode import open_image
 from dreambooth.files.photos import CONTACT_SHEET, METADATA, find_images
@@ -224,7 +224,10 @@ def main(args):
             raise UserError(f"{row!r}: give rows as caption=folder")
         caption, folder = next((s for s in splits if Path(s[1]).is_dir()), splits[0])
         rows[caption] = find_images(folder)
+    check_at_least(args, 1, "columns")
     atomic.check_writable(Path(args.output).parent, "--output")
+    if Path(args.output).resolve() in [image.resolve() for row in rows.values() for image in row]:
+        raise UserError(f"--output {args.output} is one of the images: name another file")
     contact_sheet(rows, args.output, args.columns)
     print(f"wrote {args.output}")
 

@@ -167,7 +167,7 @@ def copy_images(source, folder):
     the previous subject.
 
     It is replaced whole, and only if this function made it: it then holds a hidden marker file,
-    which names their source. UserError: it holds something else.
+    which names their source and all files. UserError: it holds something else.
     """
     images = find_images(source)
     captions = read_captions(source, images)
@@ -177,14 +177,14 @@ def copy_images(source, folder):
     if folder.resolve() in Path(source).resolve().parents:
         raise UserError(f"{source} is inside {folder}, which would be replaced: move it elsewhere")
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    atomic.check_replaceable(folder, names if COPIED in names else [], flag="folder")
+    earlier, *own = (folder / COPIED).read_bytes().split(b"\0") if COPIED in names else (b"",)
+    own = [COPIED, *map(os.fsdecode, own)]
+    atomic.check_replaceable(folder, own, flag="folder")
     source = os.fsencode(Path(source).resolve())
-    earlier = (folder / COPIED).read_bytes() if COPIED in names else b""
     if earlier not in (b"", source):
         warn(f"{folder} held the photos of {os.fsdecode(earlier)}, which are replaced")
 
     def write(temporary):
-        (temporary / COPIED).write_bytes(source)
         for number, image in enumerate(images):
             copy = temporary / image.name
             if copy.exists():  # of names that differ in case alone, on a disk that sees no case
@@ -193,6 +193,8 @@ def copy_images(source, folder):
             if image in captions:
                 row = {"file_name": copy.name, "text": captions[image]}
                 atomic.append_line(temporary / METADATA, json.dumps(row))
+        written = [os.fsencode(file.name) for file in temporary.iterdir()]
+        (temporary / COPIED).write_bytes(b"\0".join([source, *written]))
 
     atomic.replace_dir(folder, write)
 

@@ -300,7 +300,7 @@ def main(args):
     html, found = render(folder, record, comparisons, kept)
     atomic.replace_text(folder / PAGE, html)
     output_dir = Path(record["flags"]["output_dir"])
-    if comparisons and record["status"] == "finished" and output_dir.is_dir():
+    if comparisons and record["status"] == "finished" and export.may_write_card(output_dir, record):
         write_before_after(comparisons, folder / export.IMAGE)
         export.write_card(output_dir, record, folder / export.IMAGE)
     for item in found:

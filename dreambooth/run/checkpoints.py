@@ -254,8 +254,10 @@ class Checkpointer:
         self._free_buffers()
 
     def save_result(self, save, denoiser, args):
-        """Call `save(denoiser, args)`. UserError: it fails, for whatever reason; the state of the
-        last step is then a checkpoint, if that can be written, and the same command only saves."""
+        """Call `save(denoiser, args)`. Diverged: the weights are not finite, and an earlier result
+        is kept. UserError: it fails, for whatever reason; the state of the last step is then a
+        checkpoint, if that can be written, and the same command only saves."""
+        self._check_finite(self.num_steps)
         try:
             save(denoiser, args)
         except Exception as error:
@@ -288,6 +290,15 @@ class Checkpointer:
 
     def _trained(self):
         return [(name, p) for name, p in self.denoiser.named_parameters() if p.requires_grad]
+
+    def _check_finite(self, step):
+        """Diverged: a weight is not a finite number after `step` steps."""
+        weights = [p.detach() for _, p in self._trained()]
+        if not torch.nn.utils.get_total_norm(weights).isfinite():
+            raise Diverged(
+                f"the weights are not finite after step {step}: lower --lr, with --restart;"
+                " nothing was saved"
+            )
 
     def _state(self):
         """All that changes from step to step."""
@@ -330,12 +341,8 @@ class Checkpointer:
             return
         if self.writing:
             self.writing.result()
+        self._check_finite(step)
         state = self._state()
-        if not torch.nn.utils.get_total_norm(state["weights"].values()).isfinite():
-            raise Diverged(
-                f"the weights are not finite after step {step}: lower --lr, with --restart;"
-                " nothing was saved"
-            )
         copy = self._copy(state)
         self.writing = self.thread.submit(write, copy or state, step, self.folder, self.limit)
         if copy is None:

@@ -164,6 +164,16 @@ def write_card(output_dir, record, image=None, repo=None):
     atomic.replace_text(output_dir / CARD, str(card))
 
 
+def may_write_card(output_dir, record):
+    """Whether `write_card` would replace nothing but the card that it wrote for the run in
+    `record`: not another run's, and not one that the user has changed."""
+    output_dir = Path(output_dir)
+    if not (output_dir / CARD).exists():
+        return output_dir.is_dir()
+    text = (output_dir / CARD).read_text(encoding="utf-8", errors="replace")
+    return text in [str(build_card(output_dir.name, record, image)) for image in (False, True)]
+
+
 def build_card(name, record, has_image):
     """The card, a ModelCard, of the run in `record` (training_log.py)."""
     from huggingface_hub import ModelCard, ModelCardData  # here: train.py may need neither

@@ -248,9 +248,10 @@ def check_numbers(args):
     )  # fmt: skip
     check_at_least(
         args, 0, "lr_warmup_steps", "prior_loss_weight", "seed", "adam_beta1", "adam_beta2",
-        "adam_weight_decay", "adam_epsilon", "checkpointing_steps", "max_failures", "wait_for_gpus",
+        "adam_weight_decay", "checkpointing_steps", "max_failures", "wait_for_gpus",
         "preview_every",
     )  # fmt: skip
+    check_at_least(args, 0, "adam_epsilon", above=True)  # 0 / 0 where a gradient is always 0
     check_at_least(args, 0, "lr", "max_grad_norm", "snr_gamma", above=True)  # 0 would learn nothing
     check_at_least(args, 0, "max_instance_noise", above=True)
     if args.max_instance_noise > 1:
@@ -296,6 +297,12 @@ def check_output_dir(args):
         raise UserError("--output_dir is --model_dir: name another directory")
     names = [pipeline_dir.LORA_FILE] if args.use_lora else pipeline_dir.PIPELINE_NAMES
     atomic.check_replaceable(args.output_dir, [*names, *pipeline_dir.CARD_FILES])
+    is_there = any((Path(args.output_dir) / name).exists() for name in names)
+    if is_there and not report_dir(args.output_dir).is_dir():
+        raise UserError(
+            f"--output_dir {args.output_dir} holds a model that train.py has not made, as"
+            f" {report_dir(args.output_dir)} is missing: name another directory, or delete it"
+        )
     atomic.check_writable(report_dir(args.output_dir), "the report's directory,")
     check_run_dir(run_dir(args), args.output_dir)
     if not args.use_lora:
