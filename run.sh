@@ -18,9 +18,9 @@ use_pocket() {
   CLASS_NAME=${CLASS_NAME:-car}
   INSTANCE_DIR=${INSTANCE_DIR:-images/lego-car}
   SCENES=${SCENES:-in the snow|at night|on the beach|on the grass|on the road}
-  local shared="--lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.85 --prior_target original"
-  TRAIN_FLAGS=${TRAIN_FLAGS:---lr 3e-4 $shared}
-  LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 1.5e-3 $shared}
+  local shared="--lr_scheduler cosine --prior_loss_weight 3 --prior_target original"
+  TRAIN_FLAGS=${TRAIN_FLAGS:---lr 3e-4 $shared --max_instance_noise 0.85}
+  LORA_FLAGS=${LORA_FLAGS:---lora_layers all --lora_rank 16 --lr 1.5e-3 $shared --max_instance_noise 0.75}
   PAIRS=${PAIRS:-8} STEPS=${STEPS:-300} NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-100}
   CLASS_FLAGS=${CLASS_FLAGS:---guidance_scale 1}  # with more, its class images would look alike
   SAMPLE_FLAGS=${SAMPLE_FLAGS:---guidance_scale 3 --seed 1}

@@ -114,7 +114,7 @@ def test_train_flags_from_outside_stay_as_they_are(run_story):
 POCKET_LORA = (
     "--train_batch_size 8 --num_epochs 24 --max_train_steps 300"
     " --lora_layers all --lora_rank 16 --lr 1.5e-3 --lr_scheduler cosine --prior_loss_weight 3"
-    " --max_instance_noise 0.85 --prior_target original --use_lora"
+    " --prior_target original --max_instance_noise 0.75 --use_lora"
 )
 
 

@@ -40,11 +40,9 @@ from dreambooth.run.plan import make_plan
 from tests.benchmarks import fidelity
 
 STEPS = "--train_batch_size 8 --num_epochs 24 --max_train_steps 300"
-SHARED = (
-    "--lr_scheduler cosine --prior_loss_weight 3 --max_instance_noise 0.85 --prior_target original"
-)
-FULL = f"--lr 3e-4 {SHARED}"
-LORA = f"--lora_layers all --lora_rank 16 --lr 1.5e-3 {SHARED}"
+SHARED = "--lr_scheduler cosine --prior_loss_weight 3 --prior_target original"
+FULL = f"--lr 3e-4 {SHARED} --max_instance_noise 0.85"
+LORA = f"--lora_layers all --lora_rank 16 --lr 1.5e-3 {SHARED} --max_instance_noise 0.75"
 RECIPES = {"full": f"{STEPS} {FULL}", "lora": f"{STEPS} {LORA} --use_lora"}  # as in run.sh
 GUIDANCE = 3  # of those judged
 SHEET_COLUMNS = 8
