@@ -69,6 +69,7 @@ def test_a_lora_does_not_replace_a_model_nor_a_model_a_lora(save, train_args, tm
     """A LoRA with the model's $TUNED_MODEL_DIR would lose the model."""
     for use_lora in (False, True):
         folder, _ = save(use_lora=use_lora)
+        folder.with_name(f"{folder.name}.report").mkdir(exist_ok=True)
         check_flags(train_args(folder, use_lora=use_lora))
         with pytest.raises(UserError, match="holds other files .*, which would be lost"):
             check_flags(train_args(folder, use_lora=not use_lora))
