@@ -350,9 +350,12 @@ def test_the_lock_is_for_every_user_of_shared_storage(tmp_path):
 
 
 def test_what_windows_puts_into_a_folder_is_no_other_file(tmp_path):
-    for name in ("Thumbs.db", "desktop.ini"):
+    for name in ("Thumbs.db", "desktop.ini", "thesis.tex"):
         (tmp_path / name).touch()
-    atomic.check_replaceable(tmp_path, [])
+    with pytest.raises(UserError, match="holds other files .thesis.tex."):
+        atomic.check_replaceable(tmp_path, [])
+    (tmp_path / "thesis.tex").unlink()
+    assert atomic.check_replaceable(tmp_path, []) is None
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.EBADF])

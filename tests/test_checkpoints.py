@@ -590,6 +590,7 @@ def test_a_request_to_stop_is_answered_by_rank_0_alone(make):
     other.folder.mkdir(parents=True)
     (other.folder / "stop").touch()
     other.take_steps(0, 2)
+    assert os.listdir(other.folder) == ["stop"]
 
 
 def test_ray_train_copies_no_checkpoint(make, monkeypatch):

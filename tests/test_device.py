@@ -213,5 +213,8 @@ def test_a_compiler_that_is_named_in_the_environment_is_one(monkeypatch, tmp_pat
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match="^--compile needs a C compiler"):
+        device.check_compiler("--compile")
     monkeypatch.setenv("CC", "/opt/gcc-13/bin/gcc")
-    device.check_compiler("--compile")
+    assert device.check_compiler("--compile") is None

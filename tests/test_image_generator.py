@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pandas as pd
@@ -359,9 +359,9 @@ def test_a_lora_has_the_strength_that_was_asked_for(generate_args, sampler, tmp_
     applied = MagicMock()
     monkeypatch.setattr(image_generator, "apply_lora", applied)
     ImageGenerator(generate_args("out", lora_weights_dir=tmp_path, lora_scale=0.3))
-    applied.assert_called_once_with(sampler, str(tmp_path), 0.3)
     ImageGenerator(generate_args("out", lora_weights_dir=tmp_path))
-    applied.assert_called_with(sampler, str(tmp_path), 1.0)
+    expected = [call(sampler, str(tmp_path), scale) for scale in (0.3, 1.0)]
+    assert applied.call_args_list == expected
 
 
 def test_images_are_of_the_size_that_was_asked_for(generate_args, sampler):

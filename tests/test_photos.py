@@ -360,6 +360,9 @@ def test_a_users_caption_among_the_copied_photos_is_not_lost(flat_image, tmp_pat
     flat_image("a.png", 0, folder=tmp_path / "source")
     for _ in range(2):
         photos.copy_images(tmp_path / "source", tmp_path / "own")
+    marker = tmp_path / "own" / photos.COPIED
+    marker.write_bytes(marker.read_bytes().partition(b"\0")[0])  # as earlier versions wrote it
+    photos.copy_images(tmp_path / "source", tmp_path / "own")
     (tmp_path / "own" / "a.txt").write_text("photo of unqtkn car at night")
     with pytest.raises(UserError, match="holds other files .a.txt., which would be lost"):
         photos.copy_images(tmp_path / "source", tmp_path / "own")

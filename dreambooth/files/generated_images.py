@@ -216,6 +216,8 @@ def fit_into_square(image, side):
 
 
 def main(args):
+    """Write the sheet of `args.rows`, each "caption=folder". UserError: a row is of another form,
+    its folder has no images, or the sheet would replace one of them."""
     rows = {}
     for row in args.rows:
         # Either may hold a "=": it is the one before a folder that exists, else the first.

@@ -178,7 +178,8 @@ def copy_images(source, folder):
         raise UserError(f"{source} is inside {folder}, which would be replaced: move it elsewhere")
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     earlier, *own = (folder / COPIED).read_bytes().split(b"\0") if COPIED in names else (b"",)
-    own = [COPIED, *map(os.fsdecode, own)]
+    # The marker of an earlier version names no files.
+    own = [COPIED, *map(os.fsdecode, own)] if own or COPIED not in names else names
     atomic.check_replaceable(folder, own, flag="folder")
     source = os.fsencode(Path(source).resolve())
     if earlier not in (b"", source):
