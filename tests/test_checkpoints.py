@@ -24,7 +24,7 @@ from dreambooth import models
 from dreambooth.cli import Diverged, Stopped, UserError
 from dreambooth.machines import device
 from dreambooth.run import checkpoints
-from dreambooth.run.plan import check_flags
+from dreambooth.run.plan import check_flags, steps_between_checkpoints
 
 STATE = {"weights": {"w": torch.arange(6.0)}, "optimizer": {"state": {0: {"step": 3}}}}
 NUM_STEPS = 20
@@ -242,7 +242,8 @@ class Run:
         self.optimizer = models.build_optimizer([self.model.weight], args)
         self.lr_schedule = models.build_lr_schedule(self.optimizer, num_steps, args)
         self.folder = folder
-        plan = SimpleNamespace(num_steps=num_steps, run_dir=folder)
+        every = steps_between_checkpoints(args, num_steps)
+        plan = SimpleNamespace(num_steps=num_steps, run_dir=folder, checkpointing_steps=every)
         parts = (self.model, self.optimizer, self.lr_schedule)
         self.checkpointer = checkpoints.Checkpointer(args, plan, *parts, rank)
 

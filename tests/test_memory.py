@@ -181,6 +181,7 @@ def plan_for(args, num_workers, resolution):
         num_steps=1,
         max_pairs_per_pass=args.train_batch_size,
         num_workers=(num_workers, num_workers),
+        checkpointing_steps=0,
         run_dir=Path("run"),
         report_dir=Path("report"),
     )

@@ -13,6 +13,7 @@ from dreambooth.files import pipeline_dir
 from dreambooth.run.plan import (
     MAY_CHANGE,
     check_flags,
+    check_space_for_checkpoints,
     make_plan,
     report_dir,
     run_dir,
@@ -338,21 +339,37 @@ def test_a_disk_without_space_for_one_more_checkpoint(
     args = train_args(tmp_path / "out", **flags)
     needed = 3 * num_bytes * (sizes["unet"] + sizes["text_encoder"])
     disk.free = needed
-    check_flags(args)
+    check_space_for_checkpoints(args, 30, 3)
     disk.free -= 1000
     (tmp_path / "out.checkpoints").mkdir()
     (tmp_path / "out.checkpoints" / "lock").touch()
     for name, size in (("step_000003", 600), (".step_000006.tmp", 400)):
         with pytest.raises(UserError, match="3 checkpoints at a time"):
-            check_flags(args)
+            check_space_for_checkpoints(args, 30, 3)
         state = tmp_path / "out.checkpoints" / name / "state.pt"
         state.parent.mkdir(parents=True)
         state.write_bytes(bytes(size))
-    check_flags(args)
+    check_space_for_checkpoints(args, 30, 3)
     disk.free = needed / 2
-    check_flags(train_args(tmp_path / "out", **flags, checkpointing_steps=0))
-    steps = {"max_train_steps": 8, "checkpointing_steps": 4}  # the last step has none
-    check_flags(train_args(tmp_path / "out", **flags, **steps))
+    check_space_for_checkpoints(args, 30, 0)
+    check_space_for_checkpoints(args, 8, 4)  # the last step has none
+    with pytest.raises(UserError, match="2 checkpoints at a time"):
+        check_space_for_checkpoints(args, 9, 4)
+
+
+def test_space_is_asked_for_the_checkpoints_that_a_run_will_write(
+    check_and_plan, refusal, model_dir, disk
+):
+    """Not for as many as it may keep, nor for the steps that it might have had."""
+    sizes = pipeline_dir.num_parameters(model_dir)
+    one = 12 * (sizes["unet"] + sizes["text_encoder"])
+    flags = {"checkpoints_total_limit": 50, "num_epochs": 3, "max_train_steps": 1000}
+    disk.free = 1e12
+    num_steps = check_and_plan(**flags).num_steps
+    disk.free = one * (num_steps - 1)
+    check_and_plan(**flags)
+    disk.free -= 1000
+    assert f"{num_steps - 1} checkpoints at a time" in refusal(**flags)
 
 
 def test_unusual_prompts_are_asked_about(check_and_plan, capsys):
@@ -428,11 +445,11 @@ def test_checkpoints_need_space_for_what_is_trained_alone(
     sizes = pipeline_dir.num_parameters(sd14_dir)
     usage = SimpleNamespace(free=2 * 12 * sizes["unet"])
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    flags = {"model_dir": sd14_dir, "no_train_text_encoder": True}
-    check_flags(train_args(tmp_path / "out", **flags))
+    args = train_args(tmp_path / "out", model_dir=sd14_dir, no_train_text_encoder=True)
+    check_space_for_checkpoints(args, 30, 3)
     usage.free -= 1000
     with pytest.raises(UserError, match="2 checkpoints at a time"):
-        check_flags(train_args(tmp_path / "out", **flags))
+        check_space_for_checkpoints(args, 30, 3)
 
 
 def test_results_whose_names_differ_after_a_dot_share_nothing(train_args, tmp_path):

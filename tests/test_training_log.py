@@ -27,8 +27,8 @@ def plan(tmp_path):
         return TrainingPlan(
             instance_paths=["i.png"] * 5, class_paths=["c.png"] * 20, prompts=[], captions={},
             resolution=64, pairs_per_step=4, num_steps=num_steps,
-            max_pairs_per_pass=2, num_workers=(2, 2), run_dir=tmp_path / "checkpoints",
-            report_dir=tmp_path / "report",
+            max_pairs_per_pass=2, num_workers=(2, 2), checkpointing_steps=1,
+            run_dir=tmp_path / "checkpoints", report_dir=tmp_path / "report",
         )  # fmt: skip
 
     return build

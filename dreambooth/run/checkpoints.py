@@ -191,12 +191,10 @@ class Checkpointer:
 
     def __init__(self, args, plan, denoiser, optimizer, lr_schedule, rank):
         self.folder = plan.run_dir
-        self.every = args.checkpointing_steps
+        self.every = plan.checkpointing_steps
         fewest, most = args.num_workers
         # When workers join, Ray Train stops those there are, perhaps within the first minute.
-        self.skip_if_short = self.every is None and fewest == most
-        if self.every is None:
-            self.every = max(1, round(plan.num_steps / 10))
+        self.skip_if_short = args.checkpointing_steps is None and fewest == most
         self.limit = args.checkpoints_total_limit
         self.num_steps = plan.num_steps
         self.denoiser = denoiser

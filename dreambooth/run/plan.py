@@ -55,6 +55,7 @@ class TrainingPlan:
     num_steps: int
     max_pairs_per_pass: int  # per worker and forward pass
     num_workers: tuple  # minimum, maximum
+    checkpointing_steps: int  # between two checkpoints; 0: there are none
     run_dir: Path  # checkpoints, and Ray Train's own files: every node must see it
     report_dir: Path  # what the run logs, beside its result
 
@@ -136,6 +137,9 @@ def make_plan(args):
         raise UserError(
             f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer, the run has {num_steps} steps"
         )
+    checkpointing_steps = steps_between_checkpoints(args, num_steps)
+    if not args.use_lora:
+        check_space_for_checkpoints(args, num_steps, checkpointing_steps)
     return TrainingPlan(
         instance_paths=instance_paths,
         class_paths=class_paths,
@@ -146,6 +150,7 @@ def make_plan(args):
         num_steps=num_steps,
         max_pairs_per_pass=args.train_batch_size,
         num_workers=args.num_workers,
+        checkpointing_steps=checkpointing_steps,
         run_dir=run_dir(args),
         report_dir=report_dir(args.output_dir),
     )
@@ -311,7 +316,6 @@ def check_output_dir(args):
         folder = Path(args.output_dir).resolve()
         leftovers = atomic.unfinished(folder).rglob("*.*")
         atomic.check_space(folder, num_bytes, "the result", leftovers)
-        check_space_for_checkpoints(args, sizes)
 
 
 def check_run_dir(folder, output_dir):
@@ -328,16 +332,23 @@ def check_run_dir(folder, output_dir):
         )
 
 
-def check_space_for_checkpoints(args, sizes):
+def steps_between_checkpoints(args, num_steps):
+    """What the flag says, or a tenth of the run; 0: no checkpoints."""
+    if args.checkpointing_steps is None:
+        return max(1, round(num_steps / 10))
+    return args.checkpointing_steps
+
+
+def check_space_for_checkpoints(args, num_steps, checkpointing_steps):
     """The disk must have room for the checkpoints of full fine-tuning, and for one more while that
     is written, beside those that are there. Trained weights and optimizer take 12 bytes per weight;
     8 in bfloat16. The last step has none."""
-    count = args.checkpoints_total_limit + 1
-    if args.checkpointing_steps is not None:
-        every = args.checkpointing_steps or args.max_train_steps
-        count = min(count, (args.max_train_steps - 1) // every)
+    written = (num_steps - 1) // (checkpointing_steps or num_steps)
+    count = min(args.checkpoints_total_limit + 1, written)
     trained = pipeline_dir.num_trained(
-        args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)
+        args.model_dir,
+        pipeline_dir.num_parameters(args.model_dir),
+        pipeline_dir.trains_text_encoder(args),
     )
     num_bytes = {"fp32": 12, "bf16": 8}[args.param_dtype] * trained
     what = f"{count} checkpoints at a time (none with --checkpointing_steps 0)"
