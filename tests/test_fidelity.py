@@ -103,7 +103,7 @@ def test_likeness_sees_a_wrong_shape_or_colour_in_every_place(name):
     wrong = []
     for place in render.PLACES:
         own, of_class, repainted = (
-            fidelity.render_all([replace(s, place=place)] * 6, np.random.default_rng(3))
+            fidelity.render_all([replace(s, place=place)] * 3, np.random.default_rng(3))
             for s in (subject, member, colour)
         )
         images = [own, of_class, repainted, stretched(own)]
