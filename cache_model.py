@@ -99,8 +99,6 @@ def hub_errors_as_one_line(name, revision, folder, offline_remedy):
     be accepted first, no space, no permission."""
     try:
         yield
-    except UserError:
-        raise
     except GatedRepoError:
         raise UserError(
             f"{name} requires accepting its licence: do so on its page, then run `hf auth login`"

@@ -2,7 +2,7 @@
 new places with the tuned one.
 
     python generate.py --model_dir $TUNED_MODEL_DIR --output_dir $IMAGES_NEW_DIR \\
-        --prompts "photo of unqtkn car in the snow" "photo of unqtkn car at night" \\
+        --prompts "photo of unqtkn dog in the snow" "photo of unqtkn dog on the beach" \\
         --num_samples_per_prompt 4
 
 Image i of a prompt depends on the model, the prompt, the seed, i and the sampler's settings alone:
@@ -57,11 +57,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("sampler").add_argument
     scheduler_help = (
         "dpm: DPM-Solver++ with Karras sigmas, or SDE-DPM-Solver++ if that is the model's own;"
-        " model: the model's own (default: dpm; FLUX's: model)"
+        f" model: the model's own {defaults_by_family('scheduler')}"
     )
     add("--scheduler", choices=["dpm", "model"], help=scheduler_help)
-    add("--num_inference_steps", type=int, help="denoising steps (default: 25; FLUX: 50)")
-    guidance_help = "strength of the prompt's guidance (default: 7.5; SDXL: 5; FLUX: 4)"
+    steps_help = f"denoising steps {defaults_by_family('num_inference_steps')}"
+    add("--num_inference_steps", type=int, help=steps_help)
+    guidance_help = f"classifier-free guidance scale {defaults_by_family('guidance_scale')}"
     add("--guidance_scale", type=float, help=guidance_help)
     add("--resolution", type=int, help="side of the images in pixels (default: the model's)")
 
@@ -77,8 +78,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def defaults_by_family(name):
+    """For --help: "(default: 7.5 for Stable Diffusion 1.x and 2.x, 5.0 for ...)"."""
+    families = pipeline_dir.PIPELINES.values()
+    defaults = [f"{facts.sampler[name]} for {facts.name}" for facts in families]
+    return f"(default: {', '.join(defaults)})"
+
+
 def check_args(args):
-    """Find the user's mistakes before anything costly starts; complete the prompts."""
+    """Find the user's mistakes before anything costly starts; adds --prompts_file's lines to
+    `args.prompts`."""
     check_at_least(
         args, 1, "num_samples_per_prompt", "num_inference_steps", "num_workers", "batch_size"
     )
@@ -88,7 +97,7 @@ def check_args(args):
     pipeline_dir.check_model_dir(args.model_dir)
     if args.compare_to:
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")
-    side = args.resolution
+    side = args.resolution  # else the first model's own, which the second must take as well
     for model_dir in filter(None, (args.model_dir, args.compare_to)):
         if args.scheduler == "dpm" and pipeline_dir.read_facts(model_dir).is_flow:
             raise UserError("--scheduler dpm is for diffusion models: leave it out")
@@ -193,7 +202,8 @@ def main(args):
         other |= {"output_dir": str(folder / "compared"), "resolution": runs[0].resolution}
         runs.append(with_defaults(argparse.Namespace(**{**vars(args), **other})))
     plans = [plan(run) for run in runs]
-    found = [find_existing(*pair) for pair in zip(runs, plans, strict=True)]  # in both, before any
+    # Look into both folders, which may refuse, before any image is generated.
+    found = [find_existing(*pair) for pair in zip(runs, plans, strict=True)]
     if args.dry_run:
         return
     images = [generate_missing(*job) for job in zip(runs, plans, found, strict=True)]

@@ -91,9 +91,10 @@ set_paths() {
   IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$SUBJECT_DIR/images-new}
 }
 
-# Unless TRAIN_FLAGS is set from outside: LoRA's recipe if LORA is set, and what fits the memory of the GPUs.
-# Several GPUs share the pairs of a step, at least one each. The number of steps stays the same: in far
-# fewer, the subject is learned worse at any learning rate.
+# Complete TRAIN_FLAGS (not called if it is set from outside): the recipe, LoRA's if LORA is set; batch size,
+# epochs and steps; and flags that make it fit the GPUs' memory. Several GPUs share the pairs of a step, at
+# least one each. The number of steps stays the same: in far fewer, the subject is learned worse at any
+# learning rate.
 choose_train_flags() {
   local added= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
   local epochs=$((STEPS * pairs * NUM_WORKERS))  # without class images: of the photos, however few
@@ -107,7 +108,9 @@ choose_train_flags() {
   TRAIN_FLAGS="--train_batch_size $pairs --num_epochs $epochs --max_train_steps $STEPS $TRAIN_FLAGS $added"
 }
 
-main() {
+# All variables that are not set from outside, and the caller's prompts, scenes and all_scenes; refuses what
+# cannot work.
+choose_settings() {
   # Look for GPUs, on this machine or in the cluster at RAY_ADDRESS, and choose the model.
   NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.machines.gpus)}
   check_number 0 NUM_GPUS
@@ -115,6 +118,7 @@ main() {
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
   if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --use_lora "* ]]; then LORA=1; fi
   [[ "${LORA:-0}" == [01] ]] || refuse "LORA=$LORA: must be 0 or 1"
+  # Refuse flags of which this script has a variable.
   local own
   for own in model_dir=ORIG_MODEL_PATH output_dir=TUNED_MODEL_DIR instance_images_dir=INSTANCE_DIR \
     instance_prompt=INSTANCE_PROMPT class_images_dir=IMAGES_REG_DIR class_prompt=CLASS_PROMPT; do
@@ -154,15 +158,21 @@ main() {
   INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
   OTHER_PROMPT=${OTHER_PROMPT:-photo of a house}  # what must not change, beside the class
   if [[ "$OTHER_PROMPT" == "$CLASS_PROMPT" ]]; then OTHER_PROMPT="photo of a car"; fi
-  local scenes scene prompts=() all_scenes=${SCENES//$'\n'/|}
+  local scene
+  all_scenes=${SCENES//$'\n'/|}
   IFS='|' read -ra scenes <<<"$all_scenes"
   for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
   prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
   if [[ "$ORIG_MODEL_NAME" != pocket && -z "$OWN_MODEL" ]]; then check_cheaply; fi
+}
+
+main() {
+  local scenes prompts=() all_scenes
+  choose_settings
   echo "$ORIG_MODEL_NAME learns the $CLASS_NAME of $INSTANCE_DIR on $NUM_GPUS GPU(s)"
   echo "results go to $SUBJECT_DIR and replace earlier ones there; class images to $IMAGES_REG_DIR"
 
-  step 1 "cache the original model (Stable Diffusion 1.4: a download of 4 GB, minutes)"
+  step 1 "cache the original model (pocket: seconds; others: a download, 4 GB for Stable Diffusion 1.4)"
   if [[ -z "$OWN_MODEL" ]]; then
     "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
   fi

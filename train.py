@@ -42,7 +42,7 @@ def build_parser():
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
     layers = ["attention", "all"]
     add("--lora_layers", choices=layers, default=layers[0], help="layers to adapt")
-    text_help = "train the text encoder as well (default: of Stable Diffusion 1 and 2)"
+    text_help = "train the text encoder, too (default: only for Stable Diffusion 1.x and 2.x)"
     add("--train_text_encoder", action=on_off, help=text_help)
 
     add = parser.add_argument_group("images").add_argument
@@ -55,8 +55,8 @@ def build_parser():
     add = parser.add_argument_group("recipe").add_argument
     add("--train_batch_size", type=int, default=1, help="pairs per worker per forward pass")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step")
-    add("--num_epochs", type=int, default=4, help="times each class image is used")
-    add("--max_train_steps", type=int, default=800, help="maximum optimizer steps")
+    add("--num_epochs", type=int, default=4, help="maximum passes over the class images")
+    add("--max_train_steps", type=int, default=800, help="maximum steps, if reached first")
     add("--lr", type=float, help="learning rate of AdamW (default: 5e-6; of LoRA: 1e-4)")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
@@ -107,25 +107,31 @@ def parse_args(argv=None):
     return args
 
 
+def batch_loss(denoiser, scheduler, batch, args):
+    """The loss of one batch, a scalar, and its halves, as `training_loss` returns them. Noise and
+    timesteps follow from the run's seed and the positions of the batch's pairs."""
+    posteriors, positions = batch["posteriors"], batch["positions"]
+    shape, device = posteriors.shape[2:], posteriors.device
+    posterior_noise, noise = latents.sample_noise(args.seed, positions, shape, device)
+    timesteps = latents.sample_timesteps(scheduler, args.seed, positions, args.max_instance_noise)
+    timesteps = timesteps.to(device, non_blocking=True)
+    n = len(posteriors)  # 2B; B without a class half, whose random numbers go unused
+    return training_loss(
+        denoiser, scheduler, posteriors, batch["conditions"], posterior_noise[:n], noise[:n],
+        timesteps[:n], args.prior_loss_weight, args.snr_gamma, batch["original"],
+    )  # fmt: skip
+
+
 def forward_backward(denoiser, scheduler, batches, accumulation_steps, args):
-    """Add the gradients of one step to the denoiser's parameters; returns its losses (3,): the
-    total, the instance half's, the class half's; without a class half (2,)."""
+    """Add the gradients of one step to the denoiser's parameters. Returns the step's losses (3,):
+    total, instance half, class half; or (2,) without a class half."""
     step_losses = 0.0
     for i in range(accumulation_steps):
         batch = next(batches)
-        posteriors, positions = batch["posteriors"], batch["positions"]
-        n = len(posteriors)  # 2B; B without a class half, whose random numbers go unused
-        seed, shape, device = args.seed, posteriors.shape[2:], posteriors.device
-        posterior_noise, noise = latents.sample_noise(seed, positions, shape, device)
-        timesteps = latents.sample_timesteps(scheduler, seed, positions, args.max_instance_noise)
-        timesteps = timesteps.to(device, non_blocking=True)
         # DDP averages the workers' gradients once per step, in its last backward pass.
         last = i == accumulation_steps - 1
         with nullcontext() if last or not hasattr(denoiser, "no_sync") else denoiser.no_sync():
-            loss, halves = training_loss(
-                denoiser, scheduler, posteriors, batch["conditions"], posterior_noise[:n],
-                noise[:n], timesteps[:n], args.prior_loss_weight, args.snr_gamma, batch["original"],
-            )  # fmt: skip
+            loss, halves = batch_loss(denoiser, scheduler, batch, args)
             (loss / accumulation_steps).backward()
         step_losses += torch.cat([loss.detach().view(1), halves]) / accumulation_steps
     return step_losses
@@ -143,7 +149,7 @@ def train_fn(config):
     device = get_device()
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
     memory.check_device(args, plan, num_workers, device)
-    log = training_log.TrainingLog(plan, device, enabled=rank == 0, **config["log"])
+    log = training_log.TrainingLog(plan, device, args.log_every, config["started"], rank == 0)
     configure_torch(device, context.get_local_world_size())
 
     # Set up the data: this worker's pairs, read while the models load, and the encoded prompts.
@@ -166,7 +172,8 @@ def train_fn(config):
     original = models.load_original(args, denoiser, device)
     log.models_are_loaded(parameters, num_workers)
 
-    # Set up what happens once in a while; the data say after which step the run goes on.
+    # Set up what happens once in a while. After a resume this worker's first pair is not pair 0:
+    # its position tells how many steps are done (`build_trainer` left those pairs out).
     saver = checkpoints.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank)
     callbacks = [log, saver, previews.Previews(args, plan, vae, denoiser, encoded_prompts, log)]
     first_step = plan.step_of(batches.first_position())
@@ -180,7 +187,7 @@ def train_fn(config):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         lr = lr_schedule.get_last_lr()[0]
         optimizer.step()
-        optimizer.zero_grad(set_to_none=num_workers == 1)  # else they stay, in DDP's buckets
+        optimizer.zero_grad(set_to_none=num_workers == 1)  # else they are views of DDP's buckets
         lr_schedule.step()
         for callback in callbacks:
             callback.on_step_end(step + 1, losses=losses, grad_norm=grad_norm, lr=lr)
@@ -199,19 +206,20 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
         plan.instance_paths, plan.class_paths, num_pairs, args.seed, plan.captions
     )
     pair_config = dataset.PairDataConfig(plan.pairs_per_step, plan.resolution, args.seed)
-    in_driver = cluster.runs_in_driver(args.num_workers)  # then all pairs are for one
-    log = {"log_every": args.log_every, "started": started}
+    in_driver = cluster.runs_in_driver(args.num_workers)  # PairDataConfig is then not asked
 
     def read_what_is_left():
-        first_step = checkpoints.find_newest(plan.run_dir)  # the workers go on from there
+        # Ray Train calls this for each new group of workers, also after a failure: the pairs of
+        # the steps before its newest checkpoint are left out.
+        first_step = checkpoints.find_newest(plan.run_dir)
         cores = max(1, num_cpus // 2) if in_driver and not num_gpus else None
         rows = dataset.build_dataset(pairs[first_step * plan.pairs_per_step :], args.verbose, cores)
         return pair_config.shard(rows, rank=0, world_size=1) if in_driver else rows
 
     return TorchTrainer(
         train_fn,
-        train_loop_config={"args": vars(args), "plan": vars(plan), "log": log},
-        datasets={"train": read_what_is_left},  # [6] called again for each worker group
+        train_loop_config={"args": vars(args), "plan": vars(plan), "started": started},
+        datasets={"train": read_what_is_left},  # [6]
         dataset_config=pair_config,  # [7]
         scaling_config=cluster.scaling_config(args.num_workers, num_gpus, num_cpus),  # [8]
         run_config=ray.train.RunConfig(  # [9]
@@ -226,7 +234,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
 
 def main(args):
     """Check the flags, start Ray, train, and say where the result is."""
-    started, began = time.time(), time.monotonic()  # for other processes, and for this one
+    started, began = time.time(), time.monotonic()  # the former is for workers in other processes
     check_flags(args)
     if args.dry_run:
         print(make_plan(args))
@@ -239,7 +247,7 @@ def main(args):
     num_gpus, num_cpus = cluster.wait_for_workers(args.num_workers[0], args.wait_for_gpus)
     print(f"{plan}; {num_gpus} GPUs, {num_cpus} cores")
 
-    # Go on where an earlier process with the same command has stopped, if one has.
+    # Resume an earlier run of the same command if it left a checkpoint.
     first_step = checkpoints.prepare(plan.run_dir, plan.fingerprint(args), args)
     training_log.prepare(plan.report_dir, first_step)
     stop = checkpoints.StopOnSignal(plan.run_dir)

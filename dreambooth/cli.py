@@ -31,7 +31,8 @@ LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "diffusers", "trans
 
 
 class UserError(ValueError):
-    """Something that the user caused and can fix; the message, one line, says how."""
+    """Something that the user caused and can fix; the message, one line, says how. A docstring's
+    "UserError: ..." lists what raises one."""
 
     # In the record of the run that it ended (run/training_log.py). All subclasses are in this
     # module, by whose name machines/cluster.py finds them in the text of Ray's errors.

@@ -89,10 +89,8 @@ class PairDataConfig(ray.train.DataConfig):
         return [{"train": self.shard(rows, i, world_size).iterator()} for i in range(world_size)]
 
     def shard(self, rows, rank, world_size):
-        """The rows of one worker, with their images, which are read as they are consumed.
-
-        Columns: those of `load_crops`.
-        """
+        """The rows of one worker with the columns of `load_crops`; images are read as the rows are
+        consumed."""
         share = self.pairs_per_step // world_size
         own = rows.filter(expr=col("position") // share % world_size == rank)
         crop = {"resolution": self.resolution, "seed": self.seed}
@@ -102,8 +100,8 @@ class PairDataConfig(ray.train.DataConfig):
 def collate(batch):
     """Stack B rows, a dict of numpy columns, instance half first.
 
-    Returns images (2B, 3, R, R), float32 in [-1, 1], their keys (2B strings), prompt_numbers (2B
-    integers), sizes (2B, 4), and the pairs' positions in the run (B integers). In numpy, as torch
+    Returns images (2B, 3, R, R), float32 in [-1, 1]; their keys, prompt_numbers and sizes (2B, 4),
+    as `load_crops` has them; and the pairs' positions in the run, B integers. In numpy, as torch
     would start a second pool of threads.
     """
     kinds = [kind for kind in KINDS if f"{kind}_image" in batch]
@@ -129,7 +127,7 @@ def read(shard, batch_size):
 
 
 class Prefetched:
-    """An iterable over `batches`, whose first one a thread starts to fetch at once."""
+    """An iterable over `batches`; a thread begins to fetch the first one at once."""
 
     def __init__(self, batches):
         self.batches = iter(batches)

@@ -1,6 +1,5 @@
-"""What the model families compute in different ways: a class for each pipeline class of diffusers.
-Their facts (parts, limits, defaults) are in files/pipelines.py; what is not here is the same for
-all.
+"""What differs between model families in computation: a class for each pipeline class of diffusers.
+Their parts, limits and defaults are in files/pipelines.py.
 
 Letters: P prompts of a run; G groups of consecutive images with the same prompt; 2B images in a
 batch; R their resolution; L tokens in a prompt; D width of its embedding; N images; C, h, w
@@ -42,8 +41,8 @@ class Family:
         return False
 
     def scale(self, vae, posteriors):
-        """Means and standard deviations (N, 2, C, h, w) of the VAE's posteriors as those of latents
-        with about unit variance."""
+        """Scale means and standard deviations (N, 2, C, h, w) of the VAE's posteriors so that
+        latents have about unit variance."""
         return posteriors * vae.config.scaling_factor
 
     def encode_prompts(self, args, prompts, device):
@@ -61,7 +60,7 @@ class Family:
         raise NotImplementedError
 
     def one_per_image(self, conditions):
-        """The same conditions as tensors (2B, ...) alone, whatever prompts a batch has."""
+        """The same conditions as nothing but tensors (2B, ...): a CUDA graph needs fixed shapes."""
         return conditions
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
@@ -94,7 +93,7 @@ class StableDiffusion(Family):
         the groups' sizes."""
         numbers = batch["prompt_numbers"]
         groups = [(number, len(list(images))) for number, images in itertools.groupby(numbers)]
-        ids = select(encoded_prompts["prompt_ids"], [number for number, _ in groups])  # (R, L)
+        ids = select(encoded_prompts["prompt_ids"], [number for number, _ in groups])  # (G, L)
         return {"prompt_ids": ids, "counts": [count for _, count in groups]}
 
     def one_per_image(self, conditions):

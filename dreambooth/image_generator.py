@@ -57,8 +57,9 @@ class ImageGenerator:
             raise UserError("out of GPU memory: the model alone does not fit this GPU") from None
         if self.device == "cuda":
             torch.cuda.empty_cache()  # what another model has left, as with --compare_to
-        given = self.padded_size or args.batch_size
-        self.batch_size = given or batch_size_that_fits(args.resolution)  # beside the weights
+        self.batch_size = self.padded_size or args.batch_size
+        if self.batch_size is None:  # asked here, with the weights on the GPU
+            self.batch_size = batch_size_that_fits(args.resolution)
         if args.compile:
             backbone.compile_repeated_blocks()
 
@@ -69,8 +70,8 @@ class ImageGenerator:
     def generate(self, records):
         """Generate and save the images of `records`; yields each record once its image is saved.
 
-        An image without content (black, one colour, not a number) is never saved: it is sampled
-        again.
+        An image without content (all of one colour, or with NaNs) is never saved: it is sampled
+        again with other noise.
         """
         saving = deque()
         remaining = list(records)
@@ -91,7 +92,7 @@ class ImageGenerator:
         if remaining:
             prompt = remaining[0]["prompt"]
             raise UserError(
-                f"the model generates nothing for {prompt!r}: {MAX_ATTEMPTS} empty images in a row"
+                f"the model generates nothing for {prompt!r}: {MAX_ATTEMPTS} images without content"
             )
 
     def sample_all(self, records, attempt):

@@ -16,12 +16,12 @@ from dreambooth.files.decode import open_image
 from dreambooth.seeds import seed_for
 
 KINDS = ("instance", "class")  # of images
-CROP_STEPS = 16  # from one end of an image to the other: few crops, as each is encoded once
+CROP_STEPS = 16  # positions of a crop along an image, less one: few, as each crop is encoded once
 
 
 def check_images(paths, resolution):
-    """Decode each image once. UserError: unreadable, or with a side under a quarter of `resolution`
-    pixels, too small to learn from."""
+    """Decode each image once. UserError: one is unreadable, or too small to learn from, with a side
+    of less than `resolution` / 4 pixels."""
     with ThreadPoolExecutor() as threads:
         sizes = list(threads.map(lambda path: open_image(path).size, paths))
     for path, (width, height) in zip(paths, sizes, strict=True):
@@ -55,8 +55,9 @@ def crop_image(path, resolution, seed):
     """Read and resize one image and crop it at random (the same crop for the same `seed`), at one
     of CROP_STEPS + 1 evenly spread places, or fewer if its sides are nearly equal.
 
-    Returns uint8 (3, R, R), a key that tells this crop from all others, and the image's own height
-    and width with the crop's top and left in the resized one: four integers, in this order.
+    Returns the crop, uint8 (3, R, R); a key that only equal crops share; and the `size` that SDXL
+    is conditioned on: height and width of the original image, top and left of the crop in the
+    resized one.
     """
     image, size = _resized(path, resolution)
     spare = np.array(image.shape[:2]) - resolution  # rows and columns that a crop leaves out

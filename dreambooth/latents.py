@@ -1,8 +1,7 @@
 """Images to latents, each crop once, and the random numbers of a training step.
 
 The frozen VAE's posterior of an image, a mean and a standard deviation per latent, does not change
-during a run: it is computed once per crop. Each step samples it anew, as if the VAE ran at every
-step; no single sample is frozen.
+during a run: it is computed once per crop. Each step samples it anew, as if the VAE ran again.
 
 Letters: N images; B pairs in a batch; R resolution; C, h, w channels, height and width of a latent.
 """
@@ -37,23 +36,27 @@ def encode(vae, images, family, in_float16=None):
         posteriors = [vae.encode(part).latent_dist for part in images.split(images_per_pass)]
     if in_float16 and not all_finite([p.parameters for p in posteriors]):
         return encode(vae, images, family, in_float16=False)
+    # Not `p.std`, which has been computed in float16.
     stacked = [torch.stack([p.mean.float(), (p.logvar.float() / 2).exp()], 1) for p in posteriors]
     return family.scale(vae, torch.cat(stacked))
 
 
 def all_finite(tensors):
-    """Waits for the GPU, once."""
+    """Whether no tensor holds inf or nan. The CPU waits for the GPU, once for all of them."""
     return bool(torch.cat(tensors).isfinite().all())
 
 
 def encode_batches(vae, batches, family, encoded_prompts, device, original=None):
-    """Encode the images of each of `batches`, as `dataset.collate` returns them; `encoded_prompts`:
-    what `family.encode_prompts` has returned. Yields dicts: posteriors (2B, 2, C, h, w) on
-    `device`; conditions, what `family.predict` needs of the prompts; positions (B,); and original,
-    None or the original model's prediction for the class half, as a function of noisy latents
-    (B, C, h, w) and timesteps (B,).
+    """Encode the images of `batches`, dicts as `dataset.collate` returns them. Each crop is encoded
+    once, when the first step that trains on it asks for its batch.
 
-    Each crop is encoded once, when the first step that trains on it asks for its batch.
+    `encoded_prompts`: what `family.encode_prompts` returned. `original`: None, or what
+    `models.load_original` returned. Yields dicts of
+
+        posteriors  (2B, 2, C, h, w), on `device`
+        conditions  what `family.predict` needs beside noisy latents and timesteps
+        positions   B integers
+        original    None, or `original` with the class half's conditions filled in
     """
     posterior_of = {}  # by crop
     for batch in batches:
@@ -99,10 +102,10 @@ def sample_noise(seed, positions, latent_shape, device):
 def sample_timesteps(scheduler, seed, positions, max_instance_noise=1.0):
     """The timesteps of both images of the pairs at B `positions`: (2B,), instance half first.
 
-    Those of the instance half are of the least noisy `max_instance_noise`, in (0, 1], of the
-    schedule. Where there is more noise than that, little but an image's place and light is left to
-    predict: a subject that is trained there takes on those of its few photos, whatever the prompt
-    (Soboleva et al. 2025, arXiv 2507.05964, train fewer weights there).
+    The instance half is trained only at the least noisy fraction `max_instance_noise`, in (0, 1],
+    of the schedule. At more noise, little but an image's place and light is left to predict: a
+    subject that is trained there takes on the place and the light of its few photos, whatever the
+    prompt (Soboleva et al. 2025, arXiv 2507.05964, train fewer weights there).
     """
     fractions = sample_fractions(seed, positions)
     share = torch.ones_like(fractions)
@@ -111,8 +114,8 @@ def sample_timesteps(scheduler, seed, positions, max_instance_noise=1.0):
 
 
 def sample_fractions(seed, positions):
-    """For each image of the pairs at B `positions` where in the noise schedule it is trained: (2B,)
-    in [0, 1), float64, instance half first.
+    """The place in the noise schedule at which each image of the pairs at B `positions` is trained:
+    (2B,) in [0, 1), float64, instance half first.
 
     Each half walks through the schedule by the golden ratio from a random start: consecutive pairs
     have theirs spread evenly, high and low noise in every step, where independent samples cluster.

@@ -16,7 +16,7 @@ from dreambooth.cli import UserError, warn
 from dreambooth.files import pipeline_dir
 
 PEFT = "base_model.model."  # how the names of PEFT's own files begin
-# By what only their tensors' names hold. PEFT's own DoRAs have other names, and are loaded.
+# By a text that only their tensors' names contain. PEFT's own DoRAs have other names, and load.
 OTHER_ADAPTERS = {
     "dora_scale": "DoRA of kohya's",
     "lokr_": "LoKr",
@@ -26,7 +26,7 @@ OTHER_ADAPTERS = {
     ".diff_b": "LyCORIS with whole weights",
     "w_norm": "LyCORIS with norms",
 }
-# The second and the first matrix of a layer, as several programs name them.
+# The up (B) and the down (A) matrix of a layer, as several programs name them.
 MATRICES = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"))
 
 
@@ -36,6 +36,7 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     file = pipeline_dir.lora_file(lora_weights_dir)
     flag = f"--lora_weights_dir {file}"
     print(f"with the LoRA of {file}", flush=True)
+    # Refuse what is no plain LoRA.
     with safe_open(file, "pt") as opened:
         names = list(opened.keys())
     if not names:
@@ -43,7 +44,8 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     for sign, kind in OTHER_ADAPTERS.items():
         if any(sign in name for name in names):
             raise UserError(f"{flag} is a {kind}, which is not supported: use a plain LoRA")
-    # By its path: its header may hold the alphas, which its tensors do not.
+    # Let diffusers read the file itself, as its header may hold alphas that the tensors lack;
+    # except for layouts that it would read wrong.
     source, options = file.parent, {"weight_name": file.name}
     is_peft = any(name.startswith(PEFT) for name in names)
     config = file.parent / pipeline_dir.PEFT_CONFIG
@@ -51,9 +53,10 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
         source, options = from_peft(load_file(file), config, flag), {}
     elif any(name.endswith(".alpha") for name in names):
         source, options = with_alphas(load_file(file)), {}
+    # Load it, and check that every matrix found its layer.
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        given = pipeline.lora_state_dict(copy(source), **options)  # which changes a dict
+        given = pipeline.lora_state_dict(copy(source), **options)  # a copy: it changes the dict
         given = given[0] if isinstance(given, tuple) else given  # some return alphas as well
         given = [name for name in given if not name.endswith("alpha")]
         pipeline.load_lora_weights(copy(source), adapter_name="subject", **options)
@@ -72,15 +75,15 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
 
 
 def with_alphas(weights):
-    """The tensors of a LoRA whose layers have alphas, each alpha divided by the layer's rank and
-    put into its matrices. (diffusers gives the wrong alphas to layers that differ.)"""
+    """The tensors of a LoRA whose layers have alphas, each up matrix multiplied by alpha / rank in
+    place of the alpha. (diffusers gives the wrong alphas to layers that differ.)"""
     weights = dict(weights)
     for name in [name for name in weights if name.endswith(".alpha")]:
         layer = name.removesuffix(".alpha")
-        for second, first in MATRICES:
-            if layer + second in weights and layer + first in weights:
-                scale = weights.pop(name).item() / len(weights[layer + first])
-                weights[layer + second] = weights[layer + second].float() * scale
+        for up, down in MATRICES:
+            if layer + up in weights and layer + down in weights:
+                scale = weights.pop(name).item() / len(weights[layer + down])  # alpha / rank
+                weights[layer + up] = weights[layer + up].float() * scale
     return weights
 
 

@@ -1,4 +1,4 @@
-"""The loss of a DreamBooth training step. Noise and timesteps are passed in; what is below
+"""The loss of a DreamBooth training step. Noise and timesteps are passed in; the functions below
 `training_loss` are pure functions of tensors.
 
 Letters: 2B images in a batch, B of the instance first and then B of the class; C latent channels;
@@ -19,8 +19,8 @@ def training_loss(
     posterior_noise and noise (2B, C, h, w); timesteps (2B,). `conditions`: what the family's
     `conditions` returns, which only the denoiser looks into.
 
-    `original`: what the class half should predict instead of the noise, a function of its noisy
-    latents (B, C, h, w) and timesteps (B,): the original model's own prediction.
+    `original`: None, or the original model as a function of noisy latents (B, C, h, w) and
+    timesteps (B,): its prediction is then the class half's target in place of the noise.
     """
     # Sample each image's latents from its posterior.
     latents = sample_posterior(posteriors, posterior_noise)  # (2B, C, h, w)
@@ -91,7 +91,7 @@ def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):
 def prior_preserving_loss(model_pred, target, prior_loss_weight, weights=None):
     """Mean squared error of the instance half plus `prior_loss_weight` times that of the class half
     (Ruiz et al. 2022, arXiv 2208.12242, eq. 2), in float32. With a weight of 0 there is no class
-    half: that of all images.
+    half, and the loss is the mean squared error of all images.
 
     Shapes: model_pred and target (2B, C, h, w), instance half first; weights (2B,), a factor for
     each image's error. Returns a scalar and, without gradients, the means of the halves (2,),

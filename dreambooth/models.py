@@ -60,9 +60,9 @@ class Denoiser(torch.nn.Module):
 
 
 class Captured(torch.nn.Module):
-    """A denoiser whose forward and backward pass are captured as CUDA graphs when it is first
-    called, and from then on launched as one each. Else Python launches the 6,000 kernels of a step
-    one by one, and a fast GPU waits for it.
+    """A denoiser whose forward and backward pass are each captured as a CUDA graph at the first
+    call and replayed from then on. Otherwise Python launches the 6,000 kernels of a step one by
+    one, and a fast GPU waits for Python.
 
     Each batch must be as large as the first. The gradients are in the graph's memory, which the
     next call overwrites: they cannot be accumulated.
@@ -108,6 +108,8 @@ def load_models(args, device, autocast=None):
     if device.type == "cuda":  # in training on a CPU it costs a few per cent
         backbone.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
+
+    # Choose what is trained.
     trains_text_encoder = pipeline_dir.trains_text_encoder(args)
     if args.use_lora:
         torch.manual_seed(seed_for("lora", args.seed))
@@ -116,6 +118,8 @@ def load_models(args, device, autocast=None):
             cast_frozen_to_bf16(denoiser)
     elif text_encoder and not trains_text_encoder:
         text_encoder.requires_grad_(False)
+
+    # Trade time for memory, and compile.
     if args.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
         if trains_text_encoder:  # else it has no backward pass, and this would give it one
@@ -124,6 +128,7 @@ def load_models(args, device, autocast=None):
         torch._dynamo.config.optimize_ddp = False  # would split the blocks where DDP's buckets end
         torch._dynamo.config.recompile_limit = 32  # blocks of each width, in training and previews
         backbone.compile_repeated_blocks()
+
     with pipeline_dir.loading(f"{args.model_dir}/scheduler"):
         schedule_class = FlowSchedule if denoiser.family.facts.is_flow else DiffusionSchedule
         scheduler = schedule_class.from_pretrained(args.model_dir, subfolder="scheduler").to(device)
@@ -157,15 +162,15 @@ def load_original(args, denoiser, device):
         return None
     if args.use_lora:
         layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
-        return partial(predict, denoiser, layers)
+        return partial(predict_without_lora, denoiser, layers)
     original = load_denoiser(args, device, denoiser.autocast).requires_grad_(False)
     if denoiser.autocast:
         cast_frozen_to_bf16(original)
-    return partial(predict, original, [])
+    return partial(predict_without_lora, original, [])
 
 
 @torch.no_grad()
-def predict(denoiser, lora_layers, noisy_latents, timesteps, conditions):
+def predict_without_lora(denoiser, lora_layers, noisy_latents, timesteps, conditions):
     """A denoiser's prediction with its `lora_layers` switched off; they are on afterwards, and
     their matrices require gradients as before."""
     try:
@@ -234,7 +239,7 @@ def build_optimizer(parameters, args):
 
 
 def build_lr_schedule(optimizer, num_steps, args):
-    """The learning rate of each of `num_steps` steps: `args.lr` times what the schedule says."""
+    """A torch LR scheduler for `num_steps` steps: it scales `args.lr`, the peak learning rate."""
     return get_scheduler(
         args.lr_scheduler, optimizer,
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps,

@@ -1,4 +1,4 @@
-"""Noise schedules: how latents become noise during training, and at which times.
+"""Noise schedules of training: which timesteps there are, and how noise is added at each.
 
 Letters: N images; C, h, w channels, height and width of a latent.
 """

@@ -198,11 +198,11 @@ def sampling_args(generate_args):
 
 @pytest.fixture
 def run_and_resume(train_here, tmp_path, monkeypatch):
-    """Train two steps in two ways, on one worker: run_and_resume("1:2", lr=1e-3) returns a run that
-    nobody stopped; one that took its first step alone and was then resumed by so many workers (a
-    pair that is used twice or not at all would change its weights); and the state between. What
-    ends the first of its runs is that the result cannot be saved; the state after step 2 is then
-    lost."""
+    """Train two steps twice, once without a stop and once resumed after step 1 by so many workers:
+    run_and_resume("1:2", lr=1e-3) returns the uninterrupted run, the resumed one, and the state
+    after step 1. A pair that is used twice or not at all would change the weights. (The first part
+    of the resumed run ends because its result cannot be saved; its checkpoint of step 2 is then
+    deleted.)"""
 
     def run(num_workers, **changes):
         changes = {"adam_epsilon": 1e-2, "lr": 1e-3, "max_train_steps": 2, **changes}

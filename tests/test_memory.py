@@ -95,6 +95,10 @@ def test_the_documents_have_the_same_numbers(readme, root):
         assert tuple(map(float, row.split(" | "))) == memory.COUNTED_KLEIN[flags][:2], name
 
 
+def test_the_memory_of_each_family_is_known():
+    assert memory.REFERENCES.keys() == pipeline_dir.PIPELINES.keys()
+
+
 def test_the_numbers_are_those_that_are_counted():
     """One of them, on fake tensors. (RESULTS.md has the command that counts them all.)"""
     gib = count_gib(counted_side("sd14", []), keep_gradients=True)

@@ -150,7 +150,7 @@ def test_a_captured_step_computes_what_the_denoiser_does(load_models, monkeypatc
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6)
         noisy_latents, timesteps = noisy_latents.flip(0), timesteps.flip(0)
     assert len(replayed) == 3
-    models.predict(denoiser, [], noisy_latents, timesteps, conditions)
+    models.predict_without_lora(denoiser, [], noisy_latents, timesteps, conditions)
     assert len(replayed) == 3
 
 

@@ -323,6 +323,6 @@ def test_a_strip_shows_the_preview_of_each_step(report):
 
 def test_the_page_says_whether_a_lora_was_trained(report):
     record = json.loads((report / training_log.RECORD).read_text())
-    assert dict(page.facts_of(record))["LoRA"] == "no"
+    assert dict(page.table_rows(record))["LoRA"] == "no"
     record["flags"]["use_lora"] = True
-    assert dict(page.facts_of(record))["LoRA"] == "rank 4"
+    assert dict(page.table_rows(record))["LoRA"] == "rank 4"

@@ -103,12 +103,13 @@ def test_the_readmes_commands_are_accepted_by_the_scripts(readme, tmp_path):
             export.parse_args(argv[1:])
 
 
-def test_the_core_has_as_many_lines_as_the_readme_says(readme, root):
-    files, lines = re.search(r"The core is (\w+) files, (\d+) lines", readme).groups()
+def test_the_core_is_as_short_as_the_readme_says(readme, root):
+    files, limit = re.search(r"The core is (\w+) files, under ([\d,]+) lines", readme).groups()
     core = readme.partition("in reading order:\n\n```\n")[2].partition("```")[0]
     paths = re.findall(r"^\S+", core, re.MULTILINE)
     assert (files, len(paths)) == ("six", 6)
-    assert int(lines) == sum(len((root / path).read_text().splitlines()) for path in paths)
+    lines = sum(len((root / path).read_text().splitlines()) for path in paths)
+    assert lines < int(limit.replace(",", ""))
 
 
 def test_each_flag_named_belongs_to_some_script(text, root):
@@ -203,8 +204,9 @@ def test_training_and_sampling_have_the_same_prompt(root):
         assert re.search(rf"photo of {identifier}", (root / name).read_text()), name
 
 
-def test_each_fault_of_the_readmes_table_is_cited_by_a_test(root, readme):
-    faults = re.findall(r"^\| (\d+) \|", readme, re.MULTILINE)
+def test_each_fault_of_the_published_example_is_cited_by_a_test(root):
+    table = (root / "tests" / "FAULTS.md").read_text()
+    faults = re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
     assert faults == [str(number) for number in range(1, 13)]
     tests = " ".join(file.read_text() for file in root.glob("tests/test_*.py"))
     cited = re.findall(r"fault (\d+) of\s+the\s+published\s+example", tests, re.IGNORECASE)

@@ -151,7 +151,7 @@ def test_the_phases_add_up_to_the_run(make, clock, tmp_path, capsys):
     end_step(log, 1)
     clock.wait(1)
     end_step(log, 2)
-    with log.aside("previews"):
+    with log.timed_apart("previews"):
         clock.wait(5)
     clock.wait(1)
     end_step(log, 3, loss=0.25)
@@ -312,6 +312,14 @@ def test_each_metric_has_its_curve():
     """In TensorBoard."""
     logged = {"grad_norm", "lr", "images_per_s", "peak_gib", "reserved_gib"}
     assert training_log.TAGS.keys() == {*training_log.LOSSES, *logged}
+
+
+def test_a_metric_of_another_name_has_a_curve_of_that_name(make, tmp_path):
+    log = make()
+    log.write({"step": 3, "validation_loss": 0.25})
+    assert curve(tmp_path, "validation_loss") == [(3, 0.25)]
+    (line,) = (tmp_path / "report" / training_log.METRICS).read_text().splitlines()
+    assert json.loads(line) == {"step": 3, "validation_loss": 0.25}
 
 
 def test_a_new_run_begins_with_no_files_of_tensorboard(tmp_path):

@@ -1,4 +1,4 @@
-"""A file, a directory, a line: written whole or not at all, even if the process crashes.
+"""Atomic writes: a file or directory is written whole or not at all, even if the process crashes.
 
 Files and directories are written under a temporary name beside the target and then renamed. The
 checks find what would make that fail before anything costly starts.

@@ -25,7 +25,7 @@ COPIED = ".copied-by-dreambooth"  # marks a folder that the next subject may rep
 CONTACT_SHEET = "contact_sheet.png"  # generate.py puts one beside its images; it is not one of them
 METADATA = "metadata.jsonl"  # of generated images, and with the captions of photos
 OURS = {CONTACT_SHEET, METADATA, "compared"}  # beside generated images
-MASKS = ("-masklabel", "-condlabel")  # beside photos, by OneTrainer
+MASKS = ("-masklabel", "-condlabel")  # that OneTrainer puts beside photos: skipped, not used
 FEW_PHOTOS = 3  # with fewer, the model learns the photo rather than the subject
 
 

@@ -69,7 +69,7 @@ def read_facts(model_dir):
 
 
 class Weights(NamedTuple):
-    """The files of a model's weights, of several that a directory may hold the ones to load."""
+    """The files to load a model's weights from; a directory may hold several copies of them."""
 
     variant: str | None  # "fp16" where there are none in full precision
     files: list  # names, or paths; of shards with that of their index

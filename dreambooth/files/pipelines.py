@@ -14,8 +14,7 @@ class PipelineFacts(NamedTuple):
     tokenizers: tuple  # parts, each a folder with the files of its model
     text_encoders: tuple
     backbone: str  # the U-Net, or the transformer in its place
-    # Whether it is trained by default. Where not, it cannot be: prompts are encoded once.
-    trains_text_encoder: bool
+    trains_text_encoder: bool  # by default; where False it cannot be: prompts are encoded once
     sampler: dict  # the defaults of generate.py
     tags: tuple  # of the model card
     classes: dict  # by part: the one class that it may have

@@ -1,4 +1,4 @@
-"""A cluster of Ray: its start, its nodes, the errors that cross it, and waiting for it."""
+"""Ray: starting or joining a cluster, waiting for its nodes, and user errors raised on them."""
 
 import atexit
 import logging
@@ -126,7 +126,7 @@ def scaling_config(num_workers, num_gpus, num_cpus):
         raise UserError("Ray has one CPU core, and reading images takes another: add a node")
     fewest, most = num_workers
     # On a CPU the workers reserve at most half of the cores: Ray Data's tasks need the rest, and
-    # would wait for ever if all were reserved. (1, 1/2, 1/4: exact fractions, which Ray adds up.)
+    # would wait for ever if all were reserved. Halved, not divided: 1/2, 1/4 ... add up exactly.
     cpus = 1.0
     while cpus * most > num_cpus / 2:
         cpus /= 2
@@ -277,9 +277,9 @@ def check_num_workers(num_workers, num_gpus, num_cpus):
 
 
 def wait_and_tell(future, scaling_config, interval=5):
-    """The result of `future`, a run of Ray Train's with that ScalingConfig, which itself waits for
-    lost nodes silently. Look every `interval` seconds whether the cluster still has room for the
-    workers; print when it has none for longer than `GRACE`, and when it has again."""
+    """The result of `future`, the run of a trainer with this ScalingConfig. Ray Train says nothing
+    while it waits for lost nodes: every `interval` seconds, look whether the cluster has room for
+    the workers, and print when it has had none for `GRACE` seconds, and when it has again."""
     short_since, told = None, False
     while not wait([future], timeout=interval).done:
         missing = missing_resource(scaling_config)

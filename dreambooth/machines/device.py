@@ -1,6 +1,5 @@
-"""What this process computes on: whether its GPUs can be used, and the cores of its CPU.
-
-Without Ray, which counts GPUs and does not try them.
+"""What this process computes on: its GPUs and whether PyTorch can use them, its CPU cores, its
+memory. Without Ray, which counts GPUs and does not try them.
 """
 
 import math

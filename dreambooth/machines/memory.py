@@ -69,9 +69,9 @@ class Reference(NamedTuple):
 
     counted: dict
     resolution: int  # pixels
-    backbone: float  # the parameters of its U-Net or transformer
-    trained: float  # that of all that is trained
-    text: float = 0.0  # the share of the activations that is the prompt's, at that resolution
+    backbone: float  # number of parameters of its U-Net or transformer
+    trained: float  # number of trained parameters
+    text: float = 0.0  # share of the activations that prompt tokens take, at that resolution
 
 
 SD14 = Reference(COUNTED, 512, 860e6, 983e6)
@@ -90,8 +90,8 @@ class Job(NamedTuple):
     is_captured: bool = False  # with --cuda_graph; its gradients are where activations were
     has_previews: bool = True  # as in run.sh
     resolution: int = 512  # pixels
-    backbone_ratio: float = 1.0  # of that model's parameters to the reference's
-    trained_ratio: float = 1.0  # of all trained ones to the reference's
+    backbone_ratio: float = 1.0  # the model's backbone parameters / the reference's
+    trained_ratio: float = 1.0  # its trained parameters / the reference's
     reference: Reference = SD14
     original: float = 0.0  # parameters of a frozen copy, for --prior_target original
 

@@ -16,8 +16,8 @@ class Run:
     """A resumable training loop: AdamW, linear warm-up, a constant learning rate that falls to 0 in
     the last fifth of the steps, an EMA of the weights.
 
-    The learning rate is constant for so long that a run can be resumed with another number of
-    steps: what was trained before is what a run with that number would have trained.
+    As the learning rate is constant until the last fifth, a run can be resumed with more steps:
+    what was trained so far is what the longer run would have trained.
     """
 
     def __init__(self, name, module, work_dir, steps, lr, ema):

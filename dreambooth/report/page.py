@@ -209,11 +209,11 @@ def film_strips(folder):
     return strips
 
 
-def facts_of(record):
-    """What the page's table says of a run: labels and texts."""
+def table_rows(record):
+    """The rows of the page's table on a run: labels and texts."""
     flags = record["flags"]
     revision = f", revision {record['revision']}" if record["revision"] else ""
-    facts = [
+    rows = [
         ("model", record["model"] + revision),
         ("status", ": ".join(filter(None, [record["status"], record.get("message")]))),
         ("images and steps", record["plan"]),
@@ -225,10 +225,10 @@ def facts_of(record):
         ("versions", ", ".join(f"{name} {v}" for name, v in record["versions"].items())),
     ]
     if "seconds" in record:
-        facts.append(
+        rows.append(
             ("where the seconds went", training_log.where_the_seconds_went(record["seconds"]))
         )
-    return facts
+    return rows
 
 
 def render(folder, record, comparisons, kept):
@@ -255,7 +255,7 @@ def render(folder, record, comparisons, kept):
         preview_steps=previews.NUM_INFERENCE_STEPS,
         preview_guidance=previews.GUIDANCE_SCALE,
         curves=all_curves(rows),
-        facts=facts_of(record),
+        facts=table_rows(record),
     )
     return html, found
 
@@ -269,7 +269,7 @@ def subjects_and_others(comparisons, flags):
 
 
 def shown(comparisons):
-    """`find_comparisons` as the template takes them."""
+    """For the template: prompt, and both images as data URIs, of each of `comparisons`."""
     return [
         {"prompt": prompt, "before": data_uri(before), "after": data_uri(after)}
         for prompt, before, after in comparisons

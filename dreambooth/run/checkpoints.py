@@ -56,8 +56,8 @@ def find_newest(folder):
 
 
 def prepare(folder, fingerprint, args):
-    """Make a run's directory ready, for this process alone; returns the number of steps that it
-    goes on after, and says so.
+    """Lock a run's directory and clear it of what no resumed run needs. Prints, if it is not 0, and
+    returns the number of steps already done.
 
     `fingerprint`: a flat dict of all that decides the result. UserError: the checkpoints there
     belong to a run with another fingerprint, or to a run that has not ended.
@@ -99,7 +99,7 @@ def check_fingerprint(folder, fingerprint):
 def remove(folder):
     """Delete a run's checkpoints and Ray Train's files: the result is in place."""
     with suppress(OSError):
-        # First, as without it no run resumes from the rest; last the lock: it tells whose that is.
+        # run.json first: without it no run resumes from the rest. The lock last: it marks it.
         (folder / "run.json").unlink(missing_ok=True)
         for path in set(folder.iterdir()) - {folder / "lock"}:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
@@ -108,7 +108,7 @@ def remove(folder):
 
 
 def remove_unless_needed(folder):
-    """Delete them if there is no checkpoint to go on from, as far as the storage tells."""
+    """`remove`, unless there is a checkpoint to resume from or the storage does not answer."""
     with suppress(OSError):
         if not find_newest(folder):
             remove(folder)

@@ -1,6 +1,6 @@
-"""What a training run leaves: a complete pipeline directory or the file of a LoRA, and its model
-card, the README.md that the Hugging Face Hub reads; and the ways from there to the Hub and to other
-programs.
+"""The result of a training run: a complete pipeline directory or the file of a LoRA, with its model
+card, the README.md that the Hugging Face Hub shows. As commands: upload it, or convert a LoRA for
+other programs.
 
     python -m dreambooth.run.export card $TUNED_MODEL_DIR --push YOUR-NAME/YOUR-MODEL
     python -m dreambooth.run.export kohya $LORA_DIR --output subject.safetensors
@@ -31,7 +31,7 @@ LICENCES = {
     "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
 }
 CARD, IMAGE = CARD_FILES
-OPTIONAL_PARTS = {"safety_checker", "feature_extractor", "image_encoder"}  # which are left out
+OPTIONAL_PARTS = {"safety_checker", "feature_extractor", "image_encoder"}  # not in the result
 
 TEXT = """
 # {name}

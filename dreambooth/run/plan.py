@@ -20,7 +20,7 @@ LR_SCHEDULERS = [
 POLYNOMIAL_END = 1e-7  # diffusers' last learning rate of that schedule
 # The flags that may change when a run is resumed. All others are part of its fingerprint.
 PATHS = {"model_dir", "output_dir", "instance_images_dir", "class_images_dir", "storage_path"}
-FACTORS = {  # count only by the pairs per step and the steps that follow, which are part of it
+FACTORS = {  # only their products, pairs per step and number of steps, are in the fingerprint
     "train_batch_size", "gradient_accumulation_steps", "num_workers", "num_epochs",
     "max_train_steps",
 }  # fmt: skip
@@ -78,8 +78,8 @@ class TrainingPlan:
         return sorted({str(Path(path).parent) for path in self.instance_paths + self.class_paths})
 
     def divide(self, num_workers):
-        """How each of `num_workers` takes its share of a step: pairs per forward pass, and passes,
-        over which gradients are accumulated."""
+        """(pairs per forward pass, gradient accumulation steps) of each of `num_workers` workers:
+        the fewest passes of equal size, none larger than `max_pairs_per_pass`."""
         share = self.pairs_per_step // num_workers
         accumulation_steps = math.ceil(share / self.max_pairs_per_pass)
         while share % accumulation_steps:
@@ -199,8 +199,8 @@ def report_dir(output_dir):
 
 
 def check_flags(args):
-    """Check the flags of train.py, as far as that takes no time, and leave --cuda_graph out where
-    no step can be captured. A UserError names the first mistake."""
+    """The quick checks of train.py's flags: a UserError names the first mistake. Switches
+    `args.cuda_graph` off, with a warning, where no step can be captured."""
     check_numbers(args)
     for name in PATHS:
         path = getattr(args, name) or ""

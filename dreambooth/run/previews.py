@@ -67,7 +67,7 @@ class Previews:
 
     def on_step_end(self, step, **metrics):
         if self.prompts and (step % self.every == 0 or step == self.num_steps):
-            with self.log.aside("previews"), self.log.survived("previews"):
+            with self.log.timed_apart("previews"), self.log.warn_if_not_written("previews"):
                 self._generate(step)
 
     def on_train_end(self):

@@ -52,7 +52,7 @@ class TrainingLog:
         self.log_every = log_every
         self.enabled = enabled
         self.folder = plan.report_dir
-        # Only the wall clock is shared between processes, and it may be set back.
+        # Processes share only the wall clock; it may be set back meanwhile, hence the max.
         self.metrics = {"start_s": max(0.0, time.time() - started)}
         self.phase_began = time.monotonic()
         self.unread_losses = []
@@ -67,7 +67,7 @@ class TrainingLog:
         self.phase_began = now
 
     @contextmanager
-    def aside(self, name):
+    def timed_apart(self, name):
         """For what is done between two steps: its seconds are counted under `name`, and neither as
         part of the steps nor in images per second."""
         wait_for(self.device)
@@ -119,7 +119,7 @@ class TrainingLog:
         if self.device.type == "cuda":
             row["peak_gib"], row["reserved_gib"] = peak_gib(self.device)
         if self.events:
-            self._write(row)
+            self.write(row)
         for number, values in enumerate(losses, start=step + 1 - len(losses)):
             if not math.isfinite(values[0]):
                 self._give_up(f"the loss is {values[0]} at step {number}")
@@ -129,18 +129,19 @@ class TrainingLog:
         if self.enabled:
             print(self._line(row), flush=True)
 
-    def _write(self, row):
-        """Add a row of metrics to both files."""
-        with self.survived("metrics"):
+    def write(self, row):
+        """Add a row of metrics, a dict with the "step", to both files."""
+        with self.warn_if_not_written("metrics"):
             atomic.append_line(self.folder / METRICS, json.dumps(row))
             for name, value in row.items():
-                if name in TAGS:
-                    self.events.add_scalar(TAGS[name], value, row["step"])
+                if name != "step":
+                    self.events.add_scalar(TAGS.get(name, name), value, row["step"])
             self.events.flush()  # a run that is killed keeps its curves
 
     @contextmanager
-    def survived(self, what):
-        """A run goes on if the body, which writes `what`, cannot: the disk is full, say."""
+    def warn_if_not_written(self, what):
+        """An OSError in the body, which writes `what`, is a warning, once: a full disk does not end
+        the run."""
         try:
             yield
         except OSError as error:
