@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, first_line, run_main
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, first_line, run_main, warn
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.pocket.classes import POCKET_DIR
 
@@ -92,6 +92,16 @@ def fetch_from_hub(cache_dir, model_name, revision):
         )
 
 
+def fetched_earlier(cache_dir, model_name, branch):
+    """The pipeline directory of the commit that `branch` was when it was last fetched; None if it
+    is not in the cache, or not complete."""
+    ref = pipeline_dir.snapshot_dir(cache_dir, model_name, branch).parents[1] / "refs" / branch
+    if not ref.is_file():
+        return None
+    snapshot = pipeline_dir.snapshot_dir(cache_dir, model_name, ref.read_text().strip())
+    return None if pipeline_dir.missing_file(snapshot) else snapshot
+
+
 @contextmanager
 def hub_errors_as_one_line(name, revision, folder, offline_remedy):
     """Turn what fails while `name` at `revision` is downloaded into `folder` into a UserError:
@@ -143,7 +153,13 @@ def main(args):
         copy_pocket(snapshot)
     elif pipeline_dir.missing_file(snapshot):  # always for a branch: its newest commit is asked for
         atomic.check_writable(args.model_dir, "--model_dir")
-        snapshot = fetch_from_hub(args.model_dir, args.model_name, args.revision)
+        try:
+            snapshot = fetch_from_hub(args.model_dir, args.model_name, args.revision)
+        except UserError as error:  # no network, say
+            snapshot = fetched_earlier(args.model_dir, args.model_name, args.revision)
+            if snapshot is None:
+                raise
+            warn(f"using what was fetched earlier: {error}")
     pipeline_dir.check_model_dir(snapshot)
     print(snapshot)
 

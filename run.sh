@@ -10,7 +10,7 @@
 # TRAIN_FLAGS replaces the recipe, MORE_FLAGS is added to it: MORE_FLAGS=--restart ./run.sh
 # SCENES is a list: SCENES="in the snow|at night" ./run.sh
 set -euo pipefail
-unset CDPATH  # with it, cd prints
+unset CDPATH PYTHONSAFEPATH  # with them, cd prints, and Python does not find dreambooth/
 
 # The recipes: what is learned, and how.
 use_pocket() {
@@ -255,9 +255,9 @@ run() {
   (trap - INT; exec "$@") &  # else Ctrl-C would not reach a background command
   child=$!
   trap 'kill -TERM "$child"' TERM
-  trap : INT
+  trap : INT HUP  # which a terminal sends to both
   while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do :; done
-  trap - TERM INT
+  trap - TERM INT HUP
   return "$code"
 }
 

@@ -11,6 +11,7 @@ import errno
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -26,6 +27,7 @@ QUIET_ENVIRONMENT = {
 STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # may pass, and is no file's fault
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: for one file of this size
 OF_THE_DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+COMMON_WORDS = {"a", "an", "the", "my", "our", "of", "in", "on", "at", "with", "by", "and"}
 # One of Ray Train's loggers has no name of its own: it is the root logger.
 LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "diffusers", "transformers", "peft")
 
@@ -97,6 +99,11 @@ def valid_prompt(text):
     except UnicodeEncodeError:  # Python keeps bytes that are not UTF-8 as lone surrogates
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
     return text
+
+
+def words(prompt):
+    """The words of a prompt, a set, without punctuation, case, and the commonest ones."""
+    return set(re.findall(r"[^\s,.;:]+", prompt.lower())) - COMMON_WORDS
 
 
 def warn(message):

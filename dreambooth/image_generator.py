@@ -45,7 +45,9 @@ class ImageGenerator:
         self.family = family_of(args.model_dir)
         self.inputs = {}  # of the pipeline, by prompt
         dtype = self.family.dtype_on_gpu if self.device == "cuda" else torch.float32
-        self.pipeline = load_sampler(args.model_dir, dtype, args.scheduler)
+        self.pipeline = load_sampler(
+            args.model_dir, dtype, args.scheduler, args.num_inference_steps
+        )
         if args.lora_weights_dir:
             apply_lora(self.pipeline, args.lora_weights_dir, args.lora_scale)
         backbone = getattr(self.pipeline, self.family.facts.backbone)
@@ -168,15 +170,18 @@ def warn_if_images_are_slow(args):
     device.warn_if_slow(pipeline_dir.num_parameters(args.model_dir), "an image")
 
 
-def load_sampler(model_dir, dtype=None, scheduler="dpm", **parts):
+def load_sampler(model_dir, dtype=None, scheduler="dpm", num_steps=10, **parts):
     """The pipeline of `model_dir` to sample from; `parts` are models to take in place of its own.
-    `scheduler`: "dpm", that of `build_dpm`, or "model", the model's own."""
+    `scheduler`: "dpm", that of `build_dpm`, or "model", the model's own. UserError: a part cannot
+    be loaded, or the scheduler does not take `num_steps`."""
+    if scheduler != "model":  # the model's own may be one that is not even installed
+        with pipeline_dir.loading(f"{model_dir}/scheduler"):
+            config = pipeline_dir.read_config(Path(model_dir) / pipeline_dir.SCHEDULER, model_dir)
+            parts["scheduler"] = build_dpm(config)
     pipeline = pipeline_dir.load_pipeline(model_dir, dtype, **parts)
-    with pipeline_dir.loading(f"{model_dir}/scheduler"):
-        if scheduler != "model":
-            pipeline.scheduler = build_dpm(pipeline.scheduler.config)
+    with pipeline_dir.loading(f"{model_dir}/scheduler, for {num_steps} steps,"):
         shift = {"mu": 1.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}
-        pipeline.scheduler.set_timesteps(10, **shift)  # fails here, and not after minutes
+        pipeline.scheduler.set_timesteps(num_steps, **shift)  # fails here, not after minutes
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -191,7 +196,10 @@ def build_dpm(config):
     """
     from diffusers import DPMSolverMultistepScheduler  # here: not needed if nothing is missing
 
-    config = {**config, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+    adds_noise = config.get("algorithm_type") == "sde-dpmsolver++"
+    kind = "sde-dpmsolver++" if adds_noise else "dpmsolver++"
+    config = {**config, "algorithm_type": kind}
+    config |= {"use_exponential_sigmas": False, "use_beta_sigmas": False}
     dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
     if dpm.alphas_cumprod[-1] < MIN_LAST_ALPHA:
         dpm = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=False)

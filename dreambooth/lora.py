@@ -4,7 +4,9 @@ diffusers reads the layouts of most; what it would read wrong, or in part withou
 right or refused here.
 """
 
+import re
 import warnings
+from collections import Counter
 from copy import copy
 
 import torch
@@ -28,6 +30,7 @@ OTHER_ADAPTERS = {
 }
 # The up (B) and the down (A) matrix of a layer, as several programs name them.
 MATRICES = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"))
+MATRIX = re.compile(r"[._](A|B|up|down)\.weight$")  # the ends of these names
 
 
 def apply_lora(pipeline, lora_weights_dir, lora_scale):
@@ -59,6 +62,9 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
         given = pipeline.lora_state_dict(copy(source), **options)  # a copy: it changes the dict
         given = given[0] if isinstance(given, tuple) else given  # some return alphas as well
         given = [name for name in given if not name.endswith("alpha")]
+        layers = Counter(MATRIX.sub("", name) for name in given if MATRIX.search(name))
+        if alone := [layer for layer, count in layers.items() if count % 2]:
+            raise UserError(f"{flag} is damaged: it has one matrix of {alone[0]}, and no other")
         pipeline.load_lora_weights(copy(source), adapter_name="subject", **options)
     models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
@@ -93,6 +99,8 @@ def from_peft(weights, config_file, flag):
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
         raise UserError(f"{flag}: {config_file.name} has no r and lora_alpha")
+    if config.get("lora_bias") or config.get("bias", "none") != "none":
+        raise UserError(f"{flag} has biases, which are not supported: use a plain LoRA")
     alphas = config.get("alpha_pattern") or {}  # of layers that have another; ranks show in shapes
 
     def scale(name, matrix):

@@ -354,7 +354,7 @@ def train_here(train_args, tmp_path_factory, ray_address):
 
     def run(output_dir=None, **changes):
         output_dir = output_dir or tmp_path_factory.mktemp("train") / "out"
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         num_threads = torch.get_num_threads()
         stdout = io.StringIO()
         try:

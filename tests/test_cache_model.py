@@ -268,6 +268,24 @@ def test_a_complete_cache_may_be_read_only_and_needs_no_network(
     assert capsys.readouterr().out.splitlines()[-1] == str(snapshot)
 
 
+def test_without_a_network_a_branch_is_what_was_fetched_last(run, model_dir, tmp_path, capsys):
+    """As the Hub's own tools do. Tests are told to be offline."""
+    snapshot = pipeline_dir.snapshot_dir(tmp_path / "hub", "acme/sd", "0123abc")
+    shutil.copytree(model_dir, snapshot)
+    ref = snapshot.parents[1] / "refs" / "v1"
+    with pytest.raises(UserError, match="no answer from the Hub"):
+        run("acme/sd")
+    ref.parent.mkdir()
+    ref.write_text("0123abc")
+    run("acme/sd")
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(snapshot)]
+    assert err.startswith("warning: using what was fetched earlier: no answer from the Hub")
+    (snapshot / "unet" / "config.json").unlink()
+    with pytest.raises(UserError, match="no answer from the Hub"):
+        run("acme/sd")
+
+
 def test_another_pocket_model_replaces_the_cached_one(run, model_dir, monkeypatch):
     """After a pretraining of one's own."""
     run("pocket")

@@ -510,7 +510,7 @@ def test_the_notice_of_a_preemption_is_answered_by_one_checkpoint(make, monkeypa
 
 def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys):
     """What else ended the run is not hidden behind the first one."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     codes = []
     try:
         stop = checkpoints.StopOnSignal(tmp_path)
@@ -531,6 +531,19 @@ def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys):
             signal.signal(number, handler)
     assert codes == [128 + signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT]
     assert capsys.readouterr().err.count("run the same command again to resume") == 2
+
+
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_a_closed_terminal_asks_the_run_to_stop_but_not_under_nohup(tmp_path, under_nohup):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
+        checkpoints.StopOnSignal(tmp_path)
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (tmp_path / "stop").exists() != under_nohup
 
 
 def test_a_damaged_checkpoint_gives_way_to_that_of_the_same_step(folder):

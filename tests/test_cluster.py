@@ -600,6 +600,9 @@ def test_a_folder_for_sockets_may_be_as_long_as_they_leave(monkeypatch, tmp_path
         try:
             if fits:
                 cluster.check_temp_dir()
+                monkeypatch.setenv("RAY_TMPDIR", os.path.relpath(folder))
+                cluster.check_temp_dir()
+                assert os.environ["RAY_TMPDIR"] == folder
             else:
                 with pytest.raises(UserError, match="too long"):
                     cluster.check_temp_dir()

@@ -137,6 +137,15 @@ def run_export(*argv):
     export.main(export.parse_args([str(arg) for arg in argv]))
 
 
+def test_an_image_is_of_the_result_that_made_it(model_dir, lora_dir):
+    model, lora = pipeline_dir.fingerprint(model_dir), pipeline_dir.lora_fingerprint(lora_dir)
+    assert export.has_made(model_dir, {"model": model, "lora": ""})
+    assert not export.has_made(model_dir, {"model": model, "lora": lora})
+    assert not export.has_made(model_dir, {"model": "0123", "lora": ""})
+    assert export.has_made(lora_dir, {"model": "0123", "lora": lora})
+    assert not export.has_made(lora_dir, {"model": model, "lora": ""})
+
+
 def test_kohyas_names_and_the_mode_of_new_files(lora_dir, tmp_path):
     """The names as kohya's scripts write them for models with one text encoder."""
     file = tmp_path / "subject.safetensors"

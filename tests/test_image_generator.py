@@ -12,13 +12,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    SASolverScheduler,
+)
 
 import generate
 from dreambooth import image_generator
 from dreambooth.cli import UserError
-from dreambooth.files import generated_images
-from dreambooth.image_generator import ImageGenerator, build_dpm
+from dreambooth.files import generated_images, pipeline_dir
+from dreambooth.image_generator import ImageGenerator, build_dpm, load_sampler
 from dreambooth.machines import device
 
 
@@ -94,12 +100,45 @@ def test_the_scheduler_and_compilation_are_as_asked_for(model_dir, generate_args
     assert type(plain.scheduler) is DPMSolverMultistepScheduler
     assert plain.scheduler.config.use_karras_sigmas
     assert plain.scheduler.config.algorithm_type == "dpmsolver++"
-    args |= {"scheduler": "model", "compile": True}
+    args |= {"scheduler": "model", "compile": True, "num_inference_steps": 5}
     other = ImageGenerator(generate_args(tmp_path, **args)).pipeline
     assert type(other.scheduler) is PNDMScheduler
     for unet, is_compiled in ((plain.unet, False), (other.unet, True)):
         compiled = [module for module in unet.modules() if module._compiled_call_impl is not None]
         assert bool(compiled) == is_compiled
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        (DEISMultistepScheduler, {}),
+        (SASolverScheduler, {}),
+        (DDIMScheduler, {"rescale_betas_zero_snr": True}),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver"}),
+    ],
+)
+def test_a_model_with_any_scheduler_is_sampled_with_dpm(model_dir, tmp_path, scheduler, settings):
+    """Which takes its place, also where the model's own could not be made."""
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    config = {"_class_name": scheduler.__name__, "beta_end": 0.013, **settings}
+    (tmp_path / pipeline_dir.SCHEDULER).write_text(json.dumps(config))
+    index = tmp_path / pipeline_dir.INDEX
+    parts = json.loads(index.read_text())
+    index.write_text(json.dumps({**parts, "scheduler": ["diffusers", scheduler.__name__]}))
+    found = load_sampler(tmp_path).scheduler
+    assert type(found) is DPMSolverMultistepScheduler
+    assert (found.config.algorithm_type, found.config.beta_end) == ("dpmsolver++", 0.013)
+
+
+def test_a_number_of_steps_that_the_scheduler_does_not_take_is_one_line(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    index = tmp_path / pipeline_dir.INDEX
+    parts = json.loads(index.read_text())
+    index.write_text(json.dumps({**parts, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    load_sampler(tmp_path, scheduler="model", num_steps=1000)
+    with pytest.raises(UserError, match="scheduler, for 1001 steps, cannot be loaded: .*1000"):
+        load_sampler(tmp_path, scheduler="model", num_steps=1001)
 
 
 def test_each_prompt_is_encoded_once(generator, records):

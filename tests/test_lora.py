@@ -144,6 +144,28 @@ def test_a_lora_that_is_not_loaded_whole_is_warned_of(pipeline_with, load_models
     assert "some of its matrices were not loaded" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("matrix", ["up", "down"])
+def test_a_lora_that_lacks_a_matrix_of_a_pair_is_refused(
+    pipeline_with, lora_dir, tmp_path, part, matrix
+):
+    weights = load_file(lora_dir / pipeline_dir.LORA_FILE)
+    del weights[next(n for n in weights if n.startswith(part) and f".{matrix}." in n)]
+    save_file(weights, tmp_path / pipeline_dir.LORA_FILE, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is damaged: it has one matrix of .*, and no other"):
+        pipeline_with(tmp_path)
+
+
+@pytest.mark.parametrize("biases", [{"lora_bias": True}, {"bias": "all"}])
+def test_an_adapter_of_peft_with_biases_is_refused(tmp_path, biases):
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"r": 2, "lora_alpha": 2, **biases}))
+    with pytest.raises(UserError, match="has biases, which are not supported"):
+        from_peft(
+            {"base_model.model.to_q.lora_B.bias": torch.ones(4)}, file, "--lora_weights_dir x"
+        )
+
+
 def test_an_adapter_of_peft_takes_the_same_effect(predict, lora_dir, tmp_path):
     """The folder that PEFT's own save_pretrained writes, with its scale in adapter_config.json."""
     weights = load_file(lora_dir / pipeline_dir.LORA_FILE)
@@ -175,7 +197,8 @@ def test_an_adapter_of_peft_takes_the_same_effect(predict, lora_dir, tmp_path):
 
 def test_a_file_of_peft_needs_its_configuration(pipeline_with, tmp_path):
     """Which holds the scale."""
-    weights = {"base_model.model.mid_block.to_q.lora_A.weight": torch.zeros(4, 8)}
+    name = "base_model.model.mid_block.to_q.lora_{}.weight"
+    weights = {name.format("A"): torch.zeros(4, 8), name.format("B"): torch.zeros(8, 4)}
     save_file(weights, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="PEFT's own file needs adapter_config.json beside it"):
         pipeline_with(str(tmp_path))

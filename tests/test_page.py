@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dreambooth.cli import Diverged, UserError
-from dreambooth.files import generated_images
+from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.report import page
 from dreambooth.run import previews, training_log
 from dreambooth.run.plan import make_plan
@@ -188,6 +188,10 @@ def test_prompts_that_do_not_name_the_subject_are_what_must_not_change(report, s
     assert not page.names_subject("photo of a car at night", flags)
     assert page.names_subject("a painting", {**flags, "class_prompt": None})
     assert page.names_subject("unqtkn car", {**flags, "instance_prompt": "photo of the unqtkn car"})
+    assert page.names_subject("Unqtkn, a car, in the snow", flags)
+    flags["instance_prompt"] = "photo of my unqtkn car, studio light"
+    assert page.names_subject("photo of unqtkn car in the snow", flags)
+    assert not page.names_subject("photo of my house", flags)
 
 
 def test_the_model_card_shows_before_and_after_of_a_finished_run(report, save_after):
@@ -200,6 +204,22 @@ def test_the_model_card_shows_before_and_after_of_a_finished_run(report, save_af
     card.write_text(f"{card.read_text()}\nMy own words.\n")
     write_page(report, save_after())
     assert card.read_text().endswith("My own words.\n")
+
+
+def test_images_of_another_model_are_not_put_on_the_model_card(
+    report, save_after, model_dir, capsys
+):
+    """Of an earlier result, or of another run's."""
+    result = report.with_name("tuned")
+    shutil.copytree(model_dir, result, dirs_exist_ok=True)
+    folder = save_after()
+    for model, is_on_card in (("0123", False), (pipeline_dir.fingerprint(result), True)):
+        for file in folder.glob("*.png"):
+            record = {**generated_images.read_record(file), "model": model, "lora": ""}
+            generated_images.save_image(Image.open(file), record, file)
+        write_page(report, folder)
+        assert ("are not of" in capsys.readouterr().err) != is_on_card
+        assert (result / "before-after.png").exists() == is_on_card
 
 
 def test_a_directory_of_no_run_is_refused(tmp_path):

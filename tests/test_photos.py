@@ -278,6 +278,11 @@ def test_captions_in_a_form_that_is_not_read_are_a_warning(captioned, tmp_path, 
     assert f"{name} is not read: captions are taken from .txt" in capsys.readouterr().err
 
 
+def test_a_caption_of_two_lines_is_one_prompt_on_one_line(captioned):
+    a, _ = captioned.paths
+    assert captioned(a="red\nat night\n") == {a: "red at night"}
+
+
 def test_a_caption_in_capitals_is_one(captioned, tmp_path):
     """As cameras and Windows write names."""
     a, _ = captioned.paths

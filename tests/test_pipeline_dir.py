@@ -40,6 +40,17 @@ def test_what_is_missing_is_named(copied, tmp_path):
             pipeline_dir.check_model_dir(copied)
         aside.rename(copied / name)
     assert pipeline_dir.missing_file(copied) is None
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(tmp_path / "aside")
+    weights.symlink_to("../blobs/0123")  # as in a cache whose blobs were not copied
+    assert pipeline_dir.missing_file(copied) == "unet/diffusion_pytorch_model.safetensors"
+
+
+def test_a_model_and_a_lora_in_each_others_place_are_told_apart(model_dir, lora_dir):
+    with pytest.raises(UserError, match="is a LoRA: give it as --lora_weights_dir, and its base"):
+        pipeline_dir.check_model_dir(lora_dir)
+    with pytest.raises(UserError, match="is a whole model, no LoRA: give it as --model_dir"):
+        pipeline_dir.lora_file(model_dir)
 
 
 def test_full_precision_goes_before_half_and_safetensors_before_pickles(copied):
@@ -111,6 +122,8 @@ def test_a_field_that_is_null_is_not_set_and_another_type_is_refused(copied, mod
     expected = pipeline_dir.load_pipeline(model_dir, torch.float32).unet.conv_in.weight
     loaded = pipeline_dir.load_pipeline(copied, torch.float32)
     assert torch.equal(loaded.unet.conv_in.weight, expected)
+    set_json(copied / "vae" / "config.json", sample_size=[64, 64])
+    pipeline_dir.load_pipeline(copied, torch.float32)
     set_json(config, upcast_attention="no")
     with pytest.raises(UserError, match="unet/config.json has upcast_attention: .no.*bool"):
         pipeline_dir.load_pipeline(copied, torch.float32)

@@ -398,7 +398,7 @@ def main_until_fit(train_args, tmp_path, monkeypatch):
     """What train.py does before and after the training, for tmp_path/out, on a cluster of two cores
     that there is not: main_until_fit(fit, num_workers="1:2"), where `fit` takes the place of
     cluster.fit. Returns the arguments of the wait for workers."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     waits = MagicMock(return_value=(0, 2))
     monkeypatch.setattr(cluster, "start_ray_in_background", MagicMock())
     monkeypatch.setattr(cluster, "wait_for_workers", waits)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, warn
@@ -44,6 +45,7 @@ def find_images(folder, report=False):
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
     readable = readable_suffixes()
+    stems = Counter(_normal(file.stem) for file in files)
     found, skipped, subfolders = [], [], []
     for file in files:
         if file.name.startswith(".") or file.name in OURS:
@@ -61,7 +63,7 @@ def find_images(folder, report=False):
             found.append(file)
         elif suffix in UNREADABLE:
             raise UserError(f"{file}: {file.suffix} cannot be read; convert it to JPEG or PNG")
-        elif not (suffix == ".txt" and _is_caption(file, files)):
+        elif not (suffix == ".txt" and stems[_normal(file.stem)] > 1):  # an image's caption
             skipped.append(file.name)
     if not found:
         inside = f"; there are some in {_names(subfolders)}: give that folder" if subfolders else ""
@@ -89,11 +91,6 @@ def _files_in(folder):
         return []
 
 
-def _is_caption(file, files):
-    """Whether a text file stands beside an image of the same name, as kohya's captions do."""
-    return any(_normal(other.stem) == _normal(file.stem) and other != file for other in files)
-
-
 def read_captions(folder, images, were_generated=False):
     """The captions of the `images` in `folder` that have one: texts by path.
 
@@ -109,7 +106,8 @@ def read_captions(folder, images, were_generated=False):
     texts = {_normal(file.stem): file for file in folder.iterdir() if file.suffix.lower() == ".txt"}
     for image in images:
         if file := texts.get(_normal(image.stem)):
-            captions[image] = _caption(_read_text(file).rstrip("\r\n"), file)
+            text = " ".join(_read_text(file).rstrip("\r\n").splitlines())
+            captions[image] = _caption(text, file)
     metadata = folder / METADATA
     lines = _read_text(metadata).split("\n") if metadata.is_file() else []
     for number, line in enumerate(lines, start=1):

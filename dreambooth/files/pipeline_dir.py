@@ -109,7 +109,7 @@ def weights(model_dir, part):
 
 
 def _names(folder, part):
-    return [f"{part}/{file.name}" for file in (folder / part).glob("*")]
+    return [f"{part}/{file.name}" for file in (folder / part).glob("*") if file.exists()]
 
 
 def needed_files(facts):
@@ -176,6 +176,10 @@ def check_model_dir(model_dir, flag="--model_dir"):
     if (folder / INDEX).exists():
         facts_of(read_config(folder / INDEX, flag), where)
     missing = missing_file(folder)
+    if missing == INDEX and ((folder / LORA_FILE).exists() or (folder / PEFT_CONFIG).exists()):
+        raise UserError(
+            f"{where} is a LoRA: give it as --lora_weights_dir, and its base model as {flag}"
+        )
     if missing:
         others = [file.name for file in (folder / missing).parent.glob("*.safetensors")]
         variant = f" (only full precision and fp16 are read, not {others[0]})" if others else ""
@@ -422,6 +426,8 @@ def check_fields(cls, file):
     itself would fail later, or not at all."""
     hints = typing.get_type_hints(cls.__init__)
     for name, value in read_config(file, "--model_dir").items():
+        if name == "sample_size" and _side(value):  # the VAE's loader takes two sides as well
+            continue
         if value is not None and name in hints and not _fits(value, hints[name]):
             value = json.dumps(value)
             raise UserError(f"--model_dir: {file} has {name}: {value[:40]}, not {hints[name]}")
@@ -535,6 +541,8 @@ def lora_file(path, flag="--lora_weights_dir"):
             names = ", ".join(file.name for file in files)
             raise UserError(f"{flag} {path} holds several LoRAs ({names}): give one file's path")
         file = (own or files or [None])[0]
+    if file is None and (path / INDEX).exists():
+        raise UserError(f"{flag} {path} is a whole model, no LoRA: give it as --model_dir")
     if file is None or not file.is_file():
         raise UserError(f"{flag} {path}: no {LORA_FILE} there")
     if file.suffix != ".safetensors":

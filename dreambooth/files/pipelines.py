@@ -55,6 +55,7 @@ ROWS = (
         extras={
             "safety_checker": None,
             "feature_extractor": None,
+            "image_encoder": None,
             "requires_safety_checker": False,
         },
     ),
@@ -69,7 +70,7 @@ ROWS = (
         tags=("stable-diffusion-xl",),
         classes={**SD_CLASSES, "text_encoder": CLIP, "text_encoder_2": PROJECTED_CLIP},
         conditions=frozenset({"addition_embed_type"}),
-        extras={"add_watermarker": False},
+        extras={"add_watermarker": False, "feature_extractor": None, "image_encoder": None},
     ),
     PipelineFacts(
         class_name="Flux2KleinPipeline",

@@ -229,6 +229,8 @@ def check_temp_dir():
         raise UserError(f"{where}: Ray cannot write there; {remedy}")
     if len(os.path.abspath(folder)) > MAX_TEMP_DIR:
         raise UserError(f"{where} is too long for Ray's sockets; {remedy}")
+    if name:
+        os.environ[name] = os.path.abspath(folder)  # Ray's processes run elsewhere
 
 
 def _for_the_user_alone(path, flags):

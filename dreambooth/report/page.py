@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jinja2
 from PIL import Image, ImageChops, ImageStat
 
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, warn
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, warn, words
 from dreambooth.files import atomic, generated_images
 from dreambooth.files.decode import open_image
 from dreambooth.run import export, previews, training_log
@@ -177,12 +177,12 @@ def relative_contrast(comparisons):
 
 
 def names_subject(prompt, flags):
-    """Whether `prompt` has the words that the run's instance prompt has and its class prompt has
-    not: the identifier. Without a class prompt nobody knows it, and every prompt counts."""
+    """Whether `prompt` has a word of the run's instance prompt that its class prompt lacks, such as
+    the identifier. Without a class prompt nobody knows it, and every prompt counts."""
     if not flags["class_prompt"]:
         return True
-    known = {*flags["class_prompt"].split(), "a", "an", "the"}
-    return set(flags["instance_prompt"].split()) - known <= set(prompt.split())
+    own = words(flags["instance_prompt"]) - words(flags["class_prompt"])
+    return not own or bool(own & words(prompt))
 
 
 def distance(comparisons):
@@ -301,8 +301,15 @@ def main(args):
     atomic.replace_text(folder / PAGE, html)
     output_dir = Path(record["flags"]["output_dir"])
     if comparisons and record["status"] == "finished" and export.may_write_card(output_dir, record):
-        write_before_after(comparisons, folder / export.IMAGE)
-        export.write_card(output_dir, record, folder / export.IMAGE)
+        after = generated_images.read_record(comparisons[0][2])
+        if export.has_made(output_dir, after):
+            write_before_after(comparisons, folder / export.IMAGE)
+            export.write_card(output_dir, record, folder / export.IMAGE)
+        else:
+            warn(
+                f"the images in {args.images_dir} are not of {output_dir}, but of another model:"
+                " its model card does not show them; generate them anew with --overwrite"
+            )
     for item in found:
         print(f"{item.finding} {item.remedy}")
     print(f"open {folder / PAGE}")

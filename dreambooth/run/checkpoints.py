@@ -362,14 +362,15 @@ class Checkpointer:
 
 
 class StopOnSignal:
-    """Ctrl-C and TERM ask the run to stop after its current step, with a checkpoint; the second
-    time they stop it at once."""
+    """Ctrl-C, TERM, and HUP, of a terminal that is closed or a lost connection, ask the run to stop
+    after its current step, with a checkpoint; the second time they stop it at once."""
 
     def __init__(self, folder):
         self.folder = folder
         self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
         if self.signal:

@@ -174,6 +174,16 @@ def may_write_card(output_dir, record):
     return text in [str(build_card(output_dir.name, record, image)) for image in (False, True)]
 
 
+def has_made(output_dir, image):
+    """Whether the result in `output_dir` has made the generated image of the record `image`, as far
+    as that tells."""
+    if "model" not in image:
+        return True
+    if (Path(output_dir) / LORA_FILE).exists():
+        return image.get("lora") == pipeline_dir.lora_fingerprint(output_dir)
+    return not image.get("lora") and image.get("model") == pipeline_dir.fingerprint(output_dir)
+
+
 def build_card(name, record, has_image):
     """The card, a ModelCard, of the run in `record` (training_log.py)."""
     from huggingface_hub import ModelCard, ModelCardData  # here: train.py may need neither
@@ -317,6 +327,8 @@ def export_kohya(args):
         weights = load_file(file)
         if any(name.startswith("transformer.") for name in weights):
             raise UserError(f"{file} is a transformer's LoRA, which ComfyUI reads as it is")
+        if not all(name.startswith(("unet.", "text_encoder.")) for name in weights):
+            raise UserError(f"{file} is not named as train.py does, which alone is converted")
         weights = to_kohya(weights)
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     atomic.replace_file(output, lambda file: save_file(weights, file, metadata={"format": "pt"}))

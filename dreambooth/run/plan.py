@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth import images
-from dreambooth.cli import UserError, check_at_least, warn
+from dreambooth.cli import UserError, check_at_least, warn, words
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.files.photos import find_images, read_captions, warn_if_few
 
@@ -161,9 +161,9 @@ def number_captions(args, prompts, instance_paths, class_paths):
     captioned image's prompt, by path. A caption stands in place of the folder's prompt."""
     prompts, captions = list(prompts), {}
     of_instance = read_captions(args.instance_images_dir, instance_paths)
-    own_words = set(args.instance_prompt.lower().split())
+    own_words = words(args.instance_prompt)
     for path, text in of_instance.items():
-        if own_words - set(re.findall(r"[^\s,.;:]+", text.lower())):
+        if own_words - words(text):
             warn(f"the caption of {path} lacks words of --instance_prompt: {text!r}")
     of_class = {}
     if class_paths:
@@ -362,8 +362,7 @@ def warn_of_likely_mistakes(prompts, instance_paths):
     warn_if_few(instance_paths)
     if len(prompts) < 2:
         return
-    words = [set(prompt.lower().split()) - {"a", "an", "the"} for prompt in prompts]
-    instance_words, class_words = words
+    instance_words, class_words = map(words, prompts)
     if class_words - instance_words or not instance_words - class_words:
         warn(
             "--class_prompt is usually --instance_prompt without the identifier:"

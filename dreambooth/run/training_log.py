@@ -248,7 +248,7 @@ def read_metrics(folder):
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 class RunRecord:
