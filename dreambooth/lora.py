@@ -10,7 +10,6 @@ from collections import Counter
 from copy import copy
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -95,6 +94,8 @@ def with_alphas(weights):
 
 def from_peft(weights, config_file, flag):
     """The tensors of a PEFT adapter under diffusers' names; its scale goes into the matrices."""
+    from peft.utils.other import get_pattern_key  # here: takes seconds, and few LoRAs need it
+
     config = pipeline_dir.read_config(config_file, flag)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
