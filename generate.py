@@ -114,7 +114,7 @@ def check_args(args):
         pipeline_dir.check_prompts(model_dir, args.prompts)
 
 
-def plan(args):
+def list_records(args):
     """The record of each image: everything that it depends on, and its file's name."""
     lora = args.lora_weights_dir
     settings = {
@@ -201,7 +201,7 @@ def main(args):
         other = {"model_dir": args.compare_to, "lora_weights_dir": None}
         other |= {"output_dir": str(folder / "compared"), "resolution": runs[0].resolution}
         runs.append(with_defaults(argparse.Namespace(**{**vars(args), **other})))
-    plans = [plan(run) for run in runs]
+    plans = [list_records(run) for run in runs]
     # Look into both folders, which may refuse, before any image is generated.
     found = [find_existing(*pair) for pair in zip(runs, plans, strict=True)]
     if args.dry_run:

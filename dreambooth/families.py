@@ -135,7 +135,9 @@ class StableDiffusionXL(Family):
         """The embeddings of the prompts; and, for previews, all that is sampled with, by prompt.
         The encoders are freed then."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        pipeline = pipeline_dir.load_pipeline(args.model_dir, dtype, unet=None, vae=None).to(device)
+        pipeline = pipeline_dir.load_pipeline(
+            args.model_dir, dtype, **{self.facts.backbone: None, "vae": None}
+        ).to(device)
         with torch.no_grad():
             inputs = [self.sampler_inputs(pipeline, prompt, device) for prompt in prompts]
             previews = {p: self.sampler_inputs(pipeline, p, device) for p in args.preview_prompts}

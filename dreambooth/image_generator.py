@@ -45,7 +45,7 @@ class ImageGenerator:
         self.family = family_of(args.model_dir)
         self.inputs = {}  # of the pipeline, by prompt
         dtype = self.family.dtype_on_gpu if self.device == "cuda" else torch.float32
-        self.pipeline = load_sampler(
+        self.pipeline = load_sampling_pipeline(
             args.model_dir, dtype, args.scheduler, args.num_inference_steps
         )
         if args.lora_weights_dir:
@@ -170,7 +170,7 @@ def warn_if_images_are_slow(args):
     device.warn_if_slow(pipeline_dir.num_parameters(args.model_dir), "an image")
 
 
-def load_sampler(model_dir, dtype=None, scheduler="dpm", num_steps=10, **parts):
+def load_sampling_pipeline(model_dir, dtype=None, scheduler="dpm", num_steps=10, **parts):
     """The pipeline of `model_dir` to sample from; `parts` are models to take in place of its own.
     `scheduler`: "dpm", that of `build_dpm`, or "model", the model's own. UserError: a part cannot
     be loaded, or the scheduler does not take `num_steps`."""

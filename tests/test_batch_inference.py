@@ -61,7 +61,7 @@ def test_batches_are_those_that_were_counted(sampling_args, ray_address, actors_
 
     actors_are(NoteBatch)
     args = sampling_args("out", num_samples_per_prompt=37, batch_size=4)
-    rows = list(generate_with_ray(args, generate.plan(args)))
+    rows = list(generate_with_ray(args, generate.list_records(args)))
     assert [row["index"] for row in rows] == list(range(37))
     assert sorted(Counter(row["batch"] for row in rows).values()) == [11, 13, 13]
 
@@ -79,7 +79,7 @@ def test_a_worker_that_generates_nothing_is_a_user_error(sampling_args, ray_addr
     actors_are(Fails)
     args = sampling_args("out")
     with pytest.raises(UserError, match="^the model generates nothing for 'photo of a car'$"):
-        list(generate_with_ray(args, generate.plan(args)))
+        list(generate_with_ray(args, generate.list_records(args)))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_each_gpu_gets_an_actor(
         batch_inference.ray.data, "ActorPoolStrategy", lambda size: SimpleNamespace(size=size)
     )
     args = sampling_args(tmp_path, num_samples_per_prompt=num_images, **flags)
-    list(generate_with_ray(args, generate.plan(args)))
+    list(generate_with_ray(args, generate.list_records(args)))
     (call,) = calls
     call["size"] = call.pop("compute").size
     assert {name: call[name] for name in expected} == expected
@@ -144,5 +144,5 @@ def test_each_node_must_see_what_generation_reads_and_writes(
     monkeypatch.setattr(batch_inference.cluster, "check_shared_storage", refuse)
     args = sampling_args(tmp_path / "out", use_ray_data=True, lora_weights_dir=lora_dir)
     with pytest.raises(UserError, match="node b"):
-        next(generate_with_ray(args, generate.plan(args)))
+        next(generate_with_ray(args, generate.list_records(args)))
     assert checked == [args.model_dir, args.output_dir, args.lora_weights_dir]

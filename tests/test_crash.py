@@ -100,13 +100,13 @@ def test_images_are_the_same_with_ray_and_without_and_if_an_actor_is_killed(
     args = sampling_args(tmp_path / "ray", use_ray_data=True, num_workers=2, **flags)
     generate.check_args(args)
     finished = []
-    for record in generate_with_ray(args, generate.plan(args)):
+    for record in generate_with_ray(args, generate.list_records(args)):
         if not finished:
             os.kill(actors()[0], signal.SIGKILL)
         finished.append(record)
     assert len(digests(tmp_path / "local")) == 40
     assert digests(tmp_path / "ray") == digests(tmp_path / "local")
-    assert finished == generate.plan(local)
+    assert finished == generate.list_records(local)
     assert json.loads(json.dumps(finished)) == finished  # of Python's own types
 
 

@@ -195,7 +195,7 @@ def result(train_args, model_dir, tmp_path):
         training_log.prepare(plan.report_dir, 0)
         record = training_log.RunRecord(args, plan, "2 cores")
         record.finish({})
-        return folder, training_log.read_record(plan.report_dir)
+        return folder, training_log.read_run_record(plan.report_dir)
 
     return make
 

@@ -28,7 +28,7 @@ from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.images import load_crops
 from dreambooth.run import export
 from dreambooth.run.plan import check_flags, make_plan
-from dreambooth.run.training_log import read_record
+from dreambooth.run.training_log import read_run_record
 from tests.test_export import run_export
 
 WIDTHS = (32, 48)  # of the two text encoders
@@ -204,7 +204,7 @@ def test_a_run_its_result_and_its_images(
         model_dir=xl_dir, use_lora=use_lora, lr=1e-2, max_train_steps=2,
         preview_prompts=["photo of unqtkn car"], preview_every=2,
     )  # fmt: skip
-    record = read_record(run.output_dir.with_name("out.report"))
+    record = read_run_record(run.output_dir.with_name("out.report"))
     assert record["pipeline"] == "StableDiffusionXLPipeline"
     assert "StableDiffusionXLPipeline.from_pretrained" in (run.output_dir / "README.md").read_text()
     flags = {"model_dir": xl_dir, "prompts": ["photo of unqtkn car"]}

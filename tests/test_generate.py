@@ -72,7 +72,7 @@ def test_a_plan_has_all_that_an_image_depends_on(sampling_args, broken_model_dir
     """Each setting changes every record; how the plan is carried out changes none."""
 
     def plan(folder, **changes):
-        return generate.plan(sampling_args(folder, **changes))
+        return generate.list_records(sampling_args(folder, **changes))
 
     (record,) = plan("out")
     assert record["file"] == "000-0000-seed0.png"
@@ -286,7 +286,7 @@ def test_a_smaller_model_is_compared_at_the_size_of_the_first_ones_images(
     (small / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 8}))
     out = tmp_path / "out"
     (out / "compared").mkdir(parents=True)
-    (record,) = generate.plan(sampling_args(out, model_dir=small, resolution=64))
+    (record,) = generate.list_records(sampling_args(out, model_dir=small, resolution=64))
     file = out / "compared" / record["file"]
     generated_images.save_image(Image.new("RGB", (64, 64)), record, file)
     run(out, compare_to=small, dry_run=True)

@@ -140,7 +140,7 @@ def earlier(sampling_args, tmp_path):
     """A folder of an earlier run, with three images of one prompt and the seed 0."""
     folder = tmp_path / "new"
     folder.mkdir()
-    for record in generate.plan(sampling_args(folder, num_samples_per_prompt=3)):
+    for record in generate.list_records(sampling_args(folder, num_samples_per_prompt=3)):
         save(folder, record)
     return folder
 
@@ -168,7 +168,7 @@ def test_another_seed_and_fewer_images_leave_the_first_ones_as_they_are(
     before = digests(earlier)
     args = sampling_args(earlier, num_samples_per_prompt=2, seed=1)
     generate.main(args)
-    new = generate.plan(args)
+    new = generate.list_records(args)
     generate.main(generate_args(earlier, num_samples_per_prompt=1))
     after = digests(earlier)
     assert before.items() < after.items()

@@ -24,7 +24,7 @@ import generate
 from dreambooth import image_generator
 from dreambooth.cli import UserError
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.image_generator import ImageGenerator, build_dpm, load_sampler
+from dreambooth.image_generator import ImageGenerator, build_dpm, load_sampling_pipeline
 from dreambooth.machines import device
 
 
@@ -38,7 +38,7 @@ def generator(generate_args, tmp_path):
 def records(sampling_args):
     """The records of six images of two prompts."""
     prompts = ["photo of a car", "photo of a house, at night"]
-    return generate.plan(sampling_args("out", prompts=prompts, num_samples_per_prompt=3))
+    return generate.list_records(sampling_args("out", prompts=prompts, num_samples_per_prompt=3))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_model_with_any_scheduler_is_sampled_with_dpm(model_dir, tmp_path, sch
     index = tmp_path / pipeline_dir.INDEX
     parts = json.loads(index.read_text())
     index.write_text(json.dumps({**parts, "scheduler": ["diffusers", scheduler.__name__]}))
-    found = load_sampler(tmp_path).scheduler
+    found = load_sampling_pipeline(tmp_path).scheduler
     assert type(found) is DPMSolverMultistepScheduler
     assert (found.config.algorithm_type, found.config.beta_end) == ("dpmsolver++", 0.013)
 
@@ -136,9 +136,9 @@ def test_a_number_of_steps_that_the_scheduler_does_not_take_is_one_line(model_di
     index = tmp_path / pipeline_dir.INDEX
     parts = json.loads(index.read_text())
     index.write_text(json.dumps({**parts, "scheduler": ["diffusers", "DDIMScheduler"]}))
-    load_sampler(tmp_path, scheduler="model", num_steps=1000)
+    load_sampling_pipeline(tmp_path, scheduler="model", num_steps=1000)
     with pytest.raises(UserError, match="scheduler, for 1001 steps, cannot be loaded: .*1000"):
-        load_sampler(tmp_path, scheduler="model", num_steps=1001)
+        load_sampling_pipeline(tmp_path, scheduler="model", num_steps=1001)
 
 
 def test_each_prompt_is_encoded_once(generator, records):
@@ -231,7 +231,7 @@ def test_batches_that_do_not_fit_the_memory_are_halved(
     generator, memory_for, sampling_args, capsys
 ):
     """Ten images: the same ones, none twice, none lost; and each halving is one line."""
-    records = generate.plan(sampling_args("out", num_samples_per_prompt=10))
+    records = generate.list_records(sampling_args("out", num_samples_per_prompt=10))
     sampled = memory_for(3)
     finished = list(generator.generate(records))
     assert sampled == list(range(10))
@@ -297,7 +297,7 @@ def test_without_a_gpu_minutes_per_image_are_said_before_a_large_model_loads(
 ):
     monkeypatch.setattr(device, "LARGE", 1e6)
     loads = MagicMock(side_effect=UserError("it loads"))
-    monkeypatch.setattr(image_generator, "load_sampler", loads)
+    monkeypatch.setattr(image_generator, "load_sampling_pipeline", loads)
     with pytest.raises(UserError, match="it loads"):
         ImageGenerator(generate_args("out"))
     assert "no GPU: an image takes minutes" in capsys.readouterr().err
@@ -389,7 +389,7 @@ def sampler(monkeypatch):
     """What stands in for the pipeline of an ImageGenerator."""
     sampler = MagicMock()
     load = MagicMock(return_value=sampler)
-    monkeypatch.setattr(image_generator, "load_sampler", load)
+    monkeypatch.setattr(image_generator, "load_sampling_pipeline", load)
     sampler.load = load
     return sampler
 

@@ -24,12 +24,12 @@ from dreambooth import dataset, latents, models
 from dreambooth.cli import UserError
 from dreambooth.families import Flux2Klein
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.image_generator import load_sampler
+from dreambooth.image_generator import load_sampling_pipeline
 from dreambooth.images import load_crops
 from dreambooth.lora import apply_lora
 from dreambooth.run import export
 from dreambooth.run.plan import check_flags
-from dreambooth.run.training_log import read_record
+from dreambooth.run.training_log import read_run_record
 from dreambooth.schedules import FlowSchedule
 from tests.test_export import run_export
 
@@ -190,7 +190,9 @@ def test_the_sampler_recovers_what_was_overfitted(klein_dir, train_args, step):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    pipeline = load_sampler(klein_dir, scheduler="model", transformer=denoiser.transformer)
+    pipeline = load_sampling_pipeline(
+        klein_dir, scheduler="model", transformer=denoiser.transformer
+    )
     inputs = {"prompt_embeds": conditions["states"][:1], "guidance_scale": 1}
     sampled = pipeline(
         **inputs, height=16, width=24, num_inference_steps=20, output_type="latent",
@@ -209,7 +211,7 @@ def test_a_run_its_lora_and_its_images(train_here, generate_args, digests, klein
         model_dir=klein_dir, use_lora=True, lr=1e-2, max_train_steps=2, lora_rank=2,
         preview_prompts=PROMPTS[:1], preview_every=2,
     )  # fmt: skip
-    record = read_record(run.output_dir.with_name("out.report"))
+    record = read_run_record(run.output_dir.with_name("out.report"))
     assert record["pipeline"] == "Flux2KleinPipeline"
     card = (run.output_dir / "README.md").read_text()
     assert "Flux2KleinPipeline.from_pretrained" in card

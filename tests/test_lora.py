@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
-from dreambooth.image_generator import load_sampler
+from dreambooth.image_generator import load_sampling_pipeline
 from dreambooth.lora import apply_lora, from_peft
 from dreambooth.run import export
 from tests.test_export import predict as predict_with
@@ -20,7 +20,7 @@ def pipeline_with(model_dir):
     """The pipeline of the model, with a LoRA on top: pipeline_with(lora_dir, scale)."""
 
     def load(lora_dir=None, scale=1.0):
-        pipeline = load_sampler(model_dir, torch.float32)
+        pipeline = load_sampling_pipeline(model_dir, torch.float32)
         if lora_dir:
             apply_lora(pipeline, lora_dir, scale)
         return pipeline

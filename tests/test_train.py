@@ -22,7 +22,7 @@ from dreambooth.files.atomic import append_line
 from dreambooth.machines import cluster, device
 from dreambooth.run import checkpoints, export
 from dreambooth.run.plan import report_dir
-from dreambooth.run.training_log import METRICS, read_metrics, read_record
+from dreambooth.run.training_log import METRICS, read_metrics, read_run_record
 from tests.by_hand import ByHand
 from tests.without_ray import Rows, call_train_fn
 
@@ -240,7 +240,7 @@ def test_a_run_says_what_it_does_and_leaves_its_result_and_its_report(train_here
     folder = run.output_dir.parent
     assert sorted(os.listdir(folder)) == ["out", "out.report"]
     assert "photo of unqtkn car" in (run.output_dir / "README.md").read_text()
-    record = read_record(folder / "out.report")
+    record = read_run_record(folder / "out.report")
     assert (record["status"], record["num_steps"]) == ("finished", 3)
     assert 0 < record["seconds"]["first_step_s"] < record["seconds"]["start_s"] + 60
 
@@ -298,7 +298,7 @@ def test_a_run_that_diverges_leaves_its_record_alone(train_here, tmp_path):
     with pytest.raises(Diverged, match="the loss is .* at step 2: lower --lr.*nothing was saved"):
         train_here(tmp_path / "out", lr=1e30)
     assert os.listdir(tmp_path) == ["out.report"]
-    record = read_record(tmp_path / "out.report")
+    record = read_run_record(tmp_path / "out.report")
     assert record["status"] == "diverged"
     assert record["message"].startswith("the loss is")
 
@@ -599,7 +599,7 @@ def test_a_result_that_cannot_be_saved_is_not_lost(one_worker, train_here, tmp_p
         patch.setattr(train.export, "save", fail)
         with pytest.raises(UserError, match=r"could not be saved .*Input/output error.*only saves"):
             train_here(tmp_path / "out")
-    assert read_record(tmp_path / "out.report")["status"] == "failed"
+    assert read_run_record(tmp_path / "out.report")["status"] == "failed"
     again = train_here(tmp_path / "out")
     assert "resuming after step 3" in again.stdout
     assert "step 1/3" not in again.stdout

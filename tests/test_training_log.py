@@ -239,10 +239,10 @@ def record(train_args, tmp_path):
 
 def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
     report = tmp_path / "out.report"
-    assert training_log.read_record(report)["status"] == "running"
+    assert training_log.read_run_record(report)["status"] == "running"
     with record:
         record.finish({"start_s": 2.0})
-    facts = training_log.read_record(report)
+    facts = training_log.read_run_record(report)
     assert facts == json.loads(json.dumps(record.facts))
     assert (facts["status"], facts["seconds"]) == ("finished", {"start_s": 2.0})
     assert facts["command"].startswith("python ")
@@ -250,7 +250,7 @@ def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
     assert facts["instance_paths"] == [str(path) for path in sorted(instance_dir.iterdir())]
     assert (facts["num_class_images"], facts["hardware"]) == (4, "2 cores")
     assert torch.__version__.startswith(facts["versions"]["torch"])
-    assert training_log.read_record(tmp_path) == {}
+    assert training_log.read_run_record(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
 def test_what_ended_a_run_is_on_record(record, tmp_path, error, status):
     with pytest.raises(type(error)), record:
         raise error
-    facts = training_log.read_record(tmp_path / "out.report")
+    facts = training_log.read_run_record(tmp_path / "out.report")
     assert facts["status"] == status
     assert facts["message"] == (str(error).partition("\n")[0] or "KeyboardInterrupt")
 
@@ -276,7 +276,7 @@ def test_an_exit_code_is_no_message(record, tmp_path):
     """As of a second Ctrl-C, which stops a run at once."""
     with pytest.raises(SystemExit), record:
         sys.exit(130)
-    facts = training_log.read_record(tmp_path / "out.report")
+    facts = training_log.read_run_record(tmp_path / "out.report")
     assert facts["status"] == "stopped" and "message" not in facts
 
 

@@ -247,7 +247,7 @@ def check_parts(facts, configs, where):
     backbone, vae = configs[facts.backbone], configs["vae"]
     if not isinstance(vae.get("scaling_factor", 1.0), int | float):
         raise UserError(f"{where}: vae/config.json has scaling_factor: {vae['scaling_factor']}")
-    for name in CONDITIONS - facts.conditions:
+    for name in CONDITIONS - facts.extra_conditions:
         if backbone.get(name) is not None:
             raise UserError(
                 f"{where}: {facts.backbone} has {name}, which {facts.name} does not use"

@@ -18,7 +18,7 @@ class PipelineFacts(NamedTuple):
     sampler: dict  # the defaults of generate.py
     tags: tuple  # of the model card
     classes: dict  # by part: the one class that it may have
-    conditions: frozenset = frozenset()  # of the U-Net, beside timestep and text
+    extra_conditions: frozenset = frozenset()  # of the U-Net, beside timestep and text
     extras: dict = {}  # what the pipeline's class is told beside its models
     is_distilled: bool = False  # a model that was made to sample in few steps
     is_flow: bool = False  # the noise schedule: a flow, else a diffusion
@@ -69,7 +69,7 @@ ROWS = (
         sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 5.0},
         tags=("stable-diffusion-xl",),
         classes={**SD_CLASSES, "text_encoder": CLIP, "text_encoder_2": PROJECTED_CLIP},
-        conditions=frozenset({"addition_embed_type"}),
+        extra_conditions=frozenset({"addition_embed_type"}),
         extras={"add_watermarker": False, "feature_extractor": None, "image_encoder": None},
     ),
     PipelineFacts(

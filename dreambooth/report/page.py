@@ -288,7 +288,7 @@ def write_before_after(comparisons, file):
 def main(args):
     """Write report.html into `args.report_dir`. UserError: no run is recorded there."""
     folder = Path(args.report_dir)
-    record = training_log.read_record(folder)
+    record = training_log.read_run_record(folder)
     if not record:
         raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
     if args.images_dir and not Path(args.images_dir).is_dir():

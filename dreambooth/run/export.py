@@ -291,7 +291,7 @@ def export_card(args):
         raise UserError(f"--push {args.push}: give the repository as NAME/MODEL")
     if not ((folder / pipeline_dir.INDEX).exists() or (folder / LORA_FILE).exists()):
         raise UserError(f"{folder} holds no result of train.py")
-    record = training_log.read_record(report_dir(folder))
+    record = training_log.read_run_record(report_dir(folder))
     if not record:
         raise UserError(f"{report_dir(folder)} is missing: it says how the model was made")
     if record["status"] != "finished":

@@ -114,13 +114,13 @@ class Previews:
 
     def _build_pipeline(self):
         """A pipeline of the models that are being trained: no weight is copied."""
-        from dreambooth.image_generator import load_sampler
+        from dreambooth.image_generator import load_sampling_pipeline
 
         facts = self.denoiser.family.facts
         parts = {"vae": self.vae, facts.backbone: self.denoiser.backbone}
         for name in facts.text_encoders:
             parts[name] = getattr(self.denoiser, name, None)  # None where prompts are encoded
-        return load_sampler(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)
+        return load_sampling_pipeline(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)
 
 
 def remove_of_other_prompts(folder, prompts):

@@ -293,7 +293,7 @@ class RunRecord:
         atomic.replace_text(self.folder / RECORD, json.dumps(self.facts, indent=1))
 
 
-def read_record(folder):
+def read_run_record(folder):
     """The facts in a report's run.json; {} if there is none."""
     try:
         return json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))

@@ -61,7 +61,7 @@ class Ours:
         args = generate.parse_args(argv)
         self.num_images = num_images
         self.generator = ImageGenerator(args)
-        self.records = generate.plan(args)
+        self.records = generate.list_records(args)
 
     def run(self, folder):
         self.generator.folder = folder
