@@ -535,10 +535,12 @@ def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys):
 
 @pytest.mark.parametrize("under_nohup", [False, True])
 def test_a_closed_terminal_asks_the_run_to_stop_but_not_under_nohup(tmp_path, under_nohup):
+    """It sends HUP, and its shell does so again."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
         checkpoints.StopOnSignal(tmp_path)
+        signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
     finally:
         for number, handler in before.items():

@@ -363,7 +363,7 @@ class Checkpointer:
 
 class StopOnSignal:
     """Ctrl-C, TERM, and HUP, of a terminal that is closed or a lost connection, ask the run to stop
-    after its current step, with a checkpoint; the second time they stop it at once."""
+    after its current step, with a checkpoint; a second Ctrl-C or TERM stops it at once."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -373,7 +373,9 @@ class StopOnSignal:
                 signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
-        if self.signal:
+        if (
+            self.signal and number != signal.SIGHUP
+        ):  # which a shell passes on to whom it has reached
             sys.exit(128 + number)
         self.signal = number
         with suppress(OSError):  # the run may have ended, and its folder be gone
