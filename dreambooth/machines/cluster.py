@@ -156,6 +156,8 @@ def _connect(address, verbose, log_to_driver):
     if not address:
         create_token()
         check_temp_dir()
+        # Ray's processes inherit that HUP is blocked, which a closing terminal sends to all.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             cores = device.num_cores()  # Ray would count all of the machine's, bound to them or not
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **log_settings)
@@ -164,6 +166,8 @@ def _connect(address, verbose, log_to_driver):
                 f"Ray did not start ({first_line(error)}): the machine may be busy, or out of"
                 " memory; try again, with --verbose to see what Ray says"
             ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         atexit.register(_kill_monitor)
         return
     package = {"py_modules": [PACKAGE]}  # the nodes need not have this checkout

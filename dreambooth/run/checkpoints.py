@@ -373,9 +373,7 @@ class StopOnSignal:
                 signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
-        if (
-            self.signal and number != signal.SIGHUP
-        ):  # which a shell passes on to whom it has reached
+        if self.signal and number != signal.SIGHUP:  # of which shells send a second one
             sys.exit(128 + number)
         self.signal = number
         with suppress(OSError):  # the run may have ended, and its folder be gone
