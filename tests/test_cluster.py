@@ -56,6 +56,19 @@ def test_without_an_address_a_quiet_ray_of_its_own_is_started(ray_init):
     assert not any(logging.getLogger(name).isEnabledFor(logging.ERROR) for name in LOGGERS)
 
 
+def test_rays_processes_outlive_the_terminal(ray_init):
+    """Which sends HUP to all that it has started: blocked while they start, it stays so in them. A
+    run needs them for its last checkpoint."""
+
+    def blocked():
+        return signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    ray_init.side_effect = lambda **settings: seen.append(blocked())
+    seen = [blocked()]
+    cluster.start_ray(False)
+    assert [*seen, blocked()] == [False, True, False]
+
+
 def test_ray_starts_in_the_background_and_whatever_ends_the_start_comes_back(monkeypatch):
     """Also what is no Exception: else the wait would never end."""
 
