@@ -79,10 +79,11 @@ def parse_args(argv=None):
 
 
 def defaults_by_family(name):
-    """For --help: "(default: 7.5 for Stable Diffusion 1.x and 2.x, 5.0 for ...)"."""
-    families = pipeline_dir.PIPELINES.values()
-    defaults = [f"{facts.sampler[name]} for {facts.name}" for facts in families]
-    return f"(default: {', '.join(defaults)})"
+    """For --help: Stable Diffusion's default, and of other families those that differ."""
+    first, *others = pipeline_dir.PIPELINES.values()
+    default = first.sampler[name]
+    texts = [f"{f.name}: {f.sampler[name]}" for f in others if f.sampler[name] != default]
+    return f"(default: {'; '.join([str(default), *texts])})"
 
 
 def check_args(args):
