@@ -139,9 +139,14 @@ choose_settings() {
     ORIG_MODEL_NAME=pocket
   fi
   ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
-  case "$ORIG_MODEL_NAME" in
+  # The recipe goes by the name, and for a directory of the user's own by the class of its pipeline.
+  local kind=$ORIG_MODEL_NAME
+  if [[ -n "$OWN_MODEL" && "$kind" != pocket ]]; then
+    kind=$(grep -o '[A-Za-z0-9]*Pipeline' "$ORIG_MODEL_PATH/model_index.json" 2>/dev/null) || kind=$ORIG_MODEL_NAME
+  fi
+  case "$kind" in
     pocket) use_pocket ;;
-    *klein*) use_klein ;;
+    *[kK]lein*) use_klein ;;
     *xl* | *XL*) use_stable_diffusion_xl ;;
     *) use_stable_diffusion ;;
   esac

@@ -312,13 +312,24 @@ def test_lora_is_asked_for_with_1(run_story):
     assert commands == {}
 
 
-def test_a_local_model_is_used_as_it_is(run_story, sd14_dir):
-    """Nothing is downloaded; on a GPU with Stable Diffusion's recipe."""
+def test_a_local_model_is_used_as_it_is(run_story, sd14_dir, tmp_path):
+    """Nothing is downloaded; on a GPU with the recipe of its family."""
     done, commands = run_story(1, 79, ORIG_MODEL_PATH=str(sd14_dir))
     assert done.returncode == 0, done.stderr
     assert "cache_model.py" not in commands
     (train,) = commands["train.py"]
     assert train.startswith(f"--model_dir {sd14_dir} ")
+    index = (sd14_dir / "model_index.json").read_text()
+    for pipeline, flags in (
+        ("StableDiffusionXLPipeline", "--max_train_steps 500 --lr 2e-6"),
+        ("Flux2KleinPipeline", "--max_train_steps 500 --lora_rank 16"),
+    ):
+        other = tmp_path / "of-unknown-name"
+        other.mkdir(exist_ok=True)
+        text = index.replace("StableDiffusionPipeline", pipeline)
+        (other / "model_index.json").write_text(text)
+        _, commands = run_story(1, 79, ORIG_MODEL_PATH=str(other))
+        assert flags in commands["train.py"][-1]
     _, commands = run_story(1, 79, ORIG_MODEL_PATH="/no/model", MODEL="sd")
     assert "cache_model.py" not in commands  # the dry run says that there is none
     assert " --lr 5e-6" in train
