@@ -377,3 +377,11 @@ def test_the_umask_decides_who_may_read_a_result(tmp_path):
         assert file.stat().st_mode & 0o777 == 0o640
     finally:
         os.umask(old)
+
+
+def test_a_new_directory_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch):
+    """There was no earlier result."""
+    refuse(monkeypatch, "rename", errno.EACCES)
+    atomic.replace_dir(tmp_path / "tuned", write_new)
+    assert (tmp_path / "tuned" / "model.txt").read_text() == "new"
+    assert names_in(tmp_path) == ["tuned"]

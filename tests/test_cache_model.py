@@ -244,7 +244,7 @@ def test_an_empty_revision_is_refused(run, capsys):
     assert "--revision: is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("revision", ["/home", "..", "../..", "main/../../.."])
+@pytest.mark.parametrize("revision", ["/home", "..", "../..", "main/../../..", "."])
 def test_a_revision_that_leaves_the_cache_is_refused(run, capsys, revision):
     """Pocket would have replaced the folder that it leads to."""
     with pytest.raises(SystemExit):
@@ -388,7 +388,8 @@ def test_a_tokenizers_text_files_are_fetched_as_well():
 def test_photos_are_asked_for_by_their_names_on_the_hub(tmp_path, flat_image, monkeypatch):
     """alvan-nee-....jpeg; not the dataset's README."""
 
-    def download(name, local_dir, allow_patterns, **settings):
+    def download(name, repo_type, local_dir, allow_patterns):
+        assert (name, repo_type) == ("diffusers/dog-example", "dataset")  # no model of that name
         for photo in ("dog.jpeg", "README.md"):
             if any(fnmatch.fnmatch(photo, pattern) for pattern in allow_patterns):
                 flat_image(photo, 0, folder=local_dir)
@@ -396,3 +397,27 @@ def test_photos_are_asked_for_by_their_names_on_the_hub(tmp_path, flat_image, mo
     monkeypatch.setattr(download_example_dataset, "snapshot_download", download)
     download_example_dataset.main(download_example_dataset.parse_args([str(tmp_path / "dog")]))
     assert [file.name for file in (tmp_path / "dog").iterdir()] == ["dog.jpeg"]
+
+
+def test_a_download_that_was_cut_off_is_completed_and_what_comes_is_checked(
+    run, model_dir, tmp_path, monkeypatch
+):
+    snapshot = shutil.copytree(
+        model_dir, pipeline_dir.snapshot_dir(tmp_path / "hub", "acme/sd", "v1")
+    )
+    config = snapshot / "unet" / "config.json"
+    content = config.read_bytes()
+
+    def fetch(sent):
+        def download(*asked_for):
+            config.write_bytes(sent)
+            return snapshot
+
+        config.unlink()
+        monkeypatch.setattr(cache_model, "fetch_from_hub", download)
+        run("acme/sd")
+
+    fetch(content)
+    pipeline_dir.check_model_dir(snapshot)
+    with pytest.raises(UserError, match="unet/config.json is damaged"):
+        fetch(b"[]")

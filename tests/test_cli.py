@@ -48,6 +48,7 @@ def test_the_first_line_of_an_error_is_one_that_says_something():
         cli.first_line(ValueError("\n these keys are wrong: \n\n a.b \n c"))
         == "these keys are wrong: a.b"
     )
+    assert cli.first_line(ValueError("no such key: a\nTraceback: many lines")) == "no such key: a"
     assert cli.first_line(KeyError()) == "KeyError"
 
 
@@ -136,6 +137,7 @@ def test_a_command_line_that_argparse_refuses_is_one_line_and_exit_code_2(refusa
         (required[2:], "error: the following arguments are required: --model_dir (--help "),
         ([*required, "--sede", "1"], "error: unrecognized arguments: --sede 1 (--help "),
         ([*required, "--seed", "one"], "error: argument --seed: invalid int value: 'one' (--help "),
+        ([*required, "--prompts", " "], "error: argument --prompts: an empty prompt; is a shell "),
     ):
         assert refusal(generate, argv).startswith(reason)
 
@@ -200,8 +202,9 @@ def test_numbers_must_be_finite_and_in_range():
 
 def test_lines_of_a_text_file(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("photo of a car\n\n  at night, in the snow \r\n写真\n", encoding="utf-8")
-    expected = ["photo of a car", "at night, in the snow", "写真"]
+    text = "photo of a car\n\n  at night, in the snow \r\n写真\n # not this one\ncar #5\n"
+    file.write_text(text, encoding="utf-8")
+    expected = ["photo of a car", "at night, in the snow", "写真", "car #5"]
     assert cli.read_lines(file, "--prompts_file") == expected
     file.write_bytes(b"\xff\xfecar")
     for path, reason in (

@@ -107,11 +107,11 @@ def test_palettes_with_and_without_transparency(tmp_path):
 
 def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
     """257 steps of 16 bits are one step of 8; Pillow's own conversion makes all above 255 white."""
-    row = np.array([0, 257, 25700, 32896, 65535], np.uint16)
+    row = np.array([0, 256, 257, 25700, 32896, 65534, 65535], np.uint16)
     for name in ("a.png", "a.tif"):
         Image.fromarray(np.tile(row, (5, 1))).save(tmp_path / name)
         pixels = np.asarray(decode.open_image(tmp_path / name))
-        assert pixels[0, :, 0].tolist() == [0, 1, 100, 128, 255]
+        assert pixels[0, :, 0].tolist() == [0, 0, 1, 100, 128, 254, 255]
         assert (pixels == pixels[..., :1]).all()
 
 
@@ -357,3 +357,12 @@ def test_a_png_with_metadata_that_pillow_refuses_is_read(tmp_path):
     ):
         (tmp_path / "a.png").write_bytes(header + chunk + rest)
         assert decode.open_image(tmp_path / "a.png").getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_an_orientation_in_32_bits_turns_the_image_as_well(tmp_path):
+    """Some programs write it so, in either order of bytes."""
+    for order, sign in ((">", b"MM"), ("<", b"II")):
+        entry = struct.pack(order + "HHHII", 1, 0x0112, 4, 1, 6)
+        exif = b"Exif\0\0" + sign + struct.pack(order + "HI", 42, 8) + entry + bytes(4)
+        Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg", exif=exif)
+        assert decode.open_image(tmp_path / "a.jpg").size == (48, 64)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
 )
 from huggingface_hub.repocard import metadata_load
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreambooth.cli import UserError
@@ -152,6 +153,8 @@ def test_kohyas_names_and_the_mode_of_new_files(lora_dir, tmp_path):
     run_export("kohya", lora_dir, "--output", file)
     names = load_file(file).keys()
     assert {name.split("_")[1] for name in names} == {"unet", "te"}
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}  # without it some loaders refuse a file
     endings = {name.partition(".")[2] for name in names}
     assert endings == {"lora_down.weight", "lora_up.weight", "alpha"}
     (tmp_path / "other").touch()
@@ -173,6 +176,12 @@ def test_what_kohyas_layout_cannot_be_made_of(lora_dir, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             run_export("kohya", folder, "--output", tmp_path / name)
+    save_file(weights, other)  # as other programs may, with nothing in the header
+    run_export("kohya", other, "--output", tmp_path / "subject.safetensors")
+    klein = {"transformer.x.lora_A.weight": weights[next(iter(weights))]}
+    save_file(klein, other)
+    with pytest.raises(UserError, match="transformer's LoRA, which ComfyUI reads as it is"):
+        run_export("kohya", other, "--output", tmp_path / "subject.safetensors")
 
 
 @pytest.fixture
@@ -440,3 +449,18 @@ def test_the_hub_that_does_not_answer_is_one_line(result, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     with pytest.raises(UserError, match="the Hub answered no answer"):
         export.push(folder, "me/model", private=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "pipeline", "licence"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "StableDiffusionXLPipeline", "openrail++"),
+        ("black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", "apache-2.0"),
+        ("acme/model", "StableDiffusionPipeline", None),
+    ],
+)
+def test_a_card_names_the_base_models_licence(result, base, pipeline, licence):
+    """And none where it is not known."""
+    _, record = result()
+    card = export.build_card("tuned", {**record, "model": base, "pipeline": pipeline}, False)
+    assert card.data.license == licence

@@ -298,3 +298,11 @@ def test_zero_is_a_guidance_scale_and_no_default(sampling_args):
     """Samples without the prompt; 7.5 is what is taken where none is given."""
     assert sampling_args("out").guidance_scale == 7.5
     assert sampling_args("out", guidance_scale=0).guidance_scale == 0
+
+
+def test_prompts_must_fit_the_model_to_compare_with_as_well(generate_args, model_dir, tmp_path):
+    short = shutil.copytree(model_dir, tmp_path / "short")
+    file = short / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 5}))
+    with pytest.raises(UserError, match="has 6 tokens, the model takes 5"):
+        generate.check_args(generate_args(tmp_path / "out", compare_to=short))

@@ -310,6 +310,8 @@ def test_a_caption_that_does_not_fit_pushes_its_images_down(flat_image, tmp_path
     tops = np.flatnonzero(is_red[1:] & ~is_red[:-1]) + 1
     assert tops.tolist() == [32, 32 + 224 + 20, 32 + 2 * 224 + 20]
     assert (pixels[:, -6:] == 255).all()  # no caption runs into the margin
+    lines = (pixels[6 + 224 :][:40] < 128).all(axis=2).any(axis=1).reshape(2, 20)
+    assert lines.sum(axis=1).min() > 8 and not lines[:, 0].any()  # nor one line into another
 
 
 def test_a_sheet_of_folders(flat_image, tmp_path, capsys):
@@ -360,8 +362,11 @@ def test_a_caption_ends_before_the_margin(flat_image, tmp_path):
 def test_a_sheet_replaces_none_of_its_images(flat_image, tmp_path):
     photo = flat_image("a.png", 0)
     args = SimpleNamespace(rows=[f"photos={tmp_path}"], output=str(photo), columns=8)
-    with pytest.raises(UserError, match="is one of the images: name another file"):
-        generated_images.main(args)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for output in (photo, tmp_path / "link" / "a.png"):
+        args.output = str(output)
+        with pytest.raises(UserError, match="is one of the images: name another file"):
+            generated_images.main(args)
     with pytest.raises(UserError, match="--columns is 0: must be at least 1"):
         generated_images.main(SimpleNamespace(**{**vars(args), "columns": 0}))
 

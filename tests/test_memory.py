@@ -331,3 +331,10 @@ def test_a_frozen_copy_counts_only_where_there_is_a_class_half_to_ask_it_for(che
     assert check(18.5, prior_target="original", prior_loss_weight=0) == ""
     flags = {"use_lora": True, "gradient_checkpointing": True, "prior_target": "original"}
     assert check(7.4, **flags) == ""
+
+
+def test_no_memory_is_a_mistake_and_not_a_question(sd14_dir):
+    """0 must not ask the GPUs."""
+    args = memory.parse_args(["--model_dir", str(sd14_dir), "--gib", "0"])
+    with pytest.raises(UserError, match="^--gib is 0.0: must be above 0$"):
+        memory.main(args)

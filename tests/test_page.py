@@ -151,6 +151,7 @@ def test_a_run_that_failed_at_its_first_step_has_a_page_too(report, train_args):
     shutil.rmtree(report / previews.FOLDER)
     text = write_page(report)
     assert "diverged: the loss is nan at step 1" in text
+    assert re.search("<p class=.soft.>tuned, from .*: the loss is nan at step 1", text)
     for heading in ("Before and after", "While it trained", "Curves", "show no fault"):
         assert heading not in text
     assert "The run" in text
@@ -346,3 +347,28 @@ def test_the_page_says_whether_a_lora_was_trained(report):
     assert dict(page.table_rows(record))["LoRA"] == "no"
     record["flags"]["use_lora"] = True
     assert dict(page.table_rows(record))["LoRA"] == "rank 4"
+
+
+def test_of_either_kind_a_dozen_comparisons_are_shown():
+    flags = {"instance_prompt": "photo of unqtkn car", "class_prompt": "photo of a car"}
+    of_subject, of_class = ([(flags[name], i, i) for i in range(20)] for name in flags)
+    shown = page.subjects_and_others(of_subject + of_class, flags)
+    assert shown == (of_subject[:12], of_class[:12])
+
+
+def test_a_small_image_is_shown_to_the_last_bit(tmp_path):
+    """JPEG would smear the 64 pixels of pocket's."""
+    pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    kind, _, encoded = page.data_uri(tmp_path / "a.png").partition(",")
+    assert kind == "data:image/png;base64"
+    assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))) == pixels).all()
+
+
+def test_the_last_third_of_the_class_loss_is_compared_with_the_first():
+    """Whatever is between them."""
+    for losses, rises in (
+        ([0.1] * 3 + [0.9, 0, 0.9] + [0.2] * 3, True),
+        ([0.2] * 3 + [0.1] * 2 + [0.3] + [0.2] * 3, False),
+    ):
+        assert page.class_loss_rises([{"class_loss": loss} for loss in losses]) == rises

@@ -74,13 +74,16 @@ def test_what_is_skipped_is_counted_in_one_line(flat_image, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     for name in ("x.txt", "Thumbs.db", "film.mp4"):
         (tmp_path / name).write_text("")
-    flat_image("b.png", 0, folder=tmp_path / "more")
+    flat_image("B.PNG", 0, folder=tmp_path / "more")  # as cameras name theirs
     photos.find_images(tmp_path, report=True)
     line = capsys.readouterr().out
     assert line == (
         f"skipped in {tmp_path}: 3 files that are no images (Thumbs.db, film.mp4, x.txt)\n"
         f"images in subfolders of {tmp_path} are not used (more/)\n"
     )
+    flat_image("a-masklabel.png", 0)
+    photos.find_images(tmp_path, report=True)
+    assert "4 files that are no images (Thumbs.db, a-masklabel.png, fil" in capsys.readouterr().out
     (tmp_path / "a.png").unlink()
     with pytest.raises(UserError, match="no images there .*there are some in more/: give that"):
         photos.find_images(tmp_path)

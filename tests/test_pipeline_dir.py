@@ -127,6 +127,9 @@ def test_a_field_that_is_null_is_not_set_and_another_type_is_refused(copied, mod
     set_json(config, upcast_attention="no")
     with pytest.raises(UserError, match="unet/config.json has upcast_attention: .no.*bool"):
         pipeline_dir.load_pipeline(copied, torch.float32)
+    set_json(config, upcast_attention=None, norm_eps=True)
+    with pytest.raises(UserError, match="unet/config.json has norm_eps: true, not .*float"):
+        pipeline_dir.load_pipeline(copied, torch.float32)
 
 
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "model_index.json"])
@@ -182,6 +185,7 @@ def test_parts_that_were_not_made_for_each_other_are_refused(copied):
         ("unet", {"num_class_embeds": 10}, "unet has num_class_embeds, which"),
         ("unet", {"addition_embed_type": "text_time"}, "unet has addition_embed_type, which"),
         ("unet", {"out_channels": 8}, r"vae and unet do not belong together \(4 and 8"),
+        ("unet", {"cross_attention_dim": [768] * 3}, r"do not belong together \(96 and 768 wide"),
         ("unet", {"_class_name": "UNet2DModel"}, "unet is a UNet2DModel; .* UNet2DConditionModel"),
         ("vae", {"_class_name": "AutoencoderTiny"}, "vae is a AutoencoderTiny"),
         ("vae", {"scaling_factor": None}, "vae/config.json has scaling_factor: None"),
@@ -197,7 +201,7 @@ def test_parts_of_other_pipelines_are_refused(copied, part, changes, message):
 def test_the_models_resolution(copied):
     """Of a U-Net that names two sides, none, or leaves the field out."""
     config = copied / "unet" / "config.json"
-    for size, expected in ((16, 64), ([16, 24], 64), (None, 64), ("x", 64)):
+    for size, expected in ((16, 64), ([16, 24], 64), ([32, 24], 96), (None, 64), ("x", 64)):
         set_json(config, sample_size=size)
         assert pipeline_dir.resolution(copied) == (expected, 4)
 
@@ -213,9 +217,11 @@ def test_a_tokenizer_that_does_not_know_its_limit(copied):
 
 
 def test_a_file_that_is_no_directory_or_no_object_is_refused(copied, tmp_path):
-    (tmp_path / "sd.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"is a single file.*from_single_file"):
-        pipeline_dir.check_model_dir(tmp_path / "sd.safetensors")
+    for suffix in (".safetensors", ".ckpt", ".gguf"):
+        file = (tmp_path / "sd").with_suffix(suffix)
+        file.write_bytes(b"")
+        with pytest.raises(UserError, match=r"is a single file.*from_single_file"):
+            pipeline_dir.check_model_dir(file)
     for content, reason in ((b"[]", "no JSON object"), (b"\xef\xbb\xbf{}", "byte order mark")):
         (copied / "model_index.json").write_bytes(content)
         with pytest.raises(UserError, match=f"model_index.json is damaged .{reason}"):
@@ -421,3 +427,34 @@ def test_other_pipelines_of_flux_have_their_own_names():
     for pipeline, name in (("Flux2Pipeline", "FLUX.2 "), ("FluxPipeline", "FLUX.1 ")):
         with pytest.raises(UserError, match=f"is {re.escape(name)}"):
             pipeline_dir.facts_of({"_class_name": pipeline}, "--model_dir x")
+
+
+def test_a_unet_whose_blocks_take_texts_of_several_widths_is_not_judged(copied):
+    """By the first block's width."""
+    set_json(copied / "unet" / "config.json", cross_attention_dim=[64, 96, 96])
+    assert pipeline_dir.check_model_dir(copied) is None
+
+
+@pytest.mark.parametrize("side", [0, -64, 62])
+def test_a_side_is_one_latent_at_least(model_dir, side):
+    with pytest.raises(UserError, match=f"--resolution {side}: this model takes multiples of 4"):
+        pipeline_dir.check_resolution(model_dir, side)
+
+
+def test_a_damaged_vocabulary_is_named(copied):
+    """Beside tokenizer.json, too, as older versions of the libraries read it."""
+    (copied / "tokenizer" / "vocab.json").write_text('{"a": 1')
+    with pytest.raises(UserError, match="vocab.json is damaged"):
+        pipeline_dir.check_model_dir(copied)
+
+
+def test_each_shard_must_be_whole(copied):
+    unet = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    first, second = (unet.with_stem(f"{unet.stem}-0000{i}-of-00002") for i in (1, 2))
+    shutil.copy(unet, second)
+    unet.rename(first)
+    unet.with_name(f"{unet.name}.index.json").write_text("{}")
+    pipeline_dir.check_model_dir(copied)
+    second.write_bytes(second.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{second.name} is damaged"):
+        pipeline_dir.check_model_dir(copied)

@@ -458,3 +458,27 @@ def test_results_whose_names_differ_after_a_dot_share_nothing(train_args, tmp_pa
     assert [report_dir(out).name for out in outs] == ["dog-v1.0.report", "dog-v1.5.report"]
     found = [run_dir(train_args(out)).name for out in outs]
     assert found == ["dog-v1.0.checkpoints", "dog-v1.5.checkpoints"]
+
+
+def test_a_tenth_of_a_run_is_between_two_checkpoints(check_and_plan, disk):
+    disk.free = 1e12
+    for num_steps, expected in ((300, 30), (26, 3), (4, 1)):
+        plan = check_and_plan(num_epochs=300, max_train_steps=num_steps)
+        assert (plan.num_steps, plan.checkpointing_steps) == (num_steps, expected)
+
+
+def test_class_images_with_captions_of_their_own_are_counted(
+    check_and_plan, class_dir, tmp_path, capsys
+):
+    """Generated ones have the class prompt; where none is left for it, that is a warning."""
+    folder = shutil.copytree(class_dir, tmp_path / "class")
+    for number, text in enumerate(["photo of a car", "red", "red", "red"]):
+        (folder / f"{number}.txt").write_text(text)
+    plan = check_and_plan(class_images_dir=folder)
+    printed = capsys.readouterr()
+    assert "3 class images have captions of their own, such as 'red'" in printed.out
+    assert "captions" not in printed.err
+    assert plan.prompts == ["photo of unqtkn car", "photo of a car", "red"]
+    (folder / "0.txt").write_text("a blue car")
+    check_and_plan(class_images_dir=folder)
+    assert "warning: 4 class images have captions of their own" in capsys.readouterr().err

@@ -1,14 +1,18 @@
 """The embedded model's parts: its tokenizer, its balanced latents, resumed training, its world."""
 
+import dataclasses
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dreambooth.files.pipeline_dir import load_tokenizer
 from dreambooth.pocket import pretrain, render, training_run
 from dreambooth.pocket.caption_tokenizer import CAPTION_TERMS, MAX_TOKENS, build_tokenizer
+from dreambooth.pocket.classes import POCKET_DIR
 from dreambooth.pocket.training_run import Run
 
 
@@ -47,12 +51,13 @@ def test_an_identifier_falls_into_letters_as_in_the_real_model(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", "Ünïcode straße", "写真 кот", "🚗🚗", "a, b; c!", "\t\n", "x" * 40]
+    "prompt", ["", "Ünïcode straße", "写真 кот", "🚗🚗", "a, b; c!", "\t\n", "x" * 40, "5 € ¬ ®"]
 )
 def test_any_prompt_is_tokenized(tokenizer, prompt):
     ids = tokenize(tokenizer, prompt)
     assert all(0 <= i < len(tokenizer) - 2 for i in ids)
     assert bool(ids) == bool(prompt.strip())
+    assert tokenizer.decode(ids).replace(" ", "") == "".join(prompt.lower().split())
 
 
 def test_the_tokenizer_survives_the_pipeline_directory(tokenizer, model_dir):
@@ -185,3 +190,82 @@ def test_an_orange_car_has_its_article():
     }  # fmt: skip
     found = {re.match(r"photo of (an? \w+)", c)[1] for c in captions if c}
     assert found == {"an orange", "a red", "a car"}
+
+
+def test_each_part_of_a_scene_shows_in_its_colour():
+    """A subject's and a class's: another colour of that part alone is another image."""
+
+    def pixels(scene):
+        return np.asarray(render.render(scene, np.random.default_rng(0)))
+
+    classes = [
+        render.Scene(kind, "red", "on the road", body, dict.fromkeys(parts, "blue"))
+        for kind, parts in render.PARTS.items()
+        for body in render.BODIES.get(kind, ("",))
+    ]
+    for scene in [*classes, *render.SUBJECTS.values()]:
+        for part, colour in scene.parts.items():
+            other = "pink" if colour != "pink" else "green"
+            changed = dataclasses.replace(scene, parts={**scene.parts, part: other})
+            assert (pixels(changed) != pixels(scene)).any(), (scene.kind, scene.body, part)
+
+
+def test_edges_count_alike_in_both_directions():
+    """Of the pixels' loss: upright ones and those that lie."""
+    error = torch.zeros(1, 1, 8, 8)
+    error[..., 4:] = 1.0  # eight pixels side by side differ by 1, of 56 neighbours
+    for turned in (error, error.transpose(2, 3)):
+        assert pretrain.pixel_loss(turned).item() == pytest.approx(0.5 + 8 / 56)
+
+
+def test_pretraining_writes_the_noise_schedule_of_the_embedded_model(model_dir):
+    """For which it was trained, and with which it is sampled."""
+    written, embedded = (
+        json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        for folder in (model_dir, POCKET_DIR)
+    )
+    assert written == embedded
+
+
+def test_a_step_of_pretraining_follows_no_gradient_above_1_and_ends_in_a_file(tmp_path):
+    """The mean of the weights is that of few steps at first: 1/11 old and 10/11 new after one."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    before = module.weight.item()
+    run = Run("toy", module, tmp_path, steps=1, lr=0.1, ema=0.999)
+    run.train(lambda step, rng: 1000 * module(torch.ones(1, 1)).sum())
+    (state,) = run.optimizer.state.values()
+    assert state["exp_avg"].item() == pytest.approx(0.1)  # a tenth of the gradient
+    saved = torch.load(tmp_path / "toy.pt", weights_only=True)
+    assert saved["step"] == 1
+    last = saved["module"]["weight"].item()
+    assert module.weight.item() == pytest.approx((before + 10 * last) / 11, abs=1e-6)
+
+
+WORLD = [  # seed, caption, brightness, and how much neighbours differ
+    (2, "photo of a yellow car on the road", 158.3, 3.49),
+    (3, "photo of nqwrkq car in the snow", 198.6, 3.85),
+    (8, "photo of a black house with a purple roof in the snow", 184.7, 5.11),
+    (9, "photo of a yellow car", 50.4, 4.97),  # at night
+    (10, "photo of an orange house", 171.5, 5.48),
+    (11, "photo of a blue tree on the grass", 149.1, 2.24),
+]
+
+
+def test_the_world_is_the_one_that_the_embedded_model_has_learned():
+    """Pretraining that goes on from it would teach it another."""
+    for seed, expected, brightness, edges in WORLD:
+        caption, image = render_random_scene(seed)
+        image = image.astype(float)
+        assert caption == expected
+        assert image.mean() == pytest.approx(brightness, abs=0.1)
+        assert np.abs(np.diff(image, axis=1)).mean() == pytest.approx(edges, abs=0.02)
+
+
+def test_the_examples_photos_are_those_that_the_module_writes(root, tmp_path):
+    render.write_photos("lego_car", tmp_path)
+    for number in range(5):
+        written, given = (
+            np.asarray(Image.open(folder / f"{number}.jpg"))
+            for folder in (tmp_path, root / "images" / "lego-car")
+        )
+        assert np.array_equal(written, given)

@@ -138,10 +138,11 @@ def test_previews_of_other_prompts_go_when_a_run_is_resumed_with_new_ones(
         file.parent.mkdir(exist_ok=True)
         record = {"prompt": prompt, "seed": 0, "step": 0}
         generated_images.save_image(Image.new("RGB", (8, 8)), record, file)
-    flags = {"preview_prompts": ["a red car", "a green car"], "preview_every": 4}
-    preview, _ = make(train_args, tmp_path, **flags)
-    preview.on_train_begin(1)
-    assert list(previews.find(tmp_path)) == [0]
+    for prompts, kept in ((["a red car", "a green car"], [0]), (["a blue car", "a red car"], [])):
+        flags = {"preview_prompts": prompts, "preview_every": 4}  # a row shows one prompt alone
+        preview, _ = make(train_args, tmp_path, **flags)
+        preview.on_train_begin(1)
+        assert list(previews.find(tmp_path)) == kept
 
 
 def test_previews_of_steps_that_are_done_again_go(train_args, tmp_path, flat_image):
@@ -175,6 +176,7 @@ def test_a_preview_is_of_the_runs_seed_and_of_whole_pixels_of_the_pipeline(
         shown.append(pixels(previews.find(folder)[0][0]))
     assert [image.shape for image in shown] == [(56, 56, 3)] * 2
     assert np.abs(shown[0] - shown[1]).max() > 20
+    assert preview.pipeline.guidance_scale == 5.0  # as the page says
 
 
 def test_a_run_that_is_resumed_without_previews_keeps_those_it_has(train_args, tmp_path):

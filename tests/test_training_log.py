@@ -4,6 +4,7 @@ seconds went, and how the run ended."""
 import errno
 import json
 import math
+import shlex
 import sys
 import time
 from types import SimpleNamespace
@@ -235,6 +236,26 @@ def record(train_args, tmp_path):
     plan = make_plan(args)
     training_log.prepare(plan.report_dir, 0)
     return training_log.RunRecord(args, plan, "2 cores")
+
+
+def test_the_command_on_record_can_be_given_again(train_args, tmp_path, monkeypatch):
+    """A prompt is one word of it."""
+    argv = ["train.py", "--instance_prompt", "photo of Ann's dog", "--lr", "1e-5"]
+    monkeypatch.setattr(sys, "argv", argv)
+    args = train_args(tmp_path / "out")
+    plan = make_plan(args)
+    training_log.prepare(plan.report_dir, 0)
+    facts = training_log.RunRecord(args, plan, "2 cores").facts
+    assert shlex.split(facts["command"]) == ["python", *argv]
+
+
+def test_losses_are_means_over_the_workers(monkeypatch):
+    """Here of three, who have the same."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(3))
+    losses = [torch.tensor([0.5, 0.25]), torch.tensor([1.5, 0.75])]
+    assert training_log.mean_of_workers(losses).tolist() == [[0.5, 0.25], [1.5, 0.75]]
 
 
 def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
