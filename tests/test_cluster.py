@@ -621,3 +621,14 @@ def test_a_folder_for_sockets_may_be_as_long_as_they_leave(monkeypatch, tmp_path
                     cluster.check_temp_dir()
         finally:
             os.rmdir(folder)
+
+
+def test_a_gpu_that_cannot_be_used_is_found_before_ray_starts(ray_init, monkeypatch):
+    """That of this machine; with a cluster the GPUs are elsewhere."""
+    refused = MagicMock(side_effect=UserError("there is a GPU, but PyTorch cannot use it"))
+    monkeypatch.setattr(device, "check_driver", refused)
+    with pytest.raises(UserError, match="there is a GPU"):
+        cluster.start_ray()
+    assert not ray_init.called
+    os.environ["RAY_ADDRESS"] = "auto"
+    assert cluster.start_ray() == (2, 8)
