@@ -464,3 +464,12 @@ def test_a_card_names_the_base_models_licence(result, base, pipeline, licence):
     _, record = result()
     card = export.build_card("tuned", {**record, "model": base, "pipeline": pipeline}, False)
     assert card.data.license == licence
+
+
+def test_the_card_that_a_run_wrote_may_be_written_again_and_no_other(result, flat_image):
+    """With an image or without."""
+    folder, record = result()
+    for image in (None, flat_image("sheet.png", 0)):
+        export.write_card(folder, record, image)
+        assert export.may_write_card(folder, record)
+    assert not export.may_write_card(folder, {**record, "plan": "another run's"})

@@ -341,3 +341,13 @@ def test_a_vae_that_overflows_in_float16_is_not_tried_in_it(step):
     for force_upcast in (True, False):
         vae.register_to_config(force_upcast=force_upcast)
         assert denoiser.family.vae_in_float16(vae) == (not force_upcast)
+
+
+def test_each_tokenizer_has_the_limit_of_its_own_text_encoder(xl_dir, tmp_path):
+    folder = shutil.copytree(xl_dir, tmp_path / "xl")
+    file = folder / "text_encoder_2" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 20}))
+    for part, limit in (("tokenizer", 48), ("tokenizer_2", 20)):
+        assert pipeline_dir.load_tokenizer(folder, part).model_max_length == limit
+    with pytest.raises(UserError, match="the model takes 20"):
+        pipeline_dir.check_prompts(folder, ["a car " * 15])
