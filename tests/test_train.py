@@ -294,6 +294,19 @@ def test_the_learning_rate_is_that_of_what_is_trained(train_argv, tmp_path):
         assert train.parse_args(train_argv(tmp_path / "out", **flags)).lr == lr
 
 
+def test_without_flags_the_recipe_is_that_of_diffusers_script(train_argv, tmp_path):
+    """And a run logs, keeps and retries as its --help says."""
+    args = vars(train.parse_args(train_argv(tmp_path / "out")))
+    expected = {
+        "adam_beta1": 0.9, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
+        "prior_loss_weight": 1.0, "lr_scheduler": "constant", "lr_warmup_steps": 0, "seed": 0,
+        "snr_gamma": None, "gradient_accumulation_steps": 1, "prior_target": "noise",
+        "max_instance_noise": 1.0, "lora_rank": 4, "lora_layers": "attention",
+        "log_every": 10, "checkpoints_total_limit": 1, "max_failures": 3, "wait_for_gpus": 0,
+    }  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
+
+
 def test_a_run_that_diverges_leaves_its_record_alone(train_here, tmp_path):
     with pytest.raises(Diverged, match="the loss is .* at step 2: lower --lr.*nothing was saved"):
         train_here(tmp_path / "out", lr=1e30)
@@ -438,6 +451,19 @@ def test_an_elastic_run_starts_with_its_fewest_workers(main_until_fit, tmp_path)
     fit = MagicMock(side_effect=UserError("a worker failed"))
     assert main_until_fit(fit, num_workers="1:2", wait_for_gpus=5) == (1, 5)
     assert os.listdir(tmp_path) == ["out.report"]
+
+
+def test_the_hardware_on_record_is_what_the_run_may_use(
+    main_until_fit, train_args, tmp_path, monkeypatch
+):
+    """Two of the cluster's four GPUs."""
+    fit = MagicMock(side_effect=UserError("a worker failed"))
+    main_until_fit(fit, num_workers="1:2")
+    monkeypatch.setattr(cluster, "wait_for_workers", lambda *asked: (4, 8))
+    with pytest.raises(UserError, match="a worker failed"):
+        train.main(train_args(tmp_path / "out", num_workers="1:2"))
+    record = json.loads((tmp_path / "out.report" / "run.json").read_text())
+    assert record["hardware"] == "2 GPUs of a cluster"
 
 
 @pytest.fixture
