@@ -368,6 +368,7 @@ def test_own_photos_are_not_taken_for_the_example_by_macos(run_story, tmp_path):
 
 
 def test_run_sh_works_through_a_link_and_with_a_relative_python(root, tmp_path):
+    """Also where CDPATH makes `cd` print."""
     link = tmp_path / "story"
     link.symlink_to(root / "run.sh")
     (tmp_path / "bin").mkdir()
@@ -377,7 +378,7 @@ def test_run_sh_works_through_a_link_and_with_a_relative_python(root, tmp_path):
     done = subprocess.run(
         [link], cwd=tmp_path, capture_output=True, text=True,
         env={"PATH": "/usr/bin:/bin", "PYTHON": "bin/python", "MODEL": "pocket", "STEPS": "0",
-             "NUM_GPUS": "0"},
+             "NUM_GPUS": "0", "CDPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: STEPS=0: must be a whole number of at least 1")
@@ -393,12 +394,14 @@ def test_class_images_have_less_guidance_than_results(run_story):
 
 
 def test_a_class_has_its_folder_of_class_images(run_story):
-    """Of each model; and no prompt is given twice if the class is what must not change."""
-    _, commands = run_story(0, CLASS_NAME="house")
+    """Of each model, one folder and none in another, whatever the class's name; and no prompt is
+    given twice if the class is what must not change."""
+    names = {"CLASS_NAME": "tea house/2", "CLASS_PROMPT": "photo of a house"}
+    _, commands = run_story(0, **names)
     class_images, sample = commands["generate.py"]
-    assert " --output_dir /data/images-reg/pocket-house " in class_images
+    assert " --output_dir /data/images-reg/pocket-tea-house-2 " in class_images
     assert "photo of a house photo of a car photo of a car on the road " in sample
-    assert "--class_images_dir /data/images-reg/pocket-house " in commands["train.py"][0]
+    assert "--class_images_dir /data/images-reg/pocket-tea-house-2 " in commands["train.py"][0]
 
 
 def test_without_previews_none_is_asked_for(run_story, tmp_path):
