@@ -265,7 +265,7 @@ def test_the_examples_photos_are_those_that_the_module_writes(root, tmp_path):
     render.write_photos("lego_car", tmp_path)
     for number in range(5):
         written, given = (
-            np.asarray(Image.open(folder / f"{number}.jpg"))
+            np.asarray(Image.open(folder / f"{number}.jpg")).astype(float)
             for folder in (tmp_path, root / "images" / "lego-car")
         )
-        assert np.array_equal(written, given)
+        assert np.abs(written - given).mean() < 0.05  # another CPU may round in another way
