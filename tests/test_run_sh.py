@@ -104,8 +104,10 @@ def test_gpus_that_are_too_small_get_the_flags_that_save_most_and_a_warning(run_
 
 
 def test_train_flags_from_outside_stay_as_they_are(run_story):
-    """Also on GPUs that are too small for them, as far as run.sh knows."""
-    done, commands = run_story(1, 2, TRAIN_FLAGS="--lr 1e-5 --train_batch_size 1")
+    """Also on GPUs that are too small for them, as far as run.sh knows, and of a model whose recipe
+    is a LoRA's."""
+    flags = {"TRAIN_FLAGS": "--lr 1e-5 --train_batch_size 1"}
+    done, commands = run_story(1, 2, MODEL="klein", ORIG_MODEL_HASH="abc", **flags)
     (train,) = commands["train.py"]
     assert train.endswith(" --num_workers 1 --lr 1e-5 --train_batch_size 1")
     assert "GiB" not in done.stderr
