@@ -98,7 +98,9 @@ def fetched_earlier(cache_dir, model_name, branch):
     ref = pipeline_dir.snapshot_dir(cache_dir, model_name, branch).parents[1] / "refs" / branch
     if not ref.is_file():
         return None
-    snapshot = pipeline_dir.snapshot_dir(cache_dir, model_name, ref.read_text().strip())
+    snapshot = pipeline_dir.snapshot_dir(
+        cache_dir, model_name, ref.read_text(encoding="utf-8").strip()
+    )
     return None if pipeline_dir.missing_file(snapshot) else snapshot
 
 
