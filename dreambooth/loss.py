@@ -82,10 +82,13 @@ def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):
     """
     a = alphas_cumprod[timesteps]
     snr = a / (1 - a)
-    divisors = {"epsilon": snr, "v_prediction": snr + 1}
-    if prediction_type not in divisors:
+    weights = {
+        "epsilon": (gamma / snr).clamp(max=1),  # 1 where SNR is 0
+        "v_prediction": snr.clamp(max=gamma) / (snr + 1),
+    }
+    if prediction_type not in weights:
         raise ValueError(f"prediction type {prediction_type!r}: must be epsilon or v_prediction")
-    return snr.clamp(max=gamma) / divisors[prediction_type]
+    return weights[prediction_type]
 
 
 def prior_preserving_loss(model_pred, target, prior_loss_weight, weights=None):

@@ -99,14 +99,14 @@ def test_other_prediction_types_are_refused_by_name(scheduler):
 
 
 def test_min_snr_weights_by_hand():
-    """Cumulative alphas 0.9, 0.5 and 0.1 are signal-to-noise ratios 9, 1 and 1/9; gamma 5 limits
-    the first to 5."""
-    alphas_cumprod = torch.tensor([0.9, 0.5, 0.1])
-    timesteps = torch.tensor([0, 1, 2, 0])
+    """Cumulative alphas 0.9, 0.5, 0.1 and 0 are signal-to-noise ratios 9, 1, 1/9 and 0; gamma 5
+    limits the first to 5."""
+    alphas_cumprod = torch.tensor([0.9, 0.5, 0.1, 0.0])
+    timesteps = torch.tensor([0, 1, 2, 3, 0])
     epsilon = min_snr_weights("epsilon", timesteps, alphas_cumprod, 5.0)
-    torch.testing.assert_close(epsilon, torch.tensor([5 / 9, 1, 1, 5 / 9]))
+    torch.testing.assert_close(epsilon, torch.tensor([5 / 9, 1, 1, 1, 5 / 9]))
     v = min_snr_weights("v_prediction", timesteps, alphas_cumprod, 5.0)
-    torch.testing.assert_close(v, torch.tensor([5 / 10, 1 / 2, (1 / 9) / (10 / 9), 5 / 10]))
+    torch.testing.assert_close(v, torch.tensor([5 / 10, 1 / 2, (1 / 9) / (10 / 9), 0, 5 / 10]))
 
 
 def test_noise_schedule_is_exact_where_bfloat16_is_not(load_models):
