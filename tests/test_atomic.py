@@ -284,7 +284,7 @@ def test_a_file_that_cannot_be_renamed_over_is_written(tmp_path, monkeypatch):
 
 def test_modes_that_cannot_be_changed_are_left(result, monkeypatch):
     refuse(monkeypatch, "chmod", errno.EPERM)
-    atomic.replace_dir(result, lambda folder: (write_new(folder), atomic.apply_umask(folder)))
+    atomic.replace_dir(result, write_new)
     atomic.replace_file(result / "a.txt", lambda path: path.write_text("new"))
     assert names_in(result) == ["a.txt", "model.txt"]
 
@@ -369,12 +369,8 @@ def test_a_sync_that_is_not_allowed_loses_no_result(tmp_path, monkeypatch, code)
 def test_the_umask_decides_who_may_read_a_result(tmp_path):
     old = os.umask(0o027)
     try:
-        folder = tmp_path / "new"
-        folder.mkdir()
-        file = folder / "a"
-        file.touch(mode=0o600)
-        atomic.apply_umask(folder)
-        assert file.stat().st_mode & 0o777 == 0o640
+        atomic.replace_dir(tmp_path / "new", lambda folder: (folder / "a").touch(mode=0o600))
+        assert (tmp_path / "new" / "a").stat().st_mode & 0o777 == 0o640
     finally:
         os.umask(old)
 

@@ -61,7 +61,8 @@ def append_line(file, text):
 
 
 def replace_dir(folder, write):
-    """Let `write(temporary)` fill a temporary directory, then put it in place of `folder`.
+    """Let `write(temporary)` fill a temporary directory, give its files the mode of new files, and
+    put it in place of `folder`.
 
     A crash at any moment leaves the previous one whole: under its own name or, between the two
     renames, under .NAME.old beside it. UserError: the disk is full.
@@ -73,7 +74,11 @@ def replace_dir(folder, write):
     new.mkdir(parents=True)
     try:
         write(new)
+        mode = new.stat().st_mode & 0o666  # a new directory's, so the umask is in it
         for path in (*new.rglob("*"), new):
+            if path.is_file():
+                with suppress(OSError):  # of a file system without modes
+                    path.chmod(mode)  # safetensors makes its own readable by their owner alone
             flush(path)
     except Exception as error:
         shutil.rmtree(new, ignore_errors=True)
@@ -155,16 +160,6 @@ def flush(path):
             raise
     finally:
         os.close(descriptor)
-
-
-def apply_umask(folder):
-    """Give the files in the new `folder` the mode that new files have. safetensors makes its own
-    readable by their owner alone, so that on shared storage nobody else could use them."""
-    mode = folder.stat().st_mode & 0o666  # a new directory's, so the umask is in it
-    for file in folder.rglob("*"):
-        with suppress(OSError):  # a file system without modes is no reason to lose a result
-            if file.is_file():
-                file.chmod(mode)
 
 
 def check_writable(folder, flag="--output_dir"):

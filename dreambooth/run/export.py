@@ -111,7 +111,6 @@ def _write_pipeline(denoiser, model_dir, folder):
         absent["requires_safety_checker"] = False
     text = json.dumps({**kept, **absent}, indent=2) + "\n"
     (folder / pipeline_dir.INDEX).write_text(text, encoding="utf-8")
-    atomic.apply_umask(folder)
 
 
 def _write_lora(denoiser, folder):
@@ -132,7 +131,6 @@ def _write_lora(denoiser, folder):
         own = layers["text_encoder_lora_layers"]
         layers["text_encoder_lora_layers"] = _with_hub_names(own)
     getattr(diffusers, denoiser.family.facts.class_name).save_lora_weights(folder, **layers)
-    atomic.apply_umask(folder)
 
 
 def _with_one_layout(name):
