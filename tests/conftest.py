@@ -269,7 +269,7 @@ def lora_dir(load_models, tmp_path_factory):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("lora") / "lora"
-    export.save_lora(denoiser, folder)
+    export.save(denoiser, SimpleNamespace(use_lora=True, model_dir=None, output_dir=folder))
     return folder
 
 

@@ -383,11 +383,13 @@ def test_tokenizer_and_scheduler_are_copied_byte_for_byte(load_models, model_dir
     assert saved["unet"] == index["unet"]
 
 
-def test_a_model_that_was_trained_in_bfloat16_is_saved_in_float32(load_models, model_dir, tmp_path):
+def test_a_model_that_was_trained_in_bfloat16_is_saved_in_float32(
+    load_models, train_args, tmp_path
+):
     """Like the rest of its pipeline; and all files are readable as new ones are."""
     _, denoiser, _ = load_models(param_dtype="bf16")
     expected = denoiser.unet.conv_out.weight.detach().float().clone()
-    export.save_pipeline(denoiser, model_dir, tmp_path / "tuned")
+    export.save(denoiser, train_args(tmp_path / "tuned"))
     (tmp_path / "new").touch()
     for file in (tmp_path / "tuned").rglob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}, file

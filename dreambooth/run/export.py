@@ -63,35 +63,25 @@ pipeline({prompt}).images[0]"""
 
 
 def save(denoiser, args):
-    """Write the result of a run to `args.output_dir`."""
+    """Write the result of a run to `args.output_dir`, whole or not at all."""
+    write = partial(save_pipeline, denoiser, args.model_dir)
     if args.use_lora:
-        save_lora(denoiser, args.output_dir)
-    else:
-        save_pipeline(denoiser, args.model_dir, args.output_dir)
+        write = partial(save_lora, denoiser)
+    atomic.replace_dir(args.output_dir, write)
 
 
-def save_pipeline(denoiser, model_dir, output_dir):
+def save_pipeline(denoiser, model_dir, folder):
     """Write a complete pipeline directory: the denoiser's models, which move to the CPU, the rest
     as in `model_dir`. All weights in float32: loaders that are told no precision would mix several.
+
+    Tokenizers and scheduler are copied byte for byte, so that older versions of the libraries load
+    the result if they load the original.
     """
-    import torch
-
-    denoiser.to("cpu", torch.float32)
-    atomic.replace_dir(output_dir, partial(_write_pipeline, denoiser, model_dir))
-
-
-def save_lora(denoiser, output_dir):
-    """Write the LoRA matrices as diffusers' `load_lora_weights` reads them."""
-    atomic.replace_dir(output_dir, partial(_write_lora, denoiser))
-
-
-def _write_pipeline(denoiser, model_dir, folder):
-    """Tokenizers and scheduler are copied byte for byte, so that older versions of the libraries
-    load the result if they load the original."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    model_dir = Path(model_dir)
+    denoiser.to("cpu", torch.float32)
+    model_dir, folder = Path(model_dir), Path(folder)
     facts = pipeline_dir.read_facts(model_dir)
     index = pipeline_dir.read_config(model_dir / pipeline_dir.INDEX, "--model_dir")
     for part in (*facts.tokenizers, "scheduler"):
@@ -113,7 +103,8 @@ def _write_pipeline(denoiser, model_dir, folder):
     (folder / pipeline_dir.INDEX).write_text(text, encoding="utf-8")
 
 
-def _write_lora(denoiser, folder):
+def save_lora(denoiser, folder):
+    """Write the LoRA matrices as diffusers' `load_lora_weights` reads them."""
     import diffusers
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
@@ -126,10 +117,9 @@ def _write_lora(denoiser, folder):
             if denoiser.family.old_lora_names:
                 matrices = convert_state_dict_to_diffusers(matrices)
                 matrices = {_with_one_layout(name): m for name, m in matrices.items()}
+            if part == "text_encoder":
+                matrices = _with_hub_names(matrices)
             layers[f"{part}_lora_layers"] = matrices
-    if "text_encoder_lora_layers" in layers:
-        own = layers["text_encoder_lora_layers"]
-        layers["text_encoder_lora_layers"] = _with_hub_names(own)
     getattr(diffusers, denoiser.family.facts.class_name).save_lora_weights(folder, **layers)
 
 
