@@ -51,7 +51,7 @@ def facts_of(index, where):
     """The `PipelineFacts` of the parsed model_index.json `index`. UserError, beginning with
     `where`: these scripts do not take its pipeline."""
     known = "; ".join(facts.name for facts in PIPELINES.values())
-    pipeline = index.get("_class_name") if isinstance(index, dict) else None
+    pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"{where}: {INDEX} names no pipeline class; these scripts take {known}")
     if pipeline not in PIPELINES:
@@ -64,8 +64,8 @@ def facts_of(index, where):
 
 
 def read_facts(model_dir):
-    """The `PipelineFacts` of a directory that `check_model_dir` has passed."""
-    return facts_of(_read_json(Path(model_dir) / INDEX), model_dir)
+    """The `PipelineFacts` of a pipeline directory."""
+    return facts_of(read_config(Path(model_dir) / INDEX, "--model_dir"), model_dir)
 
 
 class Weights(NamedTuple):
@@ -112,15 +112,6 @@ def _names(folder, part):
     return [f"{part}/{file.name}" for file in (folder / part).glob("*") if file.exists()]
 
 
-def needed_files(facts):
-    """What a pipeline directory must have beside weights: one file of each row."""
-    rows = [(INDEX,), (SCHEDULER,)]
-    for part in facts.tokenizers:
-        rows += [(f"{part}/tokenizer.json", f"{part}/{name}") for name in TOKENIZER_FILES]
-    return rows + [(f"{part}/config.json",) for part in facts.models]
-
-
-TOKENIZER_FILES = ("merges.txt", "vocab.json")  # in place of tokenizer.json
 SHARD = re.compile(r"-(\d+)-of-(\d+)")
 
 
@@ -130,20 +121,26 @@ def missing_file(model_dir):
     folder = Path(model_dir)
     if not (folder / INDEX).exists():
         return INDEX
-    facts = facts_of(read_config(folder / INDEX, "--model_dir"), model_dir)
-    for names in needed_files(facts):
-        if not any((folder / name).exists() for name in names):
-            return names[0]
+    facts = read_facts(folder)
+    needed = [SCHEDULER]
+    for part in facts.tokenizers:  # tokenizer.json, or two other files in its place
+        if not all((folder / part / name).exists() for name in ("merges.txt", "vocab.json")):
+            needed.append(f"{part}/tokenizer.json")
+    needed += [f"{part}/config.json" for part in facts.models]
+    for name in needed:
+        if not (folder / name).exists():
+            return name
     for part in facts.models:
         found = choose_weights(part, _names(folder, part))
         if found is None:
             is_text_encoder = part.startswith("text_encoder")
             return f"{part}/{'' if is_text_encoder else 'diffusion_pytorch_'}model.safetensors"
         first = next(name for name in found.files if not name.endswith(".json"))
-        absent = [name for name in _all_shards(first) if name not in found.files]
+        shards = _all_shards(first)
+        absent = [name for name in shards if name not in found.files]
         if absent:
             return absent[0]
-        if SHARD.search(first) and len(found.files) == len(_all_shards(first)):
+        if shards and found.files == shards:
             return f"{SHARD.sub('', first)}.index.json"
     return None
 
@@ -174,12 +171,13 @@ def check_model_dir(model_dir, flag="--model_dir"):
         )
     where = f"{flag} {folder}"
     if (folder / INDEX).exists():
-        facts_of(read_config(folder / INDEX, flag), where)
-    missing = missing_file(folder)
-    if missing == INDEX and ((folder / LORA_FILE).exists() or (folder / PEFT_CONFIG).exists()):
+        index = read_config(folder / INDEX, flag)
+        facts = facts_of(index, where)
+    elif (folder / LORA_FILE).exists() or (folder / PEFT_CONFIG).exists():
         raise UserError(
             f"{where} is a LoRA: give it as --lora_weights_dir, and its base model as {flag}"
         )
+    missing = missing_file(folder)
     if missing:
         others = [file.name for file in (folder / missing).parent.glob("*.safetensors")]
         variant = f" (only full precision and fp16 are read, not {others[0]})" if others else ""
@@ -187,8 +185,7 @@ def check_model_dir(model_dir, flag="--model_dir"):
             f"{where} is not a diffusers pipeline directory: {missing} is missing{variant}"
             " (cache_model.py prints the directory to use)"
         )
-    facts = read_facts(folder)
-    check_index(facts, read_config(folder / INDEX, flag), where)
+    check_index(facts, index, where)
     for part in facts.tokenizers:
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
             if (folder / part / name).exists():
@@ -199,7 +196,6 @@ def check_model_dir(model_dir, flag="--model_dir"):
     check_noise_schedule(facts, read_config(folder / SCHEDULER, flag), where)
     configs = {part: read_config(folder / part / "config.json", flag) for part in facts.models}
     check_parts(facts, configs, where)
-    resolution(folder, flag)
 
 
 def check_index(facts, index, where):
@@ -247,6 +243,9 @@ def check_parts(facts, configs, where):
     backbone, vae = configs[facts.backbone], configs["vae"]
     if not isinstance(vae.get("scaling_factor", 1.0), int | float):
         raise UserError(f"{where}: vae/config.json has scaling_factor: {vae['scaling_factor']}")
+    blocks = vae.get("block_out_channels")
+    if not isinstance(blocks, list) or not blocks:
+        raise UserError(f"{where}: vae/config.json has no block_out_channels")
     for name in CONDITIONS - facts.extra_conditions:
         if backbone.get(name) is not None:
             raise UserError(
@@ -274,7 +273,7 @@ def check_parts(facts, configs, where):
 def read_config(file, flag):
     """The object in a JSON file. UserError: it is damaged, or no object."""
     try:
-        config = _read_json(file)
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         reason = "byte order mark" if "BOM" in str(error) else first_line(error)
         remedy = "save it as UTF-8 without" if "BOM" in str(error) else _fetch_again(file)
@@ -317,10 +316,6 @@ def _check_pickle(file, flag):
         ) from None
 
 
-def _read_json(file):
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def num_parameters(model_dir):
     """The number of parameters of each model, such as "unet": from the headers of its safetensors;
     of pickles from their size, as if in float32, which they are on the Hub."""
@@ -350,16 +345,12 @@ def num_trained(model_dir, sizes, train_text_encoder):
     return sizes[read_facts(model_dir).backbone] + text_encoder
 
 
-def resolution(model_dir, flag="--model_dir"):
+def resolution(model_dir):
     """The side of the model's images in pixels, and the pixels per latent. The former is the
     backbone's sample_size (of two, the smaller), else the VAE's, else the pipeline's default."""
     facts = read_facts(model_dir)
-    backbone = read_config(Path(model_dir) / facts.backbone / "config.json", flag)
-    vae = read_config(Path(model_dir) / "vae" / "config.json", flag)
-    blocks = vae.get("block_out_channels")
-    if not isinstance(blocks, list) or not blocks:
-        raise UserError(f"{flag} {model_dir}: vae/config.json has no block_out_channels")
-    pixels_per_latent = 2 ** (len(blocks) - 1) * facts.patch
+    backbone, vae = (part_config(model_dir, part) for part in (facts.backbone, "vae"))
+    pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1) * facts.patch
     latents = _side(backbone.get("sample_size"))
     if latents is None:
         pixels = _side(vae.get("sample_size")) or facts.pixels
@@ -400,9 +391,14 @@ def loading(what):
         raise UserError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
+def part_config(model_dir, part):
+    """The configuration of the model `part` of `model_dir`."""
+    return read_config(Path(model_dir) / part / "config.json", "--model_dir")
+
+
 def _text_encoder_config(model_dir, tokenizer):
     """The configuration of the text encoder that the part `tokenizer` belongs to."""
-    return Path(model_dir) / tokenizer.replace("tokenizer", "text_encoder") / "config.json"
+    return part_config(model_dir, tokenizer.replace("tokenizer", "text_encoder"))
 
 
 def load_tokenizer(model_dir, part="tokenizer"):
@@ -412,7 +408,7 @@ def load_tokenizer(model_dir, part="tokenizer"):
 
     with loading(f"{model_dir}/{part}"):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder=part)
-    config = read_config(_text_encoder_config(model_dir, part), "--model_dir")
+    config = _text_encoder_config(model_dir, part)
     limit = read_facts(model_dir).max_tokens or config.get("max_position_embeddings")
     if isinstance(limit, int) and limit > 0:
         own = tokenizer.model_max_length
@@ -478,17 +474,14 @@ def load_pipeline(model_dir, dtype=None, **parts):
     """
     import diffusers  # here: takes seconds
 
-    index = read_config(Path(model_dir) / INDEX, "--model_dir")
-    facts = facts_of(index, model_dir)
+    facts = read_facts(model_dir)
     for part in facts.models:
         if part not in parts:
             parts[part] = load_part(model_dir, part, dtype=dtype)
     tokenizers = {part: load_tokenizer(model_dir, part) for part in facts.tokenizers}
     with loading(model_dir):
-        return getattr(diffusers, index["_class_name"]).from_pretrained(
-            model_dir,
-            dtype=dtype,
-            **{**tokenizers, **facts.extras, **parts},
+        return getattr(diffusers, facts.class_name).from_pretrained(
+            model_dir, dtype=dtype, **{**tokenizers, **facts.extras, **parts}
         )
 
 
@@ -502,7 +495,7 @@ def check_prompts(model_dir, prompts):
         if facts.has_chat_template:
             with loading(f"{model_dir}/{part}"):
                 limit -= num_template_tokens(tokenizer)
-        text_encoder = read_config(_text_encoder_config(model_dir, part), "--model_dir")
+        text_encoder = _text_encoder_config(model_dir, part)
         for prompt in prompts:
             with loading(f"{model_dir}/{part}"):
                 ids = tokenizer(prompt, verbose=False).input_ids
