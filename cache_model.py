@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, first_line, run_main, warn
 from dreambooth.files import atomic, pipeline_dir
-from dreambooth.pocket.classes import POCKET_DIR
+from dreambooth.pocket import POCKET_DIR
 
 
 def parse_args(argv=None):

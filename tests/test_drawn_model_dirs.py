@@ -18,7 +18,7 @@ from dreambooth import models
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
 from dreambooth.image_generator import ImageGenerator
-from dreambooth.pocket.classes import POCKET_DIR
+from dreambooth.pocket import POCKET_DIR
 
 DRAWN = int(os.environ.get("DRAWN", "25"))
 CONFIGS = [

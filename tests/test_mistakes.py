@@ -13,7 +13,7 @@ import generate
 from dreambooth import cli
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
-from dreambooth.pocket import classes, render
+from dreambooth.pocket import POCKET_DIR, render
 
 
 def test_prompts_that_no_tokenizer_takes(generate_args, train_args, capsys):
@@ -133,17 +133,17 @@ def test_the_command_generate_refuses_in_one_line(
 def test_pocket_knows_its_classes_and_no_other():
     """As whole words, in any case."""
     for name in render.CLASSES:
-        classes.check_classes([f"photo of a {name}", f"Photo of unqtkn {name.upper()}, at night"])
+        render.check_classes([f"photo of a {name}", f"Photo of unqtkn {name.upper()}, at night"])
     for text in ("photo of a dog", "photo of a boathouse", "cars", "写真"):
         with pytest.raises(UserError, match="car, house, boat, ball, cup and tree; real photos"):
-            classes.check_classes(["photo of a car", text])
+            render.check_classes(["photo of a car", text])
 
 
 def test_generate_with_pocket_refuses_other_classes(generate_args, tmp_path):
     """Two hundred images of nothing would be the first step by hand. Both models of a comparison
     must know the prompts."""
     for flag in ("model_dir", "compare_to"):
-        flags = {flag: classes.POCKET_DIR, "prompts": ["photo of a dog"]}
+        flags = {flag: POCKET_DIR, "prompts": ["photo of a dog"]}
         with pytest.raises(UserError, match="'photo of a dog': pocket only draws car"):
             generate.check_args(generate_args(tmp_path / "out", **flags))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
-from dreambooth.pocket.classes import POCKET_DIR
+from dreambooth.pocket import POCKET_DIR
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from dreambooth.files.pipeline_dir import load_tokenizer
-from dreambooth.pocket import pretrain, render, training_run
+from dreambooth.pocket import POCKET_DIR, pretrain, render, training_run
 from dreambooth.pocket.caption_tokenizer import CAPTION_TERMS, MAX_TOKENS, build_tokenizer
-from dreambooth.pocket.classes import POCKET_DIR
 from dreambooth.pocket.training_run import Run
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth.cli import STORAGE_FAILED, UserError, first_line, warn
 from dreambooth.files.pipelines import DISTILLED_SAMPLER, OTHER_MODELS, PIPELINES
-from dreambooth.pocket import classes
+from dreambooth.pocket import POCKET_DIR, render
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -509,8 +509,8 @@ def check_prompts(model_dir, prompts):
                     f"prompt too long: {prompt!r} has {len(ids)} tokens, the model takes {limit};"
                     f" {lost!r} would be cut off"
                 )
-    if fingerprint(model_dir) == fingerprint(classes.POCKET_DIR):
-        classes.check_classes(prompts)
+    if fingerprint(model_dir) == fingerprint(POCKET_DIR):
+        render.check_classes(prompts)
 
 
 def num_template_tokens(tokenizer):

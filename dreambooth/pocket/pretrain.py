@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from dreambooth.cli import ArgumentParser
 from dreambooth.loss import min_snr_weights
-from dreambooth.pocket import render
+from dreambooth.pocket import POCKET_DIR, render
 from dreambooth.pocket.caption_tokenizer import MAX_TOKENS, build_tokenizer
 from dreambooth.pocket.training_run import Run
 
@@ -302,9 +302,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--work_dir", type=Path, required=True, help="for the state of an unfinished training run"
     )
-    default_dir = Path(__file__).parent / "model"
     parser.add_argument(
-        "--output_dir", type=Path, default=default_dir, help="where the pipeline directory goes"
+        "--output_dir", type=Path, default=POCKET_DIR, help="where the pipeline directory goes"
     )
     parser.add_argument(
         "--num_images", type=int, default=120_000, help="rendered images to train on"

@@ -1,4 +1,5 @@
-"""The synthetic world of the pocket model: small captioned images, drawn with Pillow.
+"""The synthetic world of the pocket model, which can show nothing else: small captioned images,
+drawn with Pillow.
 
 A scene is an object (class, colour, parts) in a place. `sample_scene` samples one, `caption`
 describes it ("photo of a red car with a white roof on the beach"), `render` turns it into an
@@ -14,6 +15,7 @@ never shows one to the model.
     python -m dreambooth.pocket.render --sheet world.png                     # look at the world
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -104,6 +106,17 @@ SUBJECTS = {
     "ladybird": Scene("ball", "orange", "on the grass", "ladybird", {"head": "black"}),
     "palm": Scene("tree", "purple", "on the grass", "palm", {"trunk": "yellow", "nuts": "red"}),
 }
+
+
+def check_classes(prompts):
+    """Each of `prompts`, for pocket, must name a class that it knows: any other word is letters to
+    its tokenizer, and the images would show nothing."""
+    for text in prompts:
+        if not set(re.findall("[a-z]+", text.lower())) & set(CLASSES):
+            raise UserError(
+                f"{text!r}: pocket only draws {', '.join(CLASSES[:-1])} and {CLASSES[-1]}; real"
+                " photos need Stable Diffusion and a CUDA GPU (README, Your own photos)"
+            )
 
 
 def _pick(rng, items):

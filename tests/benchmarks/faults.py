@@ -35,7 +35,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from dreambooth.cli import ArgumentParser
-from dreambooth.pocket.classes import POCKET_DIR
+from dreambooth.pocket import POCKET_DIR
 from dreambooth.run.plan import run_dir
 
 STEPS = 24

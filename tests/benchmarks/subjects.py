@@ -33,8 +33,7 @@ from dreambooth.cli import ArgumentParser, UserError, absolute_path, configure_l
 from dreambooth.files import atomic, generated_images, pipeline_dir
 from dreambooth.files.photos import find_images
 from dreambooth.images import load_crops
-from dreambooth.pocket import render
-from dreambooth.pocket.classes import POCKET_DIR
+from dreambooth.pocket import POCKET_DIR, render
 from dreambooth.run import export
 from dreambooth.run.plan import make_plan
 from tests.benchmarks import fidelity

@@ -49,8 +49,7 @@ from dreambooth.cli import ArgumentParser, hide_progress_bars
 from dreambooth.files import pipeline_dir as directory
 from dreambooth.loss import training_loss
 from dreambooth.machines.device import num_cores
-from dreambooth.pocket import pretrain
-from dreambooth.pocket.classes import POCKET_DIR
+from dreambooth.pocket import POCKET_DIR, pretrain
 
 FEATURES = ["cached latents", "prompts encoded once"]
 GPU_FEATURES = ["channels_last", "fused AdamW"]
