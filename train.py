@@ -227,7 +227,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
             name=plan.run_dir.name,
             failure_config=ray.train.FailureConfig(max_failures=args.max_failures),
             callbacks=[cluster.NoRetryForUserErrors()],
-            logging_config=cluster.train_logs(args.verbose),
+            logging_config=None if args.verbose else ray.train.LoggingConfig(log_level="CRITICAL"),
         ),
     )
 

@@ -137,11 +137,6 @@ def scaling_config(num_workers, num_gpus, num_cpus):
     )
 
 
-def train_logs(verbose):
-    """Ray Train's LoggingConfig."""
-    return None if verbose else ray.train.LoggingConfig(log_level="CRITICAL")
-
-
 def runs_in_driver(num_workers):
     """Whether training needs no worker process: one worker, and no cluster to run it on. In its
     local mode, Ray Train then calls train_fn in this process and starts no others."""
