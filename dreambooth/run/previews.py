@@ -61,8 +61,7 @@ class Previews:
             shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
             (self.folder / FILM_STRIP).unlink(missing_ok=True)
         elif self.enabled:
-            remove_later(self.folder, first_step)
-            remove_of_other_prompts(self.folder, self.prompts)
+            remove_outdated(self.folder, first_step, self.prompts)
         self.on_step_end(first_step)
 
     def on_step_end(self, step, **metrics):
@@ -123,22 +122,15 @@ class Previews:
         return load_sampling_pipeline(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)
 
 
-def remove_of_other_prompts(folder, prompts):
-    """Remove the previews of an earlier part of a run that was given other prompts; none if there
-    are no `prompts` now."""
+def remove_outdated(folder, first_step, prompts):
+    """Remove what a resumed run will not show: previews of later steps than `first_step`, and of
+    other prompts, unless there are no `prompts` now."""
     for number, by_step in find(folder).items():
-        for file in by_step.values():
+        for step, file in by_step.items():
             record = generated_images.read_record(file)
-            if prompts and record and record["prompt"] not in prompts[number : number + 1]:
+            is_other = record and record["prompt"] not in prompts[number : number + 1]
+            if step > first_step or prompts and is_other:
                 file.unlink()
-
-
-def remove_later(folder, step):
-    """Remove the previews of later steps than `step`: of the run before a resume."""
-    for by_step in find(folder).values():
-        for other, path in by_step.items():
-            if other > step:
-                path.unlink()
 
 
 def write_film_strip(folder):
