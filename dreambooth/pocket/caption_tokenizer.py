@@ -3,18 +3,12 @@
 import json
 
 from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dreambooth.pocket import render
 
 MAX_TOKENS = 48
 CAPTION_TERMS = ("photo", "of", "a", "an", "with", "and", "on", "in", "the", "at")
-
-
-def _printable_bytes():
-    """The 256 characters that stand for the bytes in byte-level BPE (GPT-2, CLIP)."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in kept]
-    return [chr(b) for b in kept] + [chr(256 + i) for i in range(len(rest))]
 
 
 def _merge(pieces, pair):
@@ -50,7 +44,7 @@ def build_tokenizer(folder):
     parts = dict.fromkeys(part for parts in render.PARTS.values() for part in parts)
     lexicon = [*CAPTION_TERMS, *nouns, *render.CLASSES, *render.COLOURS, *parts]
     merges = _build_merges(lexicon)
-    characters = _printable_bytes()
+    characters = list(bytes_to_unicode().values())  # one for each byte
     tokens = characters + [c + "</w>" for c in characters]
     tokens += dict.fromkeys(a + b for a, b in merges)
     tokens += ["<|startoftext|>", "<|endoftext|>"]
