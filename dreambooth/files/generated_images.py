@@ -173,10 +173,11 @@ def contact_sheet(rows, file, columns=8, side=192):
     font = ImageFont.load_default(size=16)
     shown = max(min(len(paths), columns) for paths in rows.values())
     width = max(shown * (side + gap) + gap, 480)
-    captions = [
-        wrap(caption_of_row(caption, paths, columns), font, width - 2 * gap)
-        for caption, paths in rows.items()
-    ]
+    captions = []
+    for caption, paths in rows.items():
+        if len(paths) > columns:
+            caption = f"{caption} ({columns} of {len(paths)} shown)"
+        captions.append(wrap(caption, font, width - 2 * gap))
     heights = [len(lines) * line_height + gap + side + gap for lines in captions]
     sheet = Image.new("RGB", (width, sum(heights) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -189,13 +190,6 @@ def contact_sheet(rows, file, columns=8, side=192):
             sheet.paste(image, (gap + column * (side + gap), top + height - gap - side))
         top += height
     atomic.replace_file(file, lambda path: sheet.save(path, format="PNG"))
-
-
-def caption_of_row(caption, paths, columns):
-    """The caption, with the number of images shown where there are more than `columns`."""
-    if len(paths) > columns:
-        return f"{caption} ({columns} of {len(paths)} shown)"
-    return caption
 
 
 def wrap(text, font, width):

@@ -9,6 +9,7 @@ import os
 import shutil
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, warn
@@ -57,8 +58,9 @@ def find_images(folder, report=False):
         if file.is_symlink() and not file.exists():
             raise UserError(f"{file} is a link to a file that does not exist: replace or remove it")
         if file.is_dir():
-            if any(inner.suffix.lower() in readable for inner in _files_in(file)):
-                subfolders.append(f"{file.name}/")
+            with suppress(OSError):  # it may not be read
+                if any(inner.suffix.lower() in readable for inner in file.iterdir()):
+                    subfolders.append(f"{file.name}/")
         elif suffix in readable and file.is_file():  # no pipe, which may never end
             found.append(file)
         elif suffix in UNREADABLE:
@@ -82,13 +84,6 @@ def find_images(folder, report=False):
 
 def _names(names):
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _files_in(folder):
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []
 
 
 def read_captions(folder, images, were_generated=False):

@@ -89,22 +89,18 @@ class TrainingPlan:
     def fingerprint(self, args):
         """All that decides the run's result, as a flat dict: a resumed run must have the same."""
         flags = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+        captions = [[Path(path).name, self.prompts[n]] for path, n in self.captions.items()]
         return {
             **flags,
             "train_text_encoder": pipeline_dir.trains_text_encoder(args),
             "model": pipeline_dir.fingerprint(args.model_dir),
             "instance images": images.digest(self.instance_paths),
             "class images": images.digest(self.class_paths),
-            "captions": self.caption_texts(),
+            "captions": captions or None,
             "resolution": self.resolution,
             "pairs per step": self.pairs_per_step,
             "steps": self.num_steps,
         }
-
-    def caption_texts(self):
-        """The images' names and captions; None without any."""
-        texts = [[Path(path).name, self.prompts[n]] for path, n in self.captions.items()]
-        return texts or None
 
     def __str__(self):
         return (
