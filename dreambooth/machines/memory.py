@@ -195,13 +195,15 @@ def choose_for_gpus(free, job, given):
     flags = choose(gib, job, given)
     if BF16 in flags and BF16 not in given:
         device.check_compiler(BF16)
+    text, need = " ".join(flags), needed(flags, job)
     why = f"{len(free)} x {gib:.1f} GiB of GPU memory free, training needs {needed(given, job):.1f}"
-    if needed(flags, job) > gib:
-        need = f"{needed(flags, job):.1f}"
-        return " ".join(flags), f"warning: {why}, even with {' '.join(flags)} {need}: it may fail"
-    if flags == given:
-        return " ".join(flags), f"{why}: it fits"
-    return " ".join(flags), f"{why}: with {' '.join(flags)} it needs {needed(flags, job):.1f}"
+    if need > gib:
+        why = f"warning: {why}, even with {text} {need:.1f}: it may fail"
+    elif flags == given:
+        why += ": it fits"
+    else:
+        why += f": with {text} it needs {need:.1f}"
+    return text, why
 
 
 def main(args):
