@@ -492,14 +492,13 @@ def check_prompts(model_dir, prompts):
     for part in facts.tokenizers:
         tokenizer = load_tokenizer(model_dir, part)
         limit = tokenizer.model_max_length
-        if facts.has_chat_template:
-            with loading(f"{model_dir}/{part}"):
+        with loading(f"{model_dir}/{part}"):
+            if facts.has_chat_template:
                 limit -= num_template_tokens(tokenizer)
-        text_encoder = _text_encoder_config(model_dir, part)
-        for prompt in prompts:
-            with loading(f"{model_dir}/{part}"):
-                ids = tokenizer(prompt, verbose=False).input_ids
-            if max(ids) >= text_encoder.get("vocab_size", math.inf):
+            ids_of_prompts = tokenizer(prompts, verbose=False).input_ids
+        vocab_size = _text_encoder_config(model_dir, part).get("vocab_size", math.inf)
+        for prompt, ids in zip(prompts, ids_of_prompts, strict=True):
+            if max(ids) >= vocab_size:
                 token = tokenizer.convert_ids_to_tokens(max(ids))
                 raise UserError(f"{prompt!r}: the text encoder has no embedding of {token!r}")
             if len(ids) > limit:
