@@ -28,7 +28,12 @@ from dreambooth.cli import (
     warn,
 )
 from dreambooth.files import generated_images, pipeline_dir
-from dreambooth.image_generator import MAX_BATCH, ImageGenerator, with_defaults
+from dreambooth.image_generator import (
+    MAX_BATCH,
+    PIPELINE_PIXELS,
+    ImageGenerator,
+    with_defaults,
+)
 
 
 def parse_args(argv=None):
@@ -102,7 +107,7 @@ def check_args(args):
     for model_dir in filter(None, (args.model_dir, args.compare_to)):
         if args.scheduler == "dpm" and pipeline_dir.read_facts(model_dir).is_flow:
             raise UserError("--scheduler dpm is for diffusion models: leave it out")
-        side = pipeline_dir.check_resolution(model_dir, side, pipeline_dir.PIPELINE_PIXELS)
+        side = pipeline_dir.check_resolution(model_dir, side, PIPELINE_PIXELS)
     if args.lora_weights_dir:
         pipeline_dir.lora_file(args.lora_weights_dir)
     if args.prompts_file:

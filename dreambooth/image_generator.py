@@ -21,6 +21,7 @@ from dreambooth.lora import apply_lora
 from dreambooth.machines import device
 from dreambooth.seeds import seed_for
 
+PIPELINE_PIXELS = 8  # the sides of images that diffusers' pipelines generate are multiples of it
 CPU_PIXELS = 16 * 64 * 64  # per batch on a CPU
 MAX_BATCH = 16  # on a GPU: larger batches are hardly faster
 VAE_WIDTH = 256  # channels of the decoder's widest layer at full size

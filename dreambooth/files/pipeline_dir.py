@@ -26,7 +26,6 @@ PEFT_CONFIG = "adapter_config.json"  # beside the file of a PEFT adapter
 CARD_FILES = ["README.md", "before-after.png"]  # the model card
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 CONDITIONS = {"addition_embed_type", "class_embed_type", "num_class_embeds"}  # of U-Nets
-PIPELINE_PIXELS = 8  # the sides of images that diffusers' pipelines generate are multiples of it
 
 # What the result of a training run may hold, whatever its pipeline.
 PIPELINE_NAMES = [INDEX, *sorted({part for facts in PIPELINES.values() for part in facts.parts})]

@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from dreambooth.files import generated_images, pipeline_dir
+from dreambooth.files import generated_images
 
 FOLDER = "previews"
 FILM_STRIP = "film-strip.png"
@@ -47,7 +47,7 @@ class Previews:
         self.num_steps = plan.num_steps
         self.folder = plan.report_dir
         self.seed = args.seed
-        self.resolution = plan.resolution - plan.resolution % pipeline_dir.PIPELINE_PIXELS
+        self.resolution = plan.resolution
         self.model_dir = args.model_dir
         self.vae = vae
         self.denoiser = denoiser
@@ -94,8 +94,9 @@ class Previews:
         NUM_INFERENCE_STEPS and GUIDANCE_SCALE."""
         import torch  # here: report/page.py looks at previews without it
 
-        from dreambooth.image_generator import noise_generator, to_pil_image
+        from dreambooth.image_generator import PIPELINE_PIXELS, noise_generator, to_pil_image
 
+        side = self.resolution - self.resolution % PIPELINE_PIXELS
         record = {"prompt": prompt, "seed": self.seed, "index": 0}
         device = next(self.denoiser.parameters()).device.type
         autocast = torch.autocast(device, torch.bfloat16, enabled=self.denoiser.autocast)
@@ -103,8 +104,8 @@ class Previews:
             images = self.pipeline(
                 **(self.inputs[prompt] if self.inputs else {"prompt": prompt}),
                 generator=noise_generator(record, attempt=0),
-                height=self.resolution,
-                width=self.resolution,
+                height=side,
+                width=side,
                 num_inference_steps=NUM_INFERENCE_STEPS,
                 guidance_scale=GUIDANCE_SCALE,
                 output_type="pt",
