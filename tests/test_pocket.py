@@ -101,8 +101,8 @@ def train_toy(work_dir, stop_after=None):
     module = torch.nn.Linear(3, 2)
     run = Run("toy", module, work_dir, steps=4, lr=0.1, ema=0.5)
 
-    def loss_of_step(step, rng):
-        if step == stop_after:
+    def loss_of_step(rng):
+        if run.step == stop_after:
             run.save()
             raise KeyboardInterrupt
         x = torch.from_numpy(rng.normal(size=(8, 3))).float() + torch.randn(8, 3)
@@ -171,7 +171,7 @@ def test_pretraining_ends_with_the_mean_of_its_weights_at_a_falling_rate(tmp_pat
     run = Run("toy", module, tmp_path, steps=50, lr=0.1, ema=0.5)
     rates = []
 
-    def loss_of_step(step, rng):
+    def loss_of_step(rng):
         rates.append(run.optimizer.param_groups[0]["lr"])
         return module(torch.ones(1, 3)).square().sum()
 
@@ -231,7 +231,7 @@ def test_a_step_of_pretraining_follows_no_gradient_above_1_and_ends_in_a_file(tm
     module = torch.nn.Linear(1, 1, bias=False)
     before = module.weight.item()
     run = Run("toy", module, tmp_path, steps=1, lr=0.1, ema=0.999)
-    run.train(lambda step, rng: 1000 * module(torch.ones(1, 1)).sum())
+    run.train(lambda rng: 1000 * module(torch.ones(1, 1)).sum())
     (state,) = run.optimizer.state.values()
     assert state["exp_avg"].item() == pytest.approx(0.1)  # a tenth of the gradient
     saved = torch.load(tmp_path / "toy.pt", weights_only=True)

@@ -127,7 +127,7 @@ def pixel_loss(error):
 def train_vae(vae, images, work_dir, steps):
     """Encoder and decoder together: `pixel_loss`, and a small KL term on the posterior."""
 
-    def loss_of_step(step, rng):
+    def loss_of_step(rng):
         x = to_batch(images[rng.integers(len(images), size=16)])
         posterior = vae.encode(x).latent_dist
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -141,7 +141,7 @@ def train_decoder(vae, images, latents, work_dir, steps):
     """The decoder alone, on samples of the posteriors: the latents stay what they are."""
     mean, std = latents
 
-    def loss_of_step(step, rng):
+    def loss_of_step(rng):
         rows = rng.integers(len(images), size=32)
         z = mean[rows] + std[rows] * torch.randn(32, 4, 16, 16)
         return pixel_loss(vae.decode(z).sample - to_batch(images[rows]))
@@ -195,7 +195,7 @@ def train_unet(text_encoder, unet, tokenizer, latents, captions, work_dir, steps
     prompt_ids = tokenize(tokenizer, captions)
     scheduler = DDPMScheduler.from_config(new_scheduler().config)
 
-    def loss_of_step(step, rng):
+    def loss_of_step(rng):
         """The loss of BATCH random images, a scalar (Hang et al. 2023, arXiv 2303.09556)."""
         rows = torch.from_numpy(rng.integers(len(mean), size=BATCH))
         x = mean[rows] + std[rows] * torch.randn(BATCH, 4, 16, 16)

@@ -71,7 +71,7 @@ class Run:
         rng = np.random.default_rng((zlib.crc32(self.name.encode()), self.step))
         torch.manual_seed(self.step)
         self._set_lr()
-        loss = loss_of_step(self.step, rng)
+        loss = loss_of_step(rng)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -81,7 +81,7 @@ class Run:
         return loss.item()
 
     def train(self, loss_of_step):
-        """Minimise `loss_of_step(step, rng)`, a scalar; at the end the module holds the EMA."""
+        """Minimise `loss_of_step(rng)`, a scalar; at the end the module holds the EMA."""
         start = saved = time.monotonic()
         first = self.step
         losses = []
