@@ -42,7 +42,7 @@ class Previews:
 
     def __init__(self, args, plan, vae, denoiser, encoded_prompts, log):
         self.enabled = log.enabled
-        self.prompts = args.preview_prompts if args.preview_every and log.enabled else []
+        self.prompts = args.preview_prompts if log.enabled else []
         self.every = args.preview_every
         self.num_steps = plan.num_steps
         self.folder = plan.report_dir
