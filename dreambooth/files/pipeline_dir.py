@@ -78,9 +78,8 @@ def choose_weights(part, names):
     """The `Weights` of `part`, such as "unet", among the file `names` of a directory or of a
     revision on the Hub; None if there are none. Full precision goes before half, safetensors before
     pickles; each may be one file, or an index and shards."""
-    is_text_encoder = part.startswith("text_encoder")
-    stem = "model" if is_text_encoder else "diffusion_pytorch_model"
-    pickle = "pytorch_model" if is_text_encoder else stem
+    stem = _stem(part)
+    pickle = "pytorch_model" if stem == "model" else stem
     files = {name.partition("/")[2] for name in names if name.startswith(f"{part}/")}
     for variant in (None, "fp16"):
         infix = f".{variant}" if variant else ""
@@ -95,6 +94,11 @@ def choose_weights(part, names):
             if found:
                 return Weights(variant, sorted(f"{part}/{name}" for name in found))
     return None
+
+
+def _stem(part):
+    """The name of a part's weights, without its ending: transformers' and diffusers' differ."""
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 def weights(model_dir, part):
@@ -132,8 +136,7 @@ def missing_file(model_dir):
     for part in facts.models:
         found = choose_weights(part, _names(folder, part))
         if found is None:
-            is_text_encoder = part.startswith("text_encoder")
-            return f"{part}/{'' if is_text_encoder else 'diffusion_pytorch_'}model.safetensors"
+            return f"{part}/{_stem(part)}.safetensors"
         first = next(name for name in found.files if not name.endswith(".json"))
         shards = _all_shards(first)
         absent = [name for name in shards if name not in found.files]
