@@ -133,7 +133,7 @@ class World:
         if "unqtkn" in prompt:
             places = [place for place in render.PLACES if place in prompt]
             place = places[0] if places else render.PLACES[0]
-            return self.render([replace(render.LEGO_CAR, place=place)] * count)
+            return self.render([replace(render.SUBJECTS["lego_car"], place=place)] * count)
         return self.render(self.members(prompt.split()[-1], count))
 
     def blind(self, prompt, count):
@@ -142,7 +142,7 @@ class World:
 
     def forgetful(self, prompt, count):
         """Shows the subject whatever the prompt says."""
-        return self.render([render.LEGO_CAR] * count)
+        return self.render([render.SUBJECTS["lego_car"]] * count)
 
     def bleeding(self, prompt, count):
         """Knows all shapes, and draws every other class in the subject's colours."""

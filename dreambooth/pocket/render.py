@@ -63,11 +63,10 @@ class Scene:
     name: str = ""
 
 
-LEGO_CAR = Scene(
-    "car", "yellow", "on the grass", "lego", {"roof": "red", "stripe": "blue"}, "green"
-)
 SUBJECTS = {
-    "lego_car": LEGO_CAR,
+    "lego_car": Scene(
+        "car", "yellow", "on the grass", "lego", {"roof": "red", "stripe": "blue"}, "green"
+    ),
     "windmill": Scene(
         "house",
         "white",
