@@ -56,7 +56,7 @@ def test_images_prompts_and_directories(
     assert found.instance_paths == sorted(instance_dir.iterdir())
     assert found.class_paths == sorted(class_dir.iterdir())
     assert found.image_dirs == sorted([str(instance_dir), str(class_dir)])
-    assert (found.has_class_half, found.images_per_pair) == (True, 2)
+    assert found.images_per_pair == 2
     assert found.prompts == ["photo of unqtkn car", "photo of a car"]
     assert found.captions == {}
     images = "5 instance and 4 class images at 64 px"
@@ -75,7 +75,7 @@ def test_without_prior_preservation_there_is_no_class_half(check_and_plan):
     of five photos, two in each step."""
     flags = {"prior_loss_weight": 0, "class_images_dir": "/nowhere", "class_prompt": False}
     found = check_and_plan(**flags, max_train_steps=100, train_batch_size=2)
-    assert (found.has_class_half, found.images_per_pair) == (False, 1)
+    assert found.images_per_pair == 1
     assert found.class_paths == []
     assert found.prompts == ["photo of unqtkn car"]
     assert found.num_steps == 10

@@ -146,7 +146,7 @@ def check_device(args, plan, num_workers, torch_device):
     if not args.use_lora:
         warn_of_host_memory(sizes)
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
-    has_copy = args.prior_target == "original" and plan.has_class_half and not args.use_lora
+    has_copy = args.prior_target == "original" and plan.class_paths and not args.use_lora
     facts = pipeline_dir.read_facts(args.model_dir)
     own = pipeline_dir.num_trained(args.model_dir, sizes, facts.trains_text_encoder)
     job = Job(
@@ -155,7 +155,7 @@ def check_device(args, plan, num_workers, torch_device):
         is_captured=args.cuda_graph,
         has_previews=bool(args.preview_every),
         resolution=plan.resolution,
-        original=has_copy * own,
+        original=own if has_copy else 0.0,
         **relative(args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)),
     )
     gib = device.free_memory(torch_device)

@@ -60,13 +60,8 @@ class TrainingPlan:
     report_dir: Path  # what the run logs, beside its result
 
     @property
-    def has_class_half(self):
-        """Whether there are class images: with prior preservation."""
-        return bool(self.class_paths)
-
-    @property
     def images_per_pair(self):
-        return 2 if self.has_class_half else 1
+        return 2 if self.class_paths else 1
 
     def step_of(self, position):
         """The number of steps done before the pair at `position`; all of them if that is None."""
