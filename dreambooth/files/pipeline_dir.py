@@ -197,12 +197,11 @@ def check_model_dir(model_dir, flag="--model_dir"):
             check_not_damaged(file, flag)
     check_noise_schedule(facts, read_config(folder / SCHEDULER, flag), where)
     configs = {part: read_config(folder / part / "config.json", flag) for part in facts.models}
-    check_parts(facts, configs, where)
+    check_parts(facts, index, configs, where)
 
 
 def check_index(facts, index, where):
-    """The parsed model_index.json `index` must name a class of the libraries for each part, and for
-    some parts the pipeline's own."""
+    """The parsed model_index.json `index` must name a class of the libraries for each part."""
     for part in facts.parts:
         entry = index.get(part)
         library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
@@ -210,10 +209,6 @@ def check_index(facts, index, where):
             entry = json.dumps(entry)
             reason = f"{INDEX} has {part}: {entry}, no class of the libraries"
             raise UserError(f"{where}: {reason}; fetch or copy it again")
-        if facts.classes.get(part, name) != name:
-            raise UserError(
-                f"{where}: {part} is a {name}; {facts.name} takes a {facts.classes[part]}"
-            )
 
 
 def check_noise_schedule(facts, scheduler, where):
@@ -235,13 +230,14 @@ def check_noise_schedule(facts, scheduler, where):
         )
 
 
-def check_parts(facts, configs, where):
-    """Backbone and VAE must be of the pipeline's classes, and the backbone made for the VAE, for
-    the text encoders, side by side, and for no condition that the pipeline does not use."""
+def check_parts(facts, index, configs, where):
+    """The parts must be of the pipeline's classes, and the backbone made for the VAE, for the text
+    encoders, side by side, and for no condition that the pipeline does not use."""
     for part, name in facts.classes.items():
-        found = configs[part].get("_class_name", name)  # of diffusers' models
-        if found != name:
-            raise UserError(f"{where}: {part} is a {found}; {facts.name} takes a {name}")
+        own = configs[part].get("_class_name", name)  # of diffusers' models
+        for found in (index[part][1], own):
+            if found != name:
+                raise UserError(f"{where}: {part} is a {found}; {facts.name} takes a {name}")
     backbone, vae = configs[facts.backbone], configs["vae"]
     if not isinstance(vae.get("scaling_factor", 1.0), int | float):
         raise UserError(f"{where}: vae/config.json has scaling_factor: {vae['scaling_factor']}")
