@@ -82,7 +82,12 @@ def test_a_card_without_kernels_is_refused_before_the_first_one(pretend):
         pretend(1, capability=capability, builds=builds)
         with pytest.raises(UserError, match=r"^GPU 0, Tesla T4 .* CUDA_VISIBLE_DEVICES"):
             device.pick_device()
-    for capability, builds in (((7, 0), ""), ((9, 0), "sm_80 compute_80"), ((9, 0), "sm_90a")):
+    for capability, builds in (
+        ((7, 0), ""),
+        ((9, 0), "sm_80 compute_80"),
+        ((9, 0), "sm_90a"),
+        ((12, 1), "sm_90 sm_120f"),
+    ):
         pretend(1, capability=capability, builds=builds)
         assert device.pick_device() == "cuda"
 

@@ -57,7 +57,7 @@ def check_kernels(gpu):
     the same major compute capability and the same minor or a greater one; PTX for compute_XY on all
     greater ones. (ROCm's builds list neither.)"""
     capability = torch.cuda.get_device_capability(gpu)
-    builds = re.findall(r"(sm|compute)_(\d+?)(\d)a?\b", " ".join(torch.cuda.get_arch_list()))
+    builds = re.findall(r"(sm|compute)_(\d+?)(\d)[af]?\b", " ".join(torch.cuda.get_arch_list()))
     for kind, major, minor in builds:
         built_for = int(major), int(minor)
         same_major = kind == "compute" or built_for[0] == capability[0]
