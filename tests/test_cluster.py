@@ -193,6 +193,7 @@ def test_there_is_a_gpu_or_else_a_core_for_each_worker(train_here, tmp_path):
     for resources, has in [
         ((5, 4, 16), "4 GPUs, .*give --num_workers 4 or less"),
         ((5, 1, 16), "1 GPU, "),
+        ((5, 0, 0), "0 CPU cores, .*; start nodes with some"),
     ]:
         with pytest.raises(UserError, match=f"^--num_workers 5: the cluster has {has}"):
             cluster.check_num_workers(*resources)
@@ -526,14 +527,18 @@ def test_a_folder_that_does_not_hold_rays_sockets_is_named(ray_init, tmp_path, n
 
 
 @pytest.mark.parametrize(
-    ("address", "host"),
-    [("10.0.0.1:6379", "10.0.0.1"), ("ray://head:10001", "head"), ("[fd00::1]:6379", "fd00::1")],
+    ("address", "tried"),
+    [
+        ("10.0.0.1:7001", ("10.0.0.1", 7001)),
+        ("ray://head:10001", ("head", 10001)),
+        ("[fd00::1]:6379", ("fd00::1", 6379)),
+    ],
 )
-def test_an_address_of_any_kind_is_tried(monkeypatch, address, host):
-    tried = MagicMock()
-    monkeypatch.setattr(cluster.socket, "create_connection", tried)
+def test_an_address_of_any_kind_is_tried(monkeypatch, address, tried):
+    connect = MagicMock()
+    monkeypatch.setattr(cluster.socket, "create_connection", connect)
     cluster.check_address(address)
-    assert tried.call_args.args[0][0] == host
+    assert connect.call_args.args == (tried,)
 
 
 def test_workers_need_a_core_beside_that_of_the_data(monkeypatch):
@@ -552,40 +557,29 @@ def test_on_macos_ray_does_not_look_at_tmpdir(ray_init, monkeypatch):
     assert cluster.start_ray() == (2, 8)
 
 
-def test_a_cluster_with_another_python_is_one_line(ray_init, monkeypatch):
-    os.environ["RAY_ADDRESS"] = "10.0.0.1:6379"
+@pytest.mark.parametrize(
+    ("address", "error", "line"),
+    [
+        ("", "Failed to connect to GCS.\nmore", "Ray did not start .Failed to connect .*try again"),
+        ("head:1", "Version mismatch: It was\n of 3.12", "RAY_ADDRESS=head:1: Version .*3.12"),
+    ],
+)
+def test_a_ray_that_does_not_start_or_has_another_python_is_one_line(
+    ray_init, monkeypatch, address, error, line
+):
+    os.environ["RAY_ADDRESS"] = address
     monkeypatch.setattr(cluster, "check_address", lambda address: None)
-    ray_init.side_effect = RuntimeError("Version mismatch: The cluster was\n started with 3.12.3")
-    with pytest.raises(UserError, match="RAY_ADDRESS=10.0.0.1:6379: Version mismatch: .*3.12.3"):
-        cluster.start_ray()
-
-
-def test_a_ray_that_does_not_start_is_one_line(ray_init):
-    ray_init.side_effect = RuntimeError("Failed to connect to GCS within 60 seconds.\nmore")
-    with pytest.raises(
-        UserError, match="Ray did not start .Failed to connect .*try again"
-    ) as found:
+    ray_init.side_effect = RuntimeError(error)
+    with pytest.raises(UserError, match=line) as found:
         cluster.start_ray()
     assert "\n" not in str(found.value)
 
 
-def test_a_script_on_ray_ends_on_term_without_a_trace(monkeypatch):
-    handlers = {}
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
-    monkeypatch.setattr(device, "check_driver", lambda: None)
+def test_a_script_on_ray_ends_on_term_without_a_trace(ray_init):
     cluster.start_ray()
     with pytest.raises(SystemExit) as stopped:
-        handlers[signal.SIGTERM](signal.SIGTERM, None)
+        signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 143
-
-
-def test_an_addresss_own_port_is_tried(monkeypatch):
-    tried = MagicMock()
-    monkeypatch.setattr(cluster.socket, "create_connection", tried)
-    cluster.check_address("10.0.0.1:7001")
-    assert tried.call_args.args[0] == ("10.0.0.1", 7001)
 
 
 def test_a_token_that_the_user_names_is_the_one(monkeypatch, tmp_path):
@@ -597,11 +591,6 @@ def test_a_token_that_the_user_names_is_the_one(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "x")
         cluster.create_token()
         assert not list(tmp_path.iterdir())
-
-
-def test_without_a_core_the_remedy_is_a_node():
-    with pytest.raises(UserError, match="has 0 CPU cores, .*; start nodes with some"):
-        cluster.check_num_workers(1, 0, 0)
 
 
 def test_a_folder_for_sockets_may_be_as_long_as_they_leave(monkeypatch, tmp_path):
