@@ -32,7 +32,7 @@ from dreambooth.cli import UserError
     ("error", "code", "line"),
     [
         (UserError("a.png: gone"), 2, "error: a.png: gone\n"),
-        (cli.Diverged("a\nb.png: gone"), 2, "error: a\\nb.png: gone\n"),  # a file's name
+        (cli.Diverged("a\nb\u2028c.png: gone"), 2, "error: a\\nb\\nc.png: gone\n"),  # a file's name
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_command_line_that_argparse_refuses_is_one_line_and_exit_code_2(refusa
     required = ["--model_dir", "a", "--output_dir", "b"]
     for argv, reason in (
         (required[2:], "error: the following arguments are required: --model_dir (--help "),
-        ([*required, "--sede", "1"], "error: unrecognized arguments: --sede 1 (--help "),
+        ([*required, "--se\nde", "1"], "error: unrecognized arguments: --se\\nde 1 (--help "),
         ([*required, "--seed", "one"], "error: argument --seed: invalid int value: 'one' (--help "),
         ([*required, "--prompts", " "], "error: argument --prompts: an empty prompt; is a shell "),
     ):
@@ -201,8 +201,9 @@ def test_numbers_must_be_finite_and_in_range():
 
 
 def test_lines_of_a_text_file(tmp_path):
+    """Windows' editors put an invisible signature before the first one."""
     file = tmp_path / "prompts.txt"
-    text = "photo of a car\n\n  at night, in the snow \r\n写真\n # not this one\ncar #5\n"
+    text = "\ufeffphoto of a car\n\n  at night, in the snow \r\n写真\n # not this one\ncar #5\n"
     file.write_text(text, encoding="utf-8")
     expected = ["photo of a car", "at night, in the snow", "写真", "car #5"]
     assert cli.read_lines(file, "--prompts_file") == expected

@@ -9,11 +9,9 @@ import sys
 import pytest
 import torch
 
-import generate
-from dreambooth import cli
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
-from dreambooth.pocket import POCKET_DIR, render
+from dreambooth.pocket import render
 
 
 def test_prompts_that_no_tokenizer_takes(generate_args, train_args, capsys):
@@ -34,33 +32,6 @@ def test_prompts_that_no_tokenizer_takes(generate_args, train_args, capsys):
             assert line.startswith(f"error: argument --{name}: ")
             assert expected in line
             assert len(line.splitlines()) == 1
-
-
-def test_a_line_break_in_a_name_does_not_break_the_line(tmp_path, capsys):
-    def look(args):
-        raise UserError(f"{tmp_path}/a\nb/c\u2028d.psd: cannot be read")
-
-    with pytest.raises(SystemExit):
-        cli.run_main(look, None)
-    assert "a\\nb/c\\nd.psd: cannot be read\n" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.ArgumentParser("").parse_args(["--a\nb"])
-    assert "--a\\nb" in capsys.readouterr().err
-
-
-def test_comments_in_a_file_of_prompts(tmp_path):
-    """A line that begins with #; elsewhere it is a character like any other. Windows' editors
-    put an invisible signature before the first line."""
-    file = tmp_path / "prompts.txt"
-    file.write_bytes(b"\xef\xbb\xbfphoto of car #1\n# places\n  # indented\n\nphoto of car #2\n")
-    assert cli.read_lines(file, "--prompts_file") == ["photo of car #1", "photo of car #2"]
-
-
-def test_a_name_of_the_hub_in_place_of_a_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = cli.absolute_path("CompVis/stable-diffusion-v1-4")
-    with pytest.raises(UserError, match="stable-diffusion-v1-4: no such directory.*cache_model.py"):
-        pipeline_dir.check_model_dir(folder)
 
 
 def test_the_command_train_refuses_in_one_line(run_script, assert_one_line, train_argv, tmp_path):
@@ -137,15 +108,6 @@ def test_pocket_knows_its_classes_and_no_other():
     for text in ("photo of a dog", "photo of a boathouse", "cars", "写真"):
         with pytest.raises(UserError, match="car, house, boat, ball, cup and tree; real photos"):
             render.check_classes(["photo of a car", text])
-
-
-def test_generate_with_pocket_refuses_other_classes(generate_args, tmp_path):
-    """Two hundred images of nothing would be the first step by hand. Both models of a comparison
-    must know the prompts."""
-    for flag in ("model_dir", "compare_to"):
-        flags = {flag: POCKET_DIR, "prompts": ["photo of a dog"]}
-        with pytest.raises(UserError, match="'photo of a dog': pocket only draws car"):
-            generate.check_args(generate_args(tmp_path / "out", **flags))
 
 
 @pytest.fixture
