@@ -10,7 +10,6 @@ from diffusers import DDPMScheduler
 import train
 from dreambooth import latents, models
 from dreambooth.loss import training_loss
-from dreambooth.machines import memory
 
 CPU = torch.device("cpu")
 BATCH = {"keys": ["i", "j", "c", "d"], "prompt_numbers": [0, 0, 1, 2]}  # instance half first
@@ -188,13 +187,6 @@ def test_without_a_class_half_no_original_is_loaded(train_args, load_models, mon
     monkeypatch.setattr(models, "load_denoiser", lambda *args: pytest.fail("loaded"))
     for flags in ({"prior_loss_weight": 0, "prior_target": "original"}, {}):
         assert models.load_original(train_args("out", **flags), denoiser, CPU) is None
-
-
-def test_memory_knows_the_frozen_copy():
-    """2 bytes for each of Stable Diffusion 1.4's 983 M parameters."""
-    job = memory.Job()
-    more = memory.needed((), job._replace(original=983e6)) - memory.needed((), job)
-    assert more == pytest.approx(memory.RESERVE * 1.83, abs=0.01)
 
 
 def test_a_frozen_copy_takes_two_bytes_per_weight_where_products_are_in_bfloat16(make):
