@@ -483,19 +483,6 @@ def test_every_flag_of_adamw_reaches_it(train_args, param_dtype, optimizer_class
     assert settings(**flags) == tuple(flags.values())
 
 
-def test_the_learning_rate_follows_its_schedule(train_args):
-    """Two steps of warm-up from 0, then four down to 0."""
-    args = train_args("out", lr=0.8, lr_scheduler="linear", lr_warmup_steps=2)
-    optimizer = models.build_optimizer([torch.nn.Parameter(torch.zeros(2))], args)
-    schedule = models.build_lr_schedule(optimizer, 6, args)
-    rates = []
-    for _ in range(6):
-        rates += schedule.get_last_lr()
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([0, 0.4, 0.8, 0.6, 0.4, 0.2])
-
-
 def test_a_text_encoder_without_some_of_its_weights_is_refused_by_the_name_of_one(
     load_models, model_dir, tmp_path
 ):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 
 import generate
 import train
-from dreambooth import latents, models
+from dreambooth import models
 from dreambooth.cli import Diverged, UserError
 from dreambooth.files import pipeline_dir
 from dreambooth.files.atomic import append_line
@@ -94,7 +95,9 @@ def weights_of(folder):
 
 def test_every_flag_of_the_recipe_does_what_it_says(recipe_run, update, by_hand):
     """Three real steps against the same steps by hand: the same weights, to float32 rounding. So
-    gradients start from zero in each step, are averaged over the forward passes, and clipped; the
+    gradients start from zero in each step, are averaged over the forward passes, and clipped
+    (fault 2 of the published example: it clipped unet.parameters(), a generator that the optimizer
+    had used up, so nothing); noise and timesteps follow from the seed and the positions; the
     learning rate follows its schedule; and every number of the recipe arrives where it belongs."""
     expected = by_hand(recipe_run)
     assert logged(recipe_run, "loss") == pytest.approx(expected.losses, abs=1e-4)
@@ -103,13 +106,6 @@ def test_every_flag_of_the_recipe_does_what_it_says(recipe_run, update, by_hand)
     assert logged(recipe_run, "lr") == pytest.approx([0, 2e-3, 1e-3])
     assert expected.learning_rates == pytest.approx([0, 2e-3, 1e-3])
     assert relative_distance(update(recipe_run), expected.update()) < 1e-3
-
-
-def test_gradients_are_clipped(recipe_run, train_alone, update):
-    """Fault 2 of the published example: it clipped unet.parameters(), a generator that the
-    optimizer had used up, so nothing. Without clipping the same steps end elsewhere."""
-    unclipped = train_alone(**{**RECIPE, "max_grad_norm": 1e6})
-    assert relative_distance(update(unclipped), update(recipe_run)) > 0.1
 
 
 def test_two_workers_make_the_updates_of_one_process(two_workers, update, by_hand):
@@ -132,21 +128,6 @@ def test_without_class_images_a_run_is_of_the_instance_images_alone(train_alone,
     assert logged(run, "loss") == logged(run, "instance_loss")
     assert logged(run, "loss") == pytest.approx(expected.losses, abs=1e-4)
     assert relative_distance(update(run), expected.update()) < 1e-3
-
-
-def test_all_weights_move_at_the_default_learning_rate(one_worker, load_models):
-    """Fault 1 of the published example: over 90 % of its bfloat16 weights never moved. (In the
-    text encoder the embeddings of unused tokens hardly move.)"""
-    _, start, _ = load_models()
-    _, tuned, _ = load_models(one_worker.output_dir)
-
-    def share_moved(part):
-        before = torch.cat([p.flatten() for p in getattr(start, part).parameters()])
-        after = torch.cat([p.flatten() for p in getattr(tuned, part).parameters()])
-        return (before != after).float().mean()
-
-    assert share_moved("unet") > 0.99
-    assert share_moved("text_encoder") > 0.8
 
 
 def test_the_result_is_a_pipeline_that_generates_other_images(
@@ -230,17 +211,15 @@ def test_gpus_exchange_gradients_in_bfloat16(
     assert registered == [(None, train.bf16_compress_hook)] * hooks
 
 
-def test_a_run_says_what_it_does_and_leaves_its_result_and_its_report(train_here):
-    run = train_here(num_workers=1)
+def test_a_run_says_what_it_does_and_leaves_its_result_and_its_report(one_worker):
+    run = one_worker
     lines = run.stdout.splitlines()
     plan = "5 instance and 4 class images at 64 px, 3 steps of 1 pairs, 1 worker(s)"
-    assert lines[0] == f"{plan}; 0 GPUs, 2 cores"
+    assert re.fullmatch(rf"{re.escape(plan)}; 0 GPUs, \d+ cores", lines[0])
     assert "start " in lines[-2] and ", steps " in lines[-2] and ", save " in lines[-2]
     assert lines[-1].startswith(f"wrote {run.output_dir} (")
-    folder = run.output_dir.parent
-    assert sorted(os.listdir(folder)) == ["out", "out.report"]
     assert "photo of unqtkn car" in (run.output_dir / "README.md").read_text()
-    record = read_run_record(folder / "out.report")
+    record = read_run_record(report_dir(run.output_dir))
     assert (record["status"], record["num_steps"]) == ("finished", 3)
     assert 0 < record["seconds"]["first_step_s"] < record["seconds"]["start_s"] + 60
 
@@ -525,19 +504,17 @@ def step(load_models):
     prompt_ids = torch.randint(0, 500, (2, 48), generator=generator)
     _, denoiser, scheduler = load_models()
 
-    def take(sizes, weight=0.7, kinds=2, wrapped=denoiser):
+    def take(sizes, wrapped=denoiser):
         batches = []
         start = 0
         for size in sizes:
             positions = list(range(start, start + size))
-            rows = (positions + [4 + i for i in positions])[: kinds * size]  # instance half first
-            conditions = {"prompt_ids": prompt_ids[:kinds], "counts": [size] * kinds}
+            rows = positions + [4 + i for i in positions]  # instance half first
+            conditions = {"prompt_ids": prompt_ids, "counts": [size] * 2}
             batch = {"posteriors": posteriors[rows], "positions": positions}
             batches.append({**batch, "conditions": conditions, "original": None})
             start += size
-        args = SimpleNamespace(
-            seed=3, prior_loss_weight=weight, snr_gamma=5.0, max_instance_noise=0.9
-        )
+        args = SimpleNamespace(seed=3, prior_loss_weight=0.7, snr_gamma=5.0, max_instance_noise=0.9)
         denoiser.zero_grad()
         losses = train.forward_backward(wrapped, scheduler, iter(batches), len(sizes), args)
         gradients = [p.grad.flatten() for p in denoiser.parameters() if p.grad is not None]
@@ -559,34 +536,6 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(step):
     assert loss == pytest.approx(instance_loss + 0.7 * class_loss)
     assert (small - large).norm() < 1e-5 * large.norm()
     assert (first - large).norm() > 0.1 * large.norm()
-
-
-def test_noise_and_timesteps_of_a_step_follow_from_the_seed_and_the_positions(step, monkeypatch):
-    calls = []
-
-    def noted(function):
-        return lambda *args: calls.append(args) or function(*args)
-
-    for name in ("sample_noise", "sample_fractions"):
-        monkeypatch.setattr(latents, name, noted(getattr(latents, name)))
-    step([3, 1])
-    shape, cpu = (4, 16, 16), torch.device("cpu")
-    expected = []
-    for positions in ([0, 1, 2], [3]):
-        expected += [(3, positions, shape, cpu), (3, positions)]
-    assert calls == expected
-
-
-def test_without_class_images_a_step_has_the_gradients_of_the_instance_half(step):
-    """The same noise and timesteps for the instance images, and half of the forward pass."""
-    sizes = []
-    hook = step.denoiser.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    alone_losses, alone = step([2], weight=0, kinds=1)
-    both_losses, both = step([2], weight=1e-12)
-    hook.remove()
-    assert sizes == [2, 4]
-    torch.testing.assert_close(alone_losses, both_losses[:2])  # in all, and of the instance half
-    torch.testing.assert_close(alone, both, rtol=1e-3, atol=1e-6)
 
 
 class Wrapped:
@@ -630,9 +579,7 @@ def test_a_result_that_cannot_be_saved_is_not_lost(one_worker, train_here, tmp_p
     assert "resuming after step 3" in again.stdout
     assert "step 1/3" not in again.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.report"]
-    for file in one_worker.output_dir.rglob("*.safetensors"):
-        name = file.relative_to(one_worker.output_dir)
-        assert file.read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    assert weights_of(tmp_path / "out") == weights_of(one_worker.output_dir)
 
 
 def test_workers_share_the_cores_of_their_own_machine_alone(train_alone, monkeypatch):
@@ -648,15 +595,12 @@ def test_workers_share_the_cores_of_their_own_machine_alone(train_alone, monkeyp
     assert seen == [4]
 
 
-def test_a_failed_worker_is_replaced_as_often_as_asked_for(train_args, tmp_path):
+def test_workers_are_replaced_as_often_as_asked_for_and_not_after_the_users_mistake(
+    train_args, tmp_path
+):
     for given, expected in (({}, 3), ({"max_failures": 0}, 0), ({"max_failures": 7}, 7)):
-        args = train_args(tmp_path / "out", **given)
-        trainer = train.build_trainer(args, train.make_plan(args), 0, num_cpus=2, started=0.0)
+        args = train_args(tmp_path / "out", num_workers=2, train_batch_size=2, **given)
+        trainer = train.build_trainer(args, train.make_plan(args), 0, num_cpus=4, started=0.0)
         assert trainer.run_config.failure_config.max_failures == expected
-
-
-def test_the_trainer_ends_a_run_at_the_users_mistake(train_args, tmp_path):
-    args = train_args(tmp_path / "out", num_workers=2, train_batch_size=2)
-    trainer = train.build_trainer(args, train.make_plan(args), 0, num_cpus=4, started=0.0)
-    (callback,) = trainer.run_config.callbacks
-    assert isinstance(callback, cluster.NoRetryForUserErrors)
+        (callback,) = trainer.run_config.callbacks
+        assert isinstance(callback, cluster.NoRetryForUserErrors)

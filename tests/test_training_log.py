@@ -249,15 +249,6 @@ def test_the_command_on_record_can_be_given_again(train_args, tmp_path, monkeypa
     assert shlex.split(facts["command"]) == ["python", *argv]
 
 
-def test_losses_are_means_over_the_workers(monkeypatch):
-    """Here of three, who have the same."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(3))
-    losses = [torch.tensor([0.5, 0.25]), torch.tensor([1.5, 0.75])]
-    assert training_log.mean_of_workers(losses).tolist() == [[0.5, 0.25], [1.5, 0.75]]
-
-
 def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
     report = tmp_path / "out.report"
     assert training_log.read_run_record(report)["status"] == "running"
