@@ -221,6 +221,7 @@ def test_overwrite_replaces_other_images_and_leaves_the_users_files(
     old = digests(generated.folder)
     new = {name: digest for name, digest in digests(copied).items() if name not in mine}
     assert len(new) == 8  # those of number 5 are gone
+    assert sorted(line["file_name"] for line in metadata(copied)) == sorted(new)
     kept = [name for name in new if new[name] == old[name]]
     assert kept == [name for name in new if name.startswith("001-")]
     assert {name: contents(copied)[name] for name in mine} == mine
