@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,6 +346,24 @@ def run_train(run_script, train_argv, tmp_path_factory):
     return run
 
 
+@contextmanager
+def signal_handlers_kept():
+    """Afterwards what handles the signals that stop a run is as before."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        list(map(signal.signal, numbers, handlers))
+
+
+@pytest.fixture
+def signal_handlers():
+    """A test that may replace the handlers of the signals that stop a run."""
+    with signal_handlers_kept():
+        yield
+
+
 @pytest.fixture(scope="session")
 def train_here(train_args, tmp_path_factory, ray_address):
     """Call train.main in this process, in Ray Train's local mode on the shared Ray; seconds faster
@@ -354,16 +372,13 @@ def train_here(train_args, tmp_path_factory, ray_address):
 
     def run(output_dir=None, **changes):
         output_dir = output_dir or tmp_path_factory.mktemp("train") / "out"
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         num_threads = torch.get_num_threads()
         stdout = io.StringIO()
         try:
-            with redirect_stdout(stdout):
+            with redirect_stdout(stdout), signal_handlers_kept():
                 train.main(train_args(output_dir, **{"log_every": 1, **changes}))
         finally:
             torch.set_num_threads(num_threads)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         return SimpleNamespace(output_dir=output_dir, stdout=stdout.getvalue(), changes=changes)
 
     return run

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -386,11 +385,10 @@ def test_where_this_process_trains_on_a_cpu_half_of_the_cores_read_images(
 
 
 @pytest.fixture
-def main_until_fit(train_args, tmp_path, monkeypatch):
+def main_until_fit(train_args, tmp_path, monkeypatch, signal_handlers):
     """What train.py does before and after the training, for tmp_path/out, on a cluster of two cores
     that there is not: main_until_fit(fit, num_workers="1:2"), where `fit` takes the place of
     cluster.fit. Returns the arguments of the wait for workers."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     waits = MagicMock(return_value=(0, 2))
     monkeypatch.setattr(cluster, "start_ray_in_background", MagicMock())
     monkeypatch.setattr(cluster, "wait_for_workers", waits)
@@ -402,9 +400,7 @@ def main_until_fit(train_args, tmp_path, monkeypatch):
             train.main(train_args(tmp_path / "out", **changes))
         return waits.call_args.args
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def test_a_resumed_run_keeps_what_it_has_logged(main_until_fit, tmp_path):
