@@ -1,7 +1,6 @@
 """What run.sh runs: with a stand-in for Python that notes the commands and says which GPUs there
 are. Where a test says how much memory they have, the choice of flags is real."""
 
-import re
 import shlex
 import subprocess
 import sys
@@ -34,6 +33,12 @@ PARSERS = {
 }
 
 
+def write_executable(file, text):
+    file.write_text(text)
+    file.chmod(0o755)
+    return str(file)
+
+
 @pytest.fixture
 def run_story(root, tmp_path, sd14_dir):
     """Run run.sh: run_story(num_gpus, gib, CLASS_NAME="cat") returns its result and its commands,
@@ -42,14 +47,12 @@ def run_story(root, tmp_path, sd14_dir):
 
     def run(num_gpus, gib="", **variables):
         log = tmp_path / "commands"
-        stand_in = tmp_path / "python"
-        stand_in.write_text(STAND_IN.format(python=sys.executable, log=log, model_dir=sd14_dir))
-        stand_in.chmod(0o755)
+        text = STAND_IN.format(python=sys.executable, log=log, model_dir=sd14_dir)
         environment = {
             "PATH": "/usr/bin:/bin",
             "HOME": str(tmp_path),
             "CUDA_VISIBLE_DEVICES": "",
-            "PYTHON": str(stand_in),
+            "PYTHON": write_executable(tmp_path / "python", text),
             "NUM_GPUS_FOUND": str(num_gpus),
             "GIB": str(gib),
             "DATA_PREFIX": "/data",
@@ -64,6 +67,23 @@ def run_story(root, tmp_path, sd14_dir):
             name = f"{script} --dry_run" if "--dry_run" in argv else script
             commands.setdefault(name, []).append(command)
         return done, commands
+
+    return run
+
+
+@pytest.fixture
+def run_sh(root, tmp_path):
+    """Run run.sh in tmp_path, for pocket, where Python is a script with the given text:
+    run_sh("#!/bin/sh\\n", STEPS="9")."""
+
+    def run(text, script=root / "run.sh", **variables):
+        python = write_executable(tmp_path / "python", text)
+        environment = {"PATH": "/usr/bin:/bin", "PYTHON": python, "MODEL": "pocket"}
+        environment |= {"NUM_GPUS": "0", "DATA_PREFIX": str(tmp_path), **variables}
+        return subprocess.Popen(
+            [script], cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
 
     return run
 
@@ -158,14 +178,6 @@ def test_more_steps_take_more_epochs_and_more_flags_follow_the_recipe(run_story)
     assert train.endswith(" --lr 5e-6 --lr 1e-5 --restart")
 
 
-@pytest.mark.parametrize("variables", [{"STEPS": "many"}, {"PAIRS": "08"}])
-def test_sizes_that_are_no_numbers_are_refused_at_once(run_story, variables):
-    done, commands = run_story(1, **variables)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert commands == {}
-
-
 @pytest.mark.parametrize(
     ("num_gpus", "address", "class_images_by_ray", "new_images_by_ray"),
     [
@@ -228,45 +240,36 @@ def test_run_sh_explains_itself(root):
     assert refused.returncode == 2
 
 
-def test_a_model_has_a_short_name(run_story):
-    """MODEL=sdxl; with another ORIG_MODEL_NAME it is one line."""
-    _, commands = run_story(1, 79, MODEL="sdxl")
-    assert (
-        "--model_name stabilityai/stable-diffusion-xl-base-1.0 --revision 46216598403"
-        in (commands["cache_model.py"][0])
-    )
-    assert "--train_batch_size 1 --num_epochs 3 --max_train_steps 500" in commands["train.py"][0]
-    _, commands = run_story(1, 22, MODEL="klein", ORIG_MODEL_HASH="abc")
-    assert "--model_name black-forest-labs/FLUX.2-klein-base-4B" in commands["cache_model.py"][-1]
-    assert "--num_samples_per_prompt 48" in commands["generate.py"][-2]
-    assert "--lr 1e-4" in commands["train.py"][-1] and "--use_lora" in commands["train.py"][-1]
-    for variables in ({"MODEL": "sdxl", "ORIG_MODEL_NAME": "pocket"}, {"MODEL": "dalle"}):
-        done, _ = run_story(1, 79, **variables)
-        assert done.returncode == 2
-        assert re.fullmatch(r"error: MODEL=.*\n", done.stderr)
+NUMBERS = ["NUM_CLASS_IMAGES", "PREVIEW_EVERY", "STEPS", "PAIRS", "NUM_WORKERS", "NUM_GPUS"]
 
 
-@pytest.mark.parametrize("name", ["NUM_CLASS_IMAGES", "PREVIEW_EVERY", "STEPS", "NUM_GPUS"])
+@pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_that_is_none_is_refused_at_once(run_story, name):
     """Nor does bash compute with one of twenty digits."""
     for value in ("many", "-1", "08", "1.5", "9" * 20):
-        done, commands = run_story(1, 79, **{name: value})
+        done, commands = run_story(1, **{name: value})
         assert done.returncode == 2
-        assert f"error: {name}={value}: must be a whole number" in done.stderr
+        assert done.stderr.startswith(f"error: {name}={value}: must be a whole number")
+        assert len(done.stderr.splitlines()) == 1
         assert commands == {}
 
 
 def test_what_can_only_go_wrong_is_refused_at_once(run_story, tmp_path):
-    """A dry run has no result for step 5; a sheet among the photos would be trained on."""
+    """A dry run has no result for step 5; a sheet among the photos would be trained on; LORA=true
+    would train the whole model without a word."""
     photos = tmp_path / "data" / "subjects" / "tom"
     for variables, line in (
         ({"MORE_FLAGS": "--dry_run"}, "error: --dry_run: step 5 needs the result of step 4"),
+        ({"LORA": "true"}, "error: LORA=true: must be 0 or 1"),
+        ({"MODEL": "dalle"}, "error: MODEL=dalle: must be "),
+        ({"MODEL": "sdxl", "ORIG_MODEL_NAME": "pocket"}, "error: MODEL=sdxl and ORIG_"),
         ({"MODEL": "klein"}, "error: set ORIG_MODEL_HASH to the commit of black-forest-labs/"),
         ({"INSTANCE_DIR": photos, "SUBJECT_DIR": f"{photos}/"}, "error: results would go among"),
     ):
-        done, commands = run_story(1, 79, **variables)
+        done, commands = run_story(1, **variables)
         assert done.returncode == 2
         assert done.stderr.startswith(line)
+        assert len(done.stderr.splitlines()) == 1
         assert commands == {}
 
 
@@ -293,7 +296,7 @@ def test_cheap_checks_come_before_dear_steps(run_story):
     """The photos are looked at, and the flags of train.py parsed, before anything is downloaded;
     then steps 4 and 5 are tried dry before class images are generated and photos replaced."""
     flags = {"INSTANCE_DIR": "images/lego-car", "MORE_FLAGS": "--seed 3"}
-    _, commands = run_story(1, 79, **flags, SAMPLE_FLAGS="--seed 5")
+    _, commands = run_story(1, **flags, SAMPLE_FLAGS="--seed 5")
     names = list(commands)
     assert names.index("dreambooth.files.photos") < names.index("cache_model.py")
     assert names.index("-c") < names.index("cache_model.py")
@@ -306,17 +309,9 @@ def test_cheap_checks_come_before_dear_steps(run_story):
     assert trial.endswith(" --lr 5e-6 --seed 3 --prior_loss_weight 0 --num_epochs 400 --dry_run")
 
 
-def test_lora_is_asked_for_with_1(run_story):
-    """LORA=true would train the whole model without a word."""
-    done, commands = run_story(0, LORA="true")
-    assert done.returncode == 2
-    assert done.stderr == "error: LORA=true: must be 0 or 1\n"
-    assert commands == {}
-
-
 def test_a_local_model_is_used_as_it_is(run_story, sd14_dir, tmp_path):
     """Nothing is downloaded; on a GPU with the recipe of its family."""
-    done, commands = run_story(1, 79, ORIG_MODEL_PATH=str(sd14_dir))
+    done, commands = run_story(1, ORIG_MODEL_PATH=str(sd14_dir))
     assert done.returncode == 0, done.stderr
     assert "cache_model.py" not in commands
     (train,) = commands["train.py"]
@@ -330,9 +325,9 @@ def test_a_local_model_is_used_as_it_is(run_story, sd14_dir, tmp_path):
         other.mkdir(exist_ok=True)
         text = index.replace("StableDiffusionPipeline", pipeline)
         (other / "model_index.json").write_text(text)
-        _, commands = run_story(1, 79, ORIG_MODEL_PATH=str(other))
+        _, commands = run_story(1, ORIG_MODEL_PATH=str(other))
         assert flags in commands["train.py"][-1]
-    _, commands = run_story(1, 79, ORIG_MODEL_PATH="/no/model", MODEL="sd")
+    _, commands = run_story(1, ORIG_MODEL_PATH="/no/model", MODEL="sd")
     assert "cache_model.py" not in commands  # the dry run says that there is none
     assert " --lr 5e-6" in train
 
@@ -340,12 +335,12 @@ def test_a_local_model_is_used_as_it_is(run_story, sd14_dir, tmp_path):
 def test_a_model_in_the_cache_is_completed_though_its_path_is_given(run_story, sd14_dir):
     """README exports both; an interrupted download may have left the index alone."""
     cache = {"ORIG_MODEL_PATH": str(sd14_dir), "ORIG_MODEL_DIR": str(sd14_dir.parent)}
-    _, commands = run_story(1, 79, **cache)
+    _, commands = run_story(1, **cache)
     assert "cache_model.py" in commands
 
 
 def test_scenes_may_stand_on_lines_and_are_checked_before_the_training(run_story):
-    _, commands = run_story(1, 79, SCENES="in the snow\nat night")
+    _, commands = run_story(1, SCENES="in the snow\nat night")
     _, sample = commands["generate.py"]
     assert "photo of unqtkn dog in the snow photo of unqtkn dog at night photo of a dog" in sample
     (check,) = commands["generate.py --dry_run"]
@@ -357,10 +352,10 @@ def test_scenes_may_stand_on_lines_and_are_checked_before_the_training(run_story
 def test_own_photos_are_not_taken_for_the_example_by_macos(run_story, tmp_path):
     """Whose realpath has no -m; and whose bash takes an empty array for an unset variable."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "realpath").write_text(
-        '#!/bin/bash\n[[ "$1" == -* ]] && { echo "illegal option -- m" >&2; exit 1; }\necho "$1"\n'
+    write_executable(
+        tmp_path / "bin" / "realpath",
+        '#!/bin/bash\n[[ "$1" == -* ]] && { echo "illegal option -- m" >&2; exit 1; }\necho "$1"\n',
     )
-    (tmp_path / "bin" / "realpath").chmod(0o755)
     path = f"{tmp_path}/bin:/usr/bin:/bin"
     _, commands = run_story(0, PATH=path, INSTANCE_DIR="./images/lego-car", PREVIEW_EVERY="0")
     assert "download_example_dataset.py" not in commands
@@ -369,21 +364,15 @@ def test_own_photos_are_not_taken_for_the_example_by_macos(run_story, tmp_path):
     assert "train.py" in commands
 
 
-def test_run_sh_works_through_a_link_and_with_a_relative_python(root, tmp_path):
+def test_run_sh_works_through_a_link_and_with_a_relative_python(root, run_sh, tmp_path):
     """Also where CDPATH makes `cd` print."""
     link = tmp_path / "story"
     link.symlink_to(root / "run.sh")
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
-    python.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    done = subprocess.run(
-        [link], cwd=tmp_path, capture_output=True, text=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHON": "bin/python", "MODEL": "pocket", "STEPS": "0",
-             "NUM_GPUS": "0", "CDPATH": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: STEPS=0: must be a whole number of at least 1")
+    text = f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n'
+    process = run_sh(text, link, PYTHON="./python", STEPS="0", CDPATH=str(tmp_path))
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.startswith("error: STEPS=0: must be a whole number of at least 1")
 
 
 def test_class_images_have_less_guidance_than_results(run_story):
@@ -413,17 +402,20 @@ def test_without_previews_none_is_asked_for(run_story, tmp_path):
     assert "--preview_every 400" in (tmp_path / "commands").read_text()
 
 
-def test_each_model_has_its_recipe(run_story):
-    for variables, flags in (
-        ({"MODEL": "sdxl"}, "--num_epochs 3 --max_train_steps 500 --lr 2e-6"),
-        ({"MODEL": "sdxl", "LORA": "1"}, "--max_train_steps 500 --lora_rank 16 --lr 1e-4"),
-        (
-            {"MODEL": "klein", "ORIG_MODEL_HASH": "abc"},
-            "--train_batch_size 1 --num_epochs 11 --max_train_steps 500 --lora_rank 16 --lr 1e-4",
-        ),
+def test_each_model_has_a_short_name_and_its_recipe(run_story):
+    """A LoRA of FLUX.2-klein, with few class images."""
+    xl = "stabilityai/stable-diffusion-xl-base-1.0 --revision 46216598403"
+    klein = "black-forest-labs/FLUX.2-klein-base-4B --revision abc"
+    lora = "--max_train_steps 500 --lora_rank 16 --lr 1e-4 --use_lora"
+    for variables, name, count, flags in (
+        ({"MODEL": "sdxl"}, xl, 200, "--num_epochs 3 --max_train_steps 500 --lr 2e-6"),
+        ({"MODEL": "sdxl", "LORA": "1"}, xl, 200, f"--num_epochs 3 {lora}"),
+        ({"MODEL": "klein", "ORIG_MODEL_HASH": "abc"}, klein, 48, f"--num_epochs 11 {lora}"),
     ):
-        _, commands = run_story(1, 79, **variables)
-        assert flags in commands["train.py"][-1]
+        _, commands = run_story(1, **variables)
+        assert f"--model_name {name}" in commands["cache_model.py"][-1]
+        assert f"--num_samples_per_prompt {count} " in commands["generate.py"][-2]
+        assert commands["train.py"][-1].endswith(f"--train_batch_size 1 {flags}")
 
 
 def test_results_stand_beside_the_original_models(run_story, tmp_path):
@@ -445,24 +437,17 @@ def test_results_stand_beside_the_original_models(run_story, tmp_path):
 
 
 def test_the_example_photos_are_downloaded_for_the_example_alone(run_story):
-    _, commands = run_story(1, 79)
+    _, commands = run_story(1)
     assert commands["download_example_dataset.py"] == ["images/dog"]
     names = list(commands)
     first = names.index("download_example_dataset.py")
     assert first < names.index("train.py --dry_run")
 
 
-def test_paths_are_those_of_the_callers_directory(root, tmp_path):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\n")
-    python.chmod(0o755)
+def test_paths_are_those_of_the_callers_directory(run_sh, tmp_path):
     for name in ("SUBJECT_DIR", "IMAGES_REG_DIR"):
-        done = subprocess.run(
-            [root / "run.sh"], cwd=tmp_path, capture_output=True, text=True,
-            env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "MODEL": "pocket", "NUM_GPUS": "0",
-                 "DATA_PREFIX": "/data", name: "mine"},
-        )  # fmt: skip
-        assert f" to {tmp_path}/mine" in done.stdout, done.stderr
+        out, err = run_sh("#!/bin/sh\n", **{name: "mine"}).communicate()
+        assert f" to {tmp_path}/mine" in out, err
 
 
 def test_what_run_sh_sets_itself_is_refused_with_the_variable_to_set(run_story):
@@ -474,10 +459,9 @@ def test_what_run_sh_sets_itself_is_refused_with_the_variable_to_set(run_story):
             assert "--output_dir in TRAIN_FLAGS or MORE_FLAGS: set TUNED_MODEL_DIR" in done.stderr
 
 
-def test_a_schedulers_signal_reaches_training(root, tmp_path):
+def test_a_schedulers_signal_reaches_training(run_sh, tmp_path):
     """TERM of the script, as for the first process of a container; its exit code is training's."""
-    python = tmp_path / "python"
-    python.write_text(
+    process = run_sh(
         f"""#!/usr/bin/env bash
         case "$*" in
           train.py*--dry_run*) ;;
@@ -486,10 +470,6 @@ def test_a_schedulers_signal_reaches_training(root, tmp_path):
         esac
         """
     )
-    python.chmod(0o755)
-    variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "MODEL": "pocket"}
-    variables |= {"NUM_GPUS": "0", "DATA_PREFIX": str(tmp_path)}
-    process = subprocess.Popen([root / "run.sh"], env=variables, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "began").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -498,14 +478,9 @@ def test_a_schedulers_signal_reaches_training(root, tmp_path):
     assert out.endswith("stopping\nstopped\n") and process.returncode == 143
 
 
-def test_an_old_python_is_refused(root, tmp_path):
+def test_an_old_python_is_refused(run_sh):
     """With another the packages do not install."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexit 1\n")
-    python.chmod(0o755)
-    done = subprocess.run(
-        [root / "run.sh"], cwd=tmp_path, capture_output=True, text=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: Python 3.11 or newer is needed")
+    process = run_sh("#!/bin/sh\nexit 1\n")
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.startswith("error: Python 3.11 or newer is needed")
