@@ -1,7 +1,6 @@
 """FLUX.2-klein, a flow: a tiny model of its architecture, with random weights."""
 
-import argparse
-import json
+import shutil
 
 import numpy as np
 import pytest
@@ -32,6 +31,7 @@ from dreambooth.run.plan import check_flags
 from dreambooth.run.training_log import read_run_record
 from dreambooth.schedules import FlowSchedule
 from tests.test_export import run_export
+from tests.test_pipeline_dir import set_json
 
 CPU = torch.device("cpu")
 PROMPTS = ["photo of unqtkn car", "photo of a car"]
@@ -262,34 +262,31 @@ def test_full_fine_tuning_saves_a_pipeline_with_its_own_text_encoder(train_here,
         assert all(equal) == same, part
 
 
-def test_compared_models_have_their_own_defaults(generate_args, klein_dir, tmp_path):
-    """The distilled one its few steps, its base as many as it needs."""
+def test_compared_models_have_their_own_defaults(
+    generate_args, sampling_args, klein_dir, tmp_path, capsys
+):
+    """The distilled one its few steps, its base as many as it needs: images that were made so are
+    not made again."""
     distilled = copy_as_distilled(klein_dir, tmp_path / "distilled")
-    flags = {"prompts": PROMPTS[:1], "num_samples_per_prompt": 1}
-    args = generate_args(tmp_path / "images", model_dir=distilled, **flags)
-    generate.main(
-        argparse.Namespace(
-            **{**vars(args), "compare_to": str(klein_dir), "num_inference_steps": None}
-        )
-    )
-    records = [
-        generated_images.read_record(next((tmp_path / folder).glob("0*.png")))
-        for folder in ("images", "images/compared")
-    ]
-    assert [record["num_inference_steps"] for record in records] == [4, 50]
-    assert [record["guidance_scale"] for record in records] == [1.0, 4.0]
+    out = tmp_path / "images"
+    for folder, model_dir, steps, scale in (
+        (out, distilled, 4, 1.0),
+        (out / "compared", klein_dir, 50, 4.0),
+    ):
+        flags = {"num_inference_steps": steps, "guidance_scale": scale}
+        (record,) = generate.list_records(sampling_args(folder, model_dir=model_dir, **flags))
+        folder.mkdir()
+        generated_images.save_image(Image.new("RGB", (64, 64)), record, folder / record["file"])
+    flags = {"model_dir": distilled, "compare_to": klein_dir, "num_inference_steps": False}
+    generate.main(generate_args(out, **flags))
+    assert capsys.readouterr().out.count(": 0 to generate") == 2
     with pytest.raises(UserError, match="takes multiples of 8"):
         generate.check_args(generate_args("out", model_dir=klein_dir, resolution=68))
 
 
 def copy_as_distilled(pipeline, folder):
-    for file in pipeline.rglob("*"):
-        copy = folder / file.relative_to(pipeline)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_file() and file.name != "model_index.json":
-            copy.symlink_to(file)
-    index = json.loads((pipeline / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    shutil.copytree(pipeline, folder)
+    set_json(folder / "model_index.json", is_distilled=True)
     return folder
 
 
@@ -352,20 +349,12 @@ def test_what_this_family_does_not_take_is_one_line(
     refused("^--train_text_encoder: FLUX.2-klein's", train_text_encoder=True)
     with pytest.raises(UserError, match="^--scheduler dpm is for diffusion models"):
         generate.check_args(generate_args("out", model_dir=klein_dir, scheduler="dpm"))
-    for kind, pipeline in (("epsilon", model_dir), ("flow", klein_dir)):
-        copy = tmp_path / kind
-        for file in pipeline.rglob("*"):
-            target = copy / file.relative_to(pipeline)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if file.is_file():
-                target.write_bytes(file.read_bytes())
-    swapped = (tmp_path / "flow" / "scheduler" / "scheduler_config.json").read_text()
-    (tmp_path / "epsilon" / "scheduler" / "scheduler_config.json").write_text(swapped)
+    swapped = shutil.copytree(model_dir, tmp_path / "swapped")
+    shutil.copy(klein_dir / pipeline_dir.SCHEDULER, swapped / pipeline_dir.SCHEDULER)
     with pytest.raises(UserError, match="FlowMatch.* is not the noise schedule of Stable"):
-        pipeline_dir.check_model_dir(tmp_path / "epsilon")
-    index = json.loads((tmp_path / "flow" / "model_index.json").read_text())
-    (tmp_path / "flow" / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
-    check_flags(train_args(tmp_path / "out", model_dir=tmp_path / "flow"))
+        pipeline_dir.check_model_dir(swapped)
+    distilled = copy_as_distilled(klein_dir, tmp_path / "distilled")
+    check_flags(train_args(tmp_path / "out", model_dir=distilled))
     assert "distilled to few steps" in capsys.readouterr().err
 
 
