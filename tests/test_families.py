@@ -27,7 +27,7 @@ from dreambooth.families import StableDiffusion, StableDiffusionXL, repeat
 from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.images import load_crops
 from dreambooth.run import export
-from dreambooth.run.plan import check_flags, make_plan
+from dreambooth.run.plan import check_flags
 from dreambooth.run.training_log import read_run_record
 from tests.test_export import run_export
 
@@ -286,39 +286,6 @@ def test_runs_of_images_with_the_same_prompt_share_its_encoding():
     assert one["prompt_ids"][:, 0].tolist() == [0, 0, 6, 2, 2, 2]
     assert one.keys() == {"prompt_ids"} and StableDiffusionXL().one_per_image(one) is one
     assert repeat(found["prompt_ids"], found["counts"])[:, 0].tolist() == [0, 0, 6, 2, 2, 2]
-
-
-def test_a_caption_stands_in_place_of_the_prompt(
-    train_args, instance_dir, class_dir, tmp_path, capsys
-):
-    """Of its image alone; one that equals the folder's prompt adds none, nor does that of a class
-    image that the user has deleted. The fingerprint knows."""
-    photos = shutil.copytree(instance_dir, tmp_path / "photos")
-    plain = make_plan(train_args("out", instance_images_dir=photos))
-    (photos / "1.txt").write_text("photo of unqtkn car on the beach\n")
-    rows = '{"file_name": "3.png", "text": "photo of unqtkn car at night"}\n'
-    (photos / "metadata.jsonl").write_text(rows)
-    of_class = shutil.copytree(class_dir, tmp_path / "class")
-    texts = {"0.png": "photo of a car", "1.png": "a red car", "9.png": "a blue car"}
-    rows = [json.dumps({"file_name": name, "text": text}) for name, text in texts.items()]
-    (of_class / "metadata.jsonl").write_text("\n".join(rows))
-    args = train_args("out", instance_images_dir=photos, class_images_dir=of_class)
-    plan = make_plan(args)
-    assert plan.prompts == [
-        "photo of unqtkn car", "photo of a car", "photo of unqtkn car on the beach",
-        "photo of unqtkn car at night", "a red car",
-    ]  # fmt: skip
-    captions = {photos / "1.png": 2, photos / "3.png": 3, of_class / "1.png": 4}
-    assert plan.captions == {str(path): number for path, number in captions.items()}
-    out, err = capsys.readouterr()
-    said = "1 class images have captions of their own, such as 'a red car'"
-    assert said in out and "captions" not in err
-    assert plan.fingerprint(args)["captions"] != plain.fingerprint(args)["captions"]
-    assert plain.fingerprint(args)["captions"] is None
-    for image in list(of_class.glob("[02-9]*.png")):
-        image.unlink()
-    make_plan(args)  # no image is left for --class_prompt
-    assert f"warning: {said}: no image is left for --class_prompt" in capsys.readouterr().err
 
 
 def test_text_encoders_that_are_not_trained_are_saved_in_float32(load_models, xl_dir, tmp_path):

@@ -410,6 +410,7 @@ def test_a_folder_of_one_photo_is_asked_about(check_and_plan, flat_image, tmp_pa
 
 def test_captions_follow_their_photos_to_another_folder(fingerprint, instance_dir, tmp_path):
     """A run goes on where its photos have been moved, and does not with another caption."""
+    assert fingerprint()["captions"] is None
     first, second = (shutil.copytree(instance_dir, tmp_path / name) for name in ("a", "b"))
     for folder in (first, second):
         (folder / "0.txt").write_text("photo of unqtkn car at night")
@@ -461,18 +462,28 @@ def test_a_tenth_of_a_run_is_between_two_checkpoints(check_and_plan, disk):
         assert (plan.num_steps, plan.checkpointing_steps) == (num_steps, expected)
 
 
-def test_class_images_with_captions_of_their_own_are_counted(
-    check_and_plan, class_dir, tmp_path, capsys
+def test_a_caption_stands_in_place_of_the_prompt(
+    check_and_plan, instance_dir, class_dir, tmp_path, capsys
 ):
-    """Generated ones have the class prompt; where none is left for it, that is a warning."""
-    folder = shutil.copytree(class_dir, tmp_path / "class")
-    for number, text in enumerate(["photo of a car", "red", "red", "red"]):
-        (folder / f"{number}.txt").write_text(text)
-    plan = check_and_plan(class_images_dir=folder)
-    printed = capsys.readouterr()
-    assert "3 class images have captions of their own, such as 'red'" in printed.out
-    assert "captions" not in printed.err
-    assert plan.prompts == ["photo of unqtkn car", "photo of a car", "red"]
-    (folder / "0.txt").write_text("a blue car")
-    check_and_plan(class_images_dir=folder)
-    assert "warning: 4 class images have captions of their own" in capsys.readouterr().err
+    """Of its image alone; equal ones are one prompt, and one that equals the folder's adds none,
+    nor does that of a class image that the user has deleted. Where no class image is left for
+    --class_prompt, that is a warning."""
+    photos = shutil.copytree(instance_dir, tmp_path / "photos")
+    (photos / "1.txt").write_text("photo of unqtkn car on the beach\n")
+    of_class = shutil.copytree(class_dir, tmp_path / "class")
+    texts = {"0": "photo of a car", "1": "a red car", "2": "a red car", "9": "a blue car"}
+    rows = [json.dumps({"file_name": f"{n}.png", "text": text}) for n, text in texts.items()]
+    (of_class / "metadata.jsonl").write_text("\n".join(rows))
+    flags = {"instance_images_dir": photos, "class_images_dir": of_class}
+    plan = check_and_plan(**flags)
+    of_photo, of_image = plan.prompts[2:]
+    assert (of_photo, of_image) == ("photo of unqtkn car on the beach", "a red car")
+    captions = {photos / "1.png": 2, of_class / "1.png": 3, of_class / "2.png": 3}
+    assert plan.captions == {str(path): number for path, number in captions.items()}
+    out, err = capsys.readouterr()
+    said = "2 class images have captions of their own, such as 'a red car'"
+    assert said in out and "captions" not in err
+    for name in ("0.png", "3.png"):
+        (of_class / name).unlink()
+    check_and_plan(**flags)
+    assert f"warning: {said}: no image is left for --class_prompt" in capsys.readouterr().err
