@@ -1,7 +1,6 @@
 """Model families: a step of each has the loss and the gradients of its published formula, and its
 pipeline samples what it was trained for. Here a tiny SDXL with random weights."""
 
-import json
 import shutil
 
 import diffusers
@@ -30,6 +29,7 @@ from dreambooth.run import export
 from dreambooth.run.plan import check_flags
 from dreambooth.run.training_log import read_run_record
 from tests.test_export import run_export
+from tests.test_pipeline_dir import set_json
 
 WIDTHS = (32, 48)  # of the two text encoders
 MEAN, STD = [0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 2.0, 1.0]  # of latents, as Playground's VAE has them
@@ -267,8 +267,7 @@ def test_what_this_family_does_not_take_is_one_line(train_args, xl_dir, tmp_path
     with pytest.raises(UserError, match="Stable Diffusion XL's text encoders are not trained"):
         check_flags(train_args(tmp_path / "out", model_dir=xl_dir, train_text_encoder=True))
     copied = shutil.copytree(xl_dir, tmp_path / "edm")
-    file = copied / "scheduler" / "scheduler_config.json"
-    file.write_text(file.read_text().replace("EulerDiscreteScheduler", "EDMEulerScheduler"))
+    set_json(copied / pipeline_dir.SCHEDULER, _class_name="EDMEulerScheduler")
     with pytest.raises(UserError, match="EDM noise schedule"):
         pipeline_dir.check_model_dir(copied)
     (copied / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
@@ -294,8 +293,7 @@ def test_text_encoders_that_are_not_trained_are_saved_in_float32(load_models, xl
     for part in ("text_encoder", "text_encoder_2"):
         file = original / part / "model.safetensors"
         save_file({n: t.half() for n, t in load_file(file).items()}, file, {"format": "pt"})
-        config = json.loads((original / part / "config.json").read_text())
-        (original / part / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+        set_json(original / part / "config.json", dtype="float16")
     _, denoiser, _ = load_models(original)
     export.save_pipeline(denoiser, original, tmp_path / "tuned")
     for file in (tmp_path / "tuned").rglob("*.safetensors"):
@@ -312,8 +310,7 @@ def test_a_vae_that_overflows_in_float16_is_not_tried_in_it(step):
 
 def test_each_tokenizer_has_the_limit_of_its_own_text_encoder(xl_dir, tmp_path):
     folder = shutil.copytree(xl_dir, tmp_path / "xl")
-    file = folder / "text_encoder_2" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 20}))
+    set_json(folder / "text_encoder_2" / "config.json", max_position_embeddings=20)
     for part, limit in (("tokenizer", 48), ("tokenizer_2", 20)):
         assert pipeline_dir.load_tokenizer(folder, part).model_max_length == limit
     with pytest.raises(UserError, match="the model takes 20"):

@@ -12,6 +12,7 @@ from dreambooth import image_generator
 from dreambooth.cli import UserError
 from dreambooth.files import atomic, generated_images
 from dreambooth.files.photos import find_images
+from tests.test_pipeline_dir import set_json
 
 
 @pytest.fixture
@@ -128,8 +129,7 @@ def test_a_models_own_side_must_be_one_that_its_pipeline_generates(
 ):
     """One of 68 pixels ended in a trace, also that of the model to compare with."""
     odd = shutil.copytree(model_dir, tmp_path / "odd")
-    file = odd / "unet" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": 17}))
+    set_json(odd / "unet" / "config.json", sample_size=17)
     for flags in ({"model_dir": odd}, {"compare_to": odd, "resolution": 68}):
         with pytest.raises(UserError, match="--resolution 68: this model takes multiples of 8"):
             generate.check_args(generate_args(tmp_path / "out", **flags))
@@ -283,8 +283,7 @@ def test_a_smaller_model_is_compared_at_the_size_of_the_first_ones_images(
 ):
     """Its images, which are there already, are of 64 pixels, not of its own 32."""
     small = shutil.copytree(model_dir, tmp_path / "small")
-    config = json.loads((small / "unet" / "config.json").read_text())
-    (small / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 8}))
+    set_json(small / "unet" / "config.json", sample_size=8)
     out = tmp_path / "out"
     (out / "compared").mkdir(parents=True)
     (record,) = generate.list_records(sampling_args(out, model_dir=small, resolution=64))
@@ -303,7 +302,6 @@ def test_zero_is_a_guidance_scale_and_no_default(sampling_args):
 
 def test_prompts_must_fit_the_model_to_compare_with_as_well(generate_args, model_dir, tmp_path):
     short = shutil.copytree(model_dir, tmp_path / "short")
-    file = short / "tokenizer" / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 5}))
+    set_json(short / "tokenizer" / "tokenizer_config.json", model_max_length=5)
     with pytest.raises(UserError, match="has 6 tokens, the model takes 5"):
         generate.check_args(generate_args(tmp_path / "out", compare_to=short))

@@ -26,12 +26,27 @@ from dreambooth.cli import UserError
 from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.image_generator import ImageGenerator, build_dpm, load_sampling_pipeline
 from dreambooth.machines import device
+from tests.test_pipeline_dir import set_json
 
 
 @pytest.fixture
 def generator(generate_args, tmp_path):
     """One that saves into the folder tmp_path/new."""
     return ImageGenerator(generate_args(tmp_path / "new"))
+
+
+@pytest.fixture
+def with_scheduler(model_dir, tmp_path):
+    """A copy of the model with another scheduler: with_scheduler(DDIMScheduler, beta_end=0.013)."""
+
+    def copy(cls, **config):
+        folder = shutil.copytree(model_dir, tmp_path / "model")
+        config = {"_class_name": cls.__name__, **config}
+        (folder / pipeline_dir.SCHEDULER).write_text(json.dumps(config))
+        set_json(folder / pipeline_dir.INDEX, scheduler=["diffusers", cls.__name__])
+        return folder
+
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +102,12 @@ def test_every_image_and_attempt_starts_from_noise_of_its_own(records):
     assert noise({**records[0], "file": "elsewhere.png"}, 0) == starts[0]
 
 
-def test_the_scheduler_and_compilation_are_as_asked_for(model_dir, generate_args, tmp_path):
+def test_the_scheduler_and_compilation_are_as_asked_for(with_scheduler, generate_args, tmp_path):
     """By default DPM-Solver++, which adds noise at each step if the model's own scheduler does, as
     pocket's; of a model with another scheduler it is deterministic."""
     own = ImageGenerator(generate_args(tmp_path)).pipeline.scheduler
     assert own.config.algorithm_type == "sde-dpmsolver++"
-    args = {"model_dir": shutil.copytree(model_dir, tmp_path / "model")}
-    PNDMScheduler(beta_end=0.012).save_pretrained(args["model_dir"] / "scheduler")
-    index = args["model_dir"] / "model_index.json"
-    index.write_text(index.read_text().replace(type(own).__name__, "PNDMScheduler"))
+    args = {"model_dir": with_scheduler(PNDMScheduler, beta_end=0.012)}
     plain = ImageGenerator(generate_args(tmp_path, **args)).pipeline
     assert type(plain.scheduler) is DPMSolverMultistepScheduler
     assert plain.scheduler.config.use_karras_sigmas
@@ -117,28 +129,19 @@ def test_the_scheduler_and_compilation_are_as_asked_for(model_dir, generate_args
         (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver"}),
     ],
 )
-def test_a_model_with_any_scheduler_is_sampled_with_dpm(model_dir, tmp_path, scheduler, settings):
+def test_a_model_with_any_scheduler_is_sampled_with_dpm(with_scheduler, scheduler, settings):
     """Which takes its place, also where the model's own could not be made."""
-    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
-    config = {"_class_name": scheduler.__name__, "beta_end": 0.013, **settings}
-    (tmp_path / pipeline_dir.SCHEDULER).write_text(json.dumps(config))
-    index = tmp_path / pipeline_dir.INDEX
-    parts = json.loads(index.read_text())
-    index.write_text(json.dumps({**parts, "scheduler": ["diffusers", scheduler.__name__]}))
-    found = load_sampling_pipeline(tmp_path).scheduler
+    folder = with_scheduler(scheduler, beta_end=0.013, **settings)
+    found = load_sampling_pipeline(folder).scheduler
     assert type(found) is DPMSolverMultistepScheduler
     assert (found.config.algorithm_type, found.config.beta_end) == ("dpmsolver++", 0.013)
 
 
-def test_a_number_of_steps_that_the_scheduler_does_not_take_is_one_line(model_dir, tmp_path):
-    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
-    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
-    index = tmp_path / pipeline_dir.INDEX
-    parts = json.loads(index.read_text())
-    index.write_text(json.dumps({**parts, "scheduler": ["diffusers", "DDIMScheduler"]}))
-    load_sampling_pipeline(tmp_path, scheduler="model", num_steps=1000)
+def test_a_number_of_steps_that_the_scheduler_does_not_take_is_one_line(with_scheduler):
+    folder = with_scheduler(DDIMScheduler)
+    load_sampling_pipeline(folder, scheduler="model", num_steps=1000)
     with pytest.raises(UserError, match="scheduler, for 1001 steps, cannot be loaded: .*1000"):
-        load_sampling_pipeline(tmp_path, scheduler="model", num_steps=1001)
+        load_sampling_pipeline(folder, scheduler="model", num_steps=1001)
 
 
 def test_each_prompt_is_encoded_once(generator, records):

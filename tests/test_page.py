@@ -21,6 +21,7 @@ from dreambooth.files import generated_images, pipeline_dir
 from dreambooth.report import page
 from dreambooth.run import previews, training_log
 from dreambooth.run.plan import make_plan
+from tests.test_pipeline_dir import set_json
 
 PROMPTS = ["photo of unqtkn car in the snow", "photo of unqtkn car <at night>"]
 
@@ -327,9 +328,7 @@ def test_a_page_outlives_the_photos_and_the_result_of_its_run(report, save_after
 
 def test_a_page_shows_a_dozen_photos_scaled_down(report, flat_image, tmp_path):
     photo = flat_image("large.png", 0, size=(4000, 3000))
-    record = json.loads((report / training_log.RECORD).read_text())
-    record["instance_paths"] = [str(photo)] * 50
-    (report / training_log.RECORD).write_text(json.dumps(record))
+    set_json(report / training_log.RECORD, instance_paths=[str(photo)] * 50)
     text = write_page(report)
     assert text.count('alt="photo ') == 12
     uri = re.search(r'src="data:image/jpeg;base64,([^"]+)" alt="photo 1"', text)[1]
