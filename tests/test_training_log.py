@@ -229,27 +229,21 @@ def test_a_line_that_a_crash_has_cut_off_is_left_out(tmp_path):
     assert training_log.read_metrics(tmp_path / "missing") == []
 
 
+ARGV = ["train.py", "--instance_prompt", "photo of Ann's dog", "--lr", "1e-5"]
+
+
 @pytest.fixture
-def record(train_args, tmp_path):
+def record(train_args, tmp_path, monkeypatch):
     """The record of a run that begins, in tmp_path / "out.report"."""
+    monkeypatch.setattr(sys, "argv", ARGV)
     args = train_args(tmp_path / "out", num_workers="1:2")
     plan = make_plan(args)
     training_log.prepare(plan.report_dir, 0)
     return training_log.RunRecord(args, plan, "2 cores")
 
 
-def test_the_command_on_record_can_be_given_again(train_args, tmp_path, monkeypatch):
-    """A prompt is one word of it."""
-    argv = ["train.py", "--instance_prompt", "photo of Ann's dog", "--lr", "1e-5"]
-    monkeypatch.setattr(sys, "argv", argv)
-    args = train_args(tmp_path / "out")
-    plan = make_plan(args)
-    training_log.prepare(plan.report_dir, 0)
-    facts = training_log.RunRecord(args, plan, "2 cores").facts
-    assert shlex.split(facts["command"]) == ["python", *argv]
-
-
 def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
+    """With its command, which can be given again: a prompt is one word of it."""
     report = tmp_path / "out.report"
     assert training_log.read_run_record(report)["status"] == "running"
     with record:
@@ -257,7 +251,7 @@ def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
     facts = training_log.read_run_record(report)
     assert facts == json.loads(json.dumps(record.facts))
     assert (facts["status"], facts["seconds"]) == ("finished", {"start_s": 2.0})
-    assert facts["command"].startswith("python ")
+    assert shlex.split(facts["command"]) == ["python", *ARGV]
     assert facts["flags"]["instance_prompt"] == "photo of unqtkn car"
     assert facts["instance_paths"] == [str(path) for path in sorted(instance_dir.iterdir())]
     assert (facts["num_class_images"], facts["hardware"]) == (4, "2 cores")
@@ -305,18 +299,15 @@ def test_on_a_gpu_a_line_has_what_tensors_took_and_what_was_reserved(
     assert (row["peak_gib"], row["reserved_gib"]) == (3, 5)
 
 
-def test_a_full_disk_costs_metrics_and_not_the_run(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_costs_metrics_and_not_the_run(make, monkeypatch, capsys):
     """And is said once."""
-    plan = SimpleNamespace(num_steps=3, report_dir=tmp_path, images_per_pair=2, pairs_per_step=1)
-    log = training_log.TrainingLog(plan, torch.device("cpu"), 1, 0.0, True)
-    log.models_are_loaded([torch.zeros(1)], 1)
-    log.on_train_begin(0)
+    log = make(num_steps=3, log_every=1)
     full = MagicMock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(atomic, "append_line", full)
     for step in (1, 2, 3):
-        log.on_step_end(step, torch.ones(3), torch.tensor(0.5), 1e-3)
+        end_step(log, step)
     printed = capsys.readouterr()
-    assert printed.out.count("loss 1.0000") == 3
+    assert printed.out.count("loss 3.0000") == 3
     assert printed.err.count("metrics cannot be written to") == 1
 
 
