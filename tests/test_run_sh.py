@@ -395,6 +395,16 @@ def test_a_class_has_its_folder_of_class_images(run_story):
     assert "--class_images_dir /data/images-reg/pocket-tea-house-2 " in commands["train.py"][0]
 
 
+def test_each_subject_has_its_folder_and_shares_class_images(run_story):
+    """It says where: what lies there is replaced."""
+    done, commands = run_story(0, INSTANCE_DIR="/photos/red car")
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("results go"))
+    assert line.startswith("results go to /data/subjects/red car and replace earlier ones there")
+    assert line.endswith("class images to /data/images-reg/pocket-car")
+    (copied,) = commands["dreambooth.files.photos"]
+    assert copied == "/photos/red car /data/subjects/red car/images-own"
+
+
 def test_without_previews_none_is_asked_for(run_story, tmp_path):
     run_story(0, PREVIEW_EVERY="0")
     assert "--preview" not in (tmp_path / "commands").read_text()
