@@ -461,16 +461,12 @@ def test_by_default_every_tenth_of_a_run_that_is_long_or_elastic(
 
 
 def test_a_request_to_stop_ends_the_run_with_a_checkpoint(make):
-    """Not one whose weights are not finite, which would take the place of a good one."""
     run = make(checkpointing_steps=0)
     run.folder.mkdir(parents=True)
     run.take_steps(0, 6)
     (run.folder / "stop").touch()
     with pytest.raises(Stopped, match="stopped after step 7"):
         run.take_steps(6, 9)
-    run.model.weight.data[0, 0] = float("nan")
-    with pytest.raises(Diverged, match="not finite after step 9: lower --lr, with --restart"):
-        run.take_steps(8, 10)
     assert steps_in(run.folder) == [7]
 
 
@@ -607,12 +603,12 @@ def test_ray_train_copies_no_checkpoint(make, monkeypatch):
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_weights_that_are_not_finite_are_not_saved(make, value):
-    """Neither in a checkpoint nor as the result: the last step's update comes after its loss, and a
-    short run writes no checkpoint."""
+    """Neither in a checkpoint, where they would take the place of good ones, nor as the result: the
+    last step's update comes after its loss, and a short run writes no checkpoint."""
     run = make(checkpointing_steps=5)
     run.take_steps(0, 4)
     run.model.weight.data[0, 0] = float(value)
-    with pytest.raises(Diverged, match="not finite after step 5"):
+    with pytest.raises(Diverged, match="not finite after step 5: lower --lr, with --restart"):
         run.take_steps(4, 5)
     save = MagicMock()
     with pytest.raises(Diverged, match=f"not finite after step {NUM_STEPS}"):

@@ -51,18 +51,6 @@ def kohya_name(name):
     return f"{prefix}_{layer.replace('.', '_')}.lora_{direction}.weight"
 
 
-def test_a_lora_of_another_trainer_takes_the_same_effect(predict, lora_dir, tmp_path):
-    """Under another file name, and with kohya's names for the weights."""
-    weights = {}
-    for name, weight in load_file(lora_dir / pipeline_dir.LORA_FILE).items():
-        kohya = kohya_name(name)
-        weights[kohya] = weight
-        weights[kohya.partition(".")[0] + ".alpha"] = torch.tensor(4.0)  # its rank
-    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in weights
-    save_file(weights, tmp_path / "my_car.safetensors")
-    torch.testing.assert_close(predict(tmp_path), predict(lora_dir), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("kohya", [True, False])
 def test_layers_may_have_alphas_of_their_own(predict, lora_dir, tmp_path, kohya):
     """As in a file whose ranks were reduced: here some layers' second matrices are twice as large,
