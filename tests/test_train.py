@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 
 import generate
@@ -354,6 +356,9 @@ def test_a_worker_is_quiet_uses_its_cores_and_alone_keeps_no_gradients(
     monkeypatch.setattr(checkpoints.Checkpointer, "on_step_end", look)
     monkeypatch.setattr(device, "LARGE", 1e6)
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    logs = [library.utils.logging for library in (diffusers, transformers)]
+    for log in logs:
+        log.enable_progress_bar()
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
@@ -365,6 +370,7 @@ def test_a_worker_is_quiet_uses_its_cores_and_alone_keeps_no_gradients(
     assert seen == [(device.num_cores(), True)]
     assert "no GPU: a step takes minutes" in capsys.readouterr().err
     assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+    assert not any(log.is_progress_bar_enabled() for log in logs)  # of models that load
 
 
 @pytest.mark.parametrize(
