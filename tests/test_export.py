@@ -357,7 +357,7 @@ def test_an_upload_that_fails_says_why(result, hub):
         (LocalTokenNotFoundError("no token"), "not logged in to the Hub: run `hf auth login`"),
         (HFValidationError("a name"), "--push me/model: give the repository as NAME/MODEL"),
         (HfHubHTTPError("no", response=refused), "the Hub answered 403; is it yours"),
-        (silent, "the Hub answered no answer"),
+        (silent, "--push me/model: the Hub did not answer$"),
         (ConnectionError("offline"), "the Hub cannot be reached"),
         (HTTPError("no route to host"), "the Hub cannot be reached"),  # no OSError
     ):

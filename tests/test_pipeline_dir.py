@@ -112,7 +112,7 @@ def test_a_missing_weight_is_refused(copied, load_models, part):
     pipeline_dir.check_model_dir(copied)
     with pytest.raises(UserError, match=f"/{part} has no weights for .*: fetch or copy it again"):
         pipeline_dir.load_pipeline(copied)
-    with pytest.raises(UserError, match=f"/{part} (has no weights for|cannot be loaded)"):
+    with pytest.raises(UserError, match=f"/{part} has no weights for .*: fetch or copy it again"):
         load_models(copied)  # to train
 
 

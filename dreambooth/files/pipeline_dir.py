@@ -456,12 +456,16 @@ def load_part(model_dir, part, **settings):
         check_fields(cls, Path(model_dir) / part / "config.json")
     settings = {"variant": weights(model_dir, part).variant, **settings}
     with loading(f"{model_dir}/{part}"):
-        model, found = cls.from_pretrained(
-            model_dir, subfolder=part, output_loading_info=True, **settings
-        )
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])[0]
-        raise UserError(f"{model_dir}/{part} has no weights for {missing}: fetch or copy it again")
+        try:
+            model, found = cls.from_pretrained(
+                model_dir, subfolder=part, output_loading_info=True, **settings
+            )
+            missing = sorted(found["missing_keys"])
+        except NotImplementedError:  # diffusers moves what it has no values for, and does not say
+            missing = ["some of its layers"]
+    if missing:
+        reason = f"has no weights for {missing[0]}"
+        raise UserError(f"{model_dir}/{part} {reason}: fetch or copy it again")
     return model
 
 

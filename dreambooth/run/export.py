@@ -241,8 +241,9 @@ def push(output_dir, repo, private):
     except HFValidationError:
         raise UserError(f"--push {repo}: give the repository as NAME/MODEL") from None
     except HfHubHTTPError as error:
-        response = error.response
-        status = response.status_code if response is not None else "no answer"
+        if error.response is None:
+            raise UserError(f"--push {repo}: the Hub did not answer") from None
+        status = error.response.status_code
         raise UserError(f"--push {repo}: the Hub answered {status}; is it yours?") from None
     except (OSError, HTTPError) as error:
         raise UserError(f"the Hub cannot be reached ({type(error).__name__})") from None
