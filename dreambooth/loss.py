@@ -83,7 +83,7 @@ def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):
     a = alphas_cumprod[timesteps]
     snr = a / (1 - a)
     weights = {
-        "epsilon": (gamma / snr).clamp(max=1),  # 1 where SNR is 0
+        "epsilon": (snr.clamp(max=gamma) / snr).nan_to_num(1),  # where SNR is 0
         "v_prediction": snr.clamp(max=gamma) / (snr + 1),
     }
     if prediction_type not in weights:
