@@ -95,7 +95,7 @@ def save_pipeline(denoiser, model_dir, folder):
         if index[part][1].startswith("CLIP"):
             for file in (folder / part).glob("*.safetensors"):
                 save_file(_with_hub_names(load_file(file)), file, metadata={"format": "pt"})
-    absent = dict.fromkeys(index.keys() & OPTIONAL_PARTS, [None, None])
+    absent = {name: [None, None] for name in index if name in OPTIONAL_PARTS}
     kept = {name: value for name, value in index.items() if name not in OPTIONAL_PARTS}
     if "requires_safety_checker" in index or "safety_checker" in index:
         absent["requires_safety_checker"] = False
