@@ -97,8 +97,7 @@ set_paths() {
 # learning rate.
 choose_train_flags() {
   local added= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
-  local epochs=$((STEPS * pairs * NUM_WORKERS))  # without class images: of the photos, however few
-  if ((NUM_CLASS_IMAGES > 0)); then epochs=$(((epochs + NUM_CLASS_IMAGES - 1) / NUM_CLASS_IMAGES)); fi
+  local epochs=$((STEPS * pairs * NUM_WORKERS))  # enough for any number of images: the steps decide
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
   if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
     added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" \
@@ -121,7 +120,8 @@ choose_settings() {
   # Refuse flags of which this script has a variable.
   local own
   for own in model_dir=ORIG_MODEL_PATH output_dir=TUNED_MODEL_DIR instance_images_dir=INSTANCE_DIR \
-    instance_prompt=INSTANCE_PROMPT class_images_dir=IMAGES_REG_DIR class_prompt=CLASS_PROMPT; do
+    instance_prompt=INSTANCE_PROMPT class_images_dir=IMAGES_REG_DIR class_prompt=CLASS_PROMPT \
+    preview_prompts=PREVIEW_EVERY preview_every=PREVIEW_EVERY; do
     [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " != *" --${own%=*}"[\ =]* ]] ||
       refuse "--${own%=*} in TRAIN_FLAGS or MORE_FLAGS: set ${own#*=} instead"
   done
@@ -151,6 +151,7 @@ choose_settings() {
     *) use_stable_diffusion ;;
   esac
   [[ -n "${ORIG_MODEL_HASH:-}" ]] || refuse "set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use"
+  if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --prior_loss_weight"[\ =]"0 "* ]]; then NUM_CLASS_IMAGES=0; fi
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   PREVIEW_EVERY=${PREVIEW_EVERY:-100}
   check_number 1 PAIRS STEPS NUM_WORKERS
@@ -200,7 +201,7 @@ main() {
   # A mistake of step 4 is found now, except in class images: there are none yet.
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" --num_workers "$NUM_WORKERS" \
-    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) --dry_run >/dev/null
+    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) --restart --dry_run >/dev/null
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"

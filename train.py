@@ -237,7 +237,9 @@ def main(args):
     started, began = time.time(), time.monotonic()  # the former is for workers in other processes
     check_flags(args)
     if args.dry_run:
-        print(make_plan(args))
+        plan = make_plan(args)
+        checkpoints.steps_done(plan, args)
+        print(plan)
         return
     ray_start = cluster.start_ray_in_background(args.verbose)
     plan = make_plan(args)
@@ -248,9 +250,9 @@ def main(args):
     print(f"{plan}; {num_gpus} GPUs, {num_cpus} cores")
 
     # Resume an earlier run of the same command if it left a checkpoint.
-    first_step = checkpoints.prepare(plan.run_dir, plan.fingerprint(args), args)
+    first_step = checkpoints.prepare(plan, args)
     training_log.prepare(plan.report_dir, first_step)
-    stop = checkpoints.StopOnSignal(plan.run_dir)
+    stop = checkpoints.StopOnSignal(args, plan.run_dir)
     hardware = describe(min(num_gpus, args.num_workers[1]))
     try:
         with training_log.RunRecord(args, plan, hardware) as record:

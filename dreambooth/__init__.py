@@ -12,6 +12,7 @@ os.close(descriptor)
 # How long an idle thread of torch spins, and so keeps its core from other programs. (By default:
 # until its time slice ends.)
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # Ray's default; train.py knows no other
 # Python's garbage collector goes through all modules again and again while they are imported, 0.9 s
 # of each script on two cores, unless it waits for more new objects than by default (700).
 gc.set_threshold(10_000)

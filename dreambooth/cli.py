@@ -220,7 +220,9 @@ def check_at_least(args, minimum, *names, above=False):
         if value is None:
             continue
         large_enough = value > minimum if above else value >= minimum  # False for nan
-        if not large_enough or value == math.inf:
+        if value == math.inf:
+            raise UserError(f"--{name} is {value}: must be finite")
+        if not large_enough:
             bound = "above" if above else "at least"
             raise UserError(f"--{name} is {value}: must be {bound} {minimum}")
 

@@ -119,7 +119,13 @@ def prepare(tmp_path):
     def call(restart=False, **changes):
         args = Namespace(output_dir=str(tmp_path / "tuned"), restart=restart)
         fingerprint = {**FINGERPRINT, **changes}
-        return checkpoints.prepare(tmp_path / "tuned.checkpoints", fingerprint, args)
+        folders = {name: tmp_path / f"tuned.{name}" for name in ("checkpoints", "report")}
+        plan = SimpleNamespace(
+            run_dir=folders["checkpoints"],
+            report_dir=folders["report"],
+            fingerprint=lambda args: fingerprint,
+        )
+        return checkpoints.prepare(plan, args)
 
     return call
 
@@ -168,7 +174,7 @@ def test_restart_begins_anew_and_a_run_without_checkpoints_leaves_nothing(
     assert json.loads((begun / "run.json").read_text())["lr"] == 0.1
     assert capsys.readouterr().out == ""
     checkpoints.remove_unless_needed(begun)
-    assert names(tmp_path) == []
+    assert names(tmp_path) == ["tuned.report"]
 
 
 def test_a_full_disk_when_a_run_resumes_loses_nothing(begun, prepare, monkeypatch):
@@ -508,7 +514,7 @@ def test_the_notice_of_a_preemption_is_answered_by_one_checkpoint(make, monkeypa
 def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys, signal_handlers):
     """What else ended the run is not hidden behind the first one."""
     codes = []
-    stop = checkpoints.StopOnSignal(tmp_path)
+    stop = checkpoints.StopOnSignal(Namespace(restart=False), tmp_path)
     stop.exit_if_asked(RuntimeError("a worker died"))
     signal.raise_signal(signal.SIGTERM)
     assert (tmp_path / "stop").exists()
@@ -531,7 +537,7 @@ def test_a_closed_terminal_asks_the_run_to_stop_but_not_under_nohup(
 ):
     """It sends HUP, and its shell does so again."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
-    checkpoints.StopOnSignal(tmp_path)
+    checkpoints.StopOnSignal(Namespace(restart=False), tmp_path)
     signal.raise_signal(signal.SIGHUP)
     signal.raise_signal(signal.SIGHUP)
     assert (tmp_path / "stop").exists() != under_nohup

@@ -193,7 +193,7 @@ def test_numbers_must_be_finite_and_in_range():
     for minimum, above, name, reason in [
         (1, False, "rate", "--rate is 0.5: must be at least 1"),
         (0, True, "none", "--none is 0: must be above 0"),
-        (0, False, "inf", "--inf is inf: must be at least 0"),
+        (0, False, "inf", "--inf is inf: must be finite"),
         (0, False, "nan", "--nan is nan: must be at least 0"),
         (0, True, "nan", "--nan is nan: must be above 0"),
     ]:

@@ -109,12 +109,16 @@ def test_images_that_would_be_mixed_up_are_stale(tmp_path):
 
 
 def test_truncated_images_and_other_files_are_absent(tmp_path):
-    """Also a copy under a name that is not ours, though it carries a record."""
+    """Also a copy under a name that is not ours, though it carries a record. One that an image
+    editor has saved is not generated anew without being asked."""
     truncated = save(tmp_path, PLANNED[0])
     truncated.write_bytes(truncated.read_bytes()[:-100])
-    random_image().save(tmp_path / PLANNED[1]["file"])
     save(tmp_path, make_record(), "my favourite-seed0.png")
     assert find_existing(tmp_path, PLANNED) == Existing([], [], [])
+    retouched = tmp_path / PLANNED[1]["file"]
+    random_image().save(retouched)
+    assert find_existing(tmp_path, PLANNED) == Existing([], [], [retouched])
+    retouched.unlink()
     assert find_existing(tmp_path / "nowhere", PLANNED) == Existing([], [], [])
     with pytest.raises(UserError, match="notes.txt is a file: name a directory"):
         (tmp_path / "notes.txt").touch()

@@ -35,7 +35,7 @@ class Existing(NamedTuple):
 
     finished: list  # the planned records whose images are there
     others: list  # records of other images with the same settings, such as another seed's
-    stale: list  # files made with other settings or prompts
+    stale: list  # files made with other settings or prompts, or retouched
 
 
 def file_name(prompt_number, index, seed):
@@ -52,14 +52,22 @@ def save_image(image, record, file):
     )
 
 
-def read_record(file):
-    """The record in an image that `save_image` wrote; None if the file is missing, truncated, or
-    not one of ours. Reads no pixels: a complete file ends with PNG's last chunk."""
+def is_whole(file):
+    """Whether a PNG is there and not truncated: it ends with the format's last chunk."""
     try:
         with open(file, "rb") as opened:
             opened.seek(-12, 2)
-            if opened.read() != b"\0\0\0\0IEND\xaeB`\x82":
-                return None
+            return opened.read() == b"\0\0\0\0IEND\xaeB`\x82"
+    except OSError:
+        return False
+
+
+def read_record(file):
+    """The record in an image that `save_image` wrote; None if the file is missing, truncated, or
+    not one of ours. Reads no pixels."""
+    if not is_whole(file):
+        return None
+    try:
         with Image.open(file) as image:
             record = json.loads(image.info["dreambooth"])
     except (OSError, SyntaxError, ValueError, AttributeError, KeyError):
@@ -71,8 +79,8 @@ def find_existing(folder, planned):
     """What generate.py has made in `folder`, an `Existing`, given the records `planned` for it.
 
     A record is judged by the fields that it has: images from before a setting existed stay valid.
-    Truncated images, and files that generate.py did not make, count as absent. UserError: nothing
-    can be written to `folder`.
+    Truncated images count as absent; one without a record, such as a retouched one, is stale if it
+    has a planned name. UserError: nothing can be written to `folder`.
     """
     atomic.check_writable(folder)
     _lines_of_others(folder)  # must be readable
@@ -84,6 +92,8 @@ def find_existing(folder, planned):
     for file in sorted(Path(folder).glob("*.png")):
         record = read_record(file) if FILE_NAME.fullmatch(file.name) else None
         if record is None:
+            if file.name in planned and is_whole(file):
+                existing.stale.append(file)
             continue
         expected = planned.get(file.name)
         if expected is None:  # another index or seed of a planned prompt, or another prompt

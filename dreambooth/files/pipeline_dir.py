@@ -536,7 +536,7 @@ def lora_file(path, flag="--lora_weights_dir"):
             raise UserError(f"{flag} {path} holds several LoRAs ({names}): give one file's path")
         file = (own or files or [None])[0]
     if file is None and (path / INDEX).exists():
-        raise UserError(f"{flag} {path} is a whole model, no LoRA: give it as --model_dir")
+        raise UserError(f"{flag} {path} is a whole model (--model_dir), no LoRA")
     if file is None or not file.is_file():
         raise UserError(f"{flag} {path}: no {LORA_FILE} there")
     if file.suffix != ".safetensors":

@@ -249,6 +249,8 @@ def wait_for_workers(num_workers, seconds):
     `seconds`, as soon as there is a GPU for each, which a cluster that grows by itself is asked
     for. UserError: there are too few, or still too few after that time."""
     num_gpus, num_cpus = resources()
+    if not os.environ.get("RAY_ADDRESS"):
+        seconds = 0  # a Ray of this process's own does not grow
     deadline = time.time() + seconds
     if seconds and num_gpus < num_workers:
         print(f"waiting {seconds} s for {num_workers} GPUs: there are {num_gpus}", flush=True)

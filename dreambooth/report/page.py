@@ -11,6 +11,7 @@ trains.
 import base64
 import io
 import math
+import os
 import re
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,6 +29,7 @@ PAGE = "report.html"
 MAX_SIDE = 320  # pixels of an image on the page
 MAX_PHOTOS = 12
 MAX_COMPARISONS = 12
+SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "resolution")
 
 # A curve's title, and the metrics in it with their labels.
 CURVES = [
@@ -101,6 +103,7 @@ def all_curves(rows):
 
 def curve(title, names, rows):
     """One curve over the steps, as an SVG element."""
+    os.environ["MPLBACKEND"] = "svg"  # a notebook's may name one that is not installed
     import matplotlib  # here: takes a second
     from matplotlib.figure import Figure
 
@@ -293,23 +296,26 @@ def main(args):
         raise UserError(f"{folder} holds no run.json: name the .report directory of a run")
     if args.images_dir and not Path(args.images_dir).is_dir():
         raise UserError(f"--images_dir {args.images_dir}: no such directory")
+    output_dir = folder.with_name(folder.name.removesuffix(".report"))  # they may have been moved
     found = find_comparisons(args.images_dir)
     if args.images_dir and not found:
         warn(f"--images_dir {args.images_dir} holds no images made with --compare_to")
+    if found:
+        before, after = map(generated_images.read_record, found[0][1:])
+        if not export.has_made(output_dir, after):
+            warn(
+                f"the images in {args.images_dir} are not of {output_dir}, but of another model,"
+                " and are not shown: generate them anew with --overwrite"
+            )
+            found = []
+        elif differing := [name for name in SETTINGS if before.get(name) != after.get(name)]:
+            warn(f"images before and after were made with another {', '.join(differing)}")
     comparisons, kept = subjects_and_others(found, record["flags"])
     html, found = render(folder, record, comparisons, kept)
     atomic.replace_text(folder / PAGE, html)
-    output_dir = Path(record["flags"]["output_dir"])
     if comparisons and record["status"] == "finished" and export.may_write_card(output_dir, record):
-        after = generated_images.read_record(comparisons[0][2])
-        if export.has_made(output_dir, after):
-            write_before_after(comparisons, folder / export.IMAGE)
-            export.write_card(output_dir, record, folder / export.IMAGE)
-        else:
-            warn(
-                f"the images in {args.images_dir} are not of {output_dir}, but of another model:"
-                " its model card does not show them; generate them anew with --overwrite"
-            )
+        write_before_after(comparisons, folder / export.IMAGE)
+        export.write_card(output_dir, record, folder / export.IMAGE)
     for item in found:
         print(f"{item.finding} {item.remedy}")
     print(f"open {folder / PAGE}")

@@ -55,26 +55,32 @@ def find_newest(folder):
     return 0
 
 
-def prepare(folder, fingerprint, args):
-    """Lock a run's directory and clear it of what no resumed run needs. Prints, if it is not 0, and
-    returns the number of steps already done.
-
-    `fingerprint`: a flat dict of all that decides the result. UserError: the checkpoints there
-    belong to a run with another fingerprint, or to a run that has not ended.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic.lock(folder / "lock", args.output_dir)
-    step = find_newest(folder)
-    if args.restart or not (folder / "run.json").exists():
-        step = 0
+def steps_done(plan, args):
+    """The number of steps that the run of these flags resumes after; 0: it begins. UserError: the
+    checkpoints there belong to a run with another fingerprint."""
+    step = find_newest(plan.run_dir)
+    if args.restart or not (plan.run_dir / "run.json").exists():
+        return 0
     if step:
-        check_fingerprint(folder, fingerprint)
+        check_fingerprint(plan.run_dir, plan.fingerprint(args))
+    return step
+
+
+def prepare(plan, args):
+    """Lock a run's directory and its report's, and clear the former of what no resumed run needs.
+    Returns `steps_done`, and prints it if it is not 0. UserError: another run writes there."""
+    folder = plan.run_dir
+    for place in (folder, plan.report_dir):  # another run may have its checkpoints elsewhere
+        place.mkdir(parents=True, exist_ok=True)
+        atomic.lock(place / "lock", args.output_dir)
+    step = steps_done(plan, args)
+    if step:
         print(f"resuming after step {step}: {checkpoint_dir(folder, step)}")
     for other in folder.iterdir():  # of the previous process: Ray Train's files, a stop request
         if other.name in ("lock", "run.json") or step and other.name.startswith("step_"):
             continue
         shutil.rmtree(other) if other.is_dir() else other.unlink()
-    text = json.dumps(fingerprint, indent=1)
+    text = json.dumps(plan.fingerprint(args), indent=1)
     atomic.replace_text(folder / "run.json", text)
     return step
 
@@ -136,7 +142,8 @@ def write(state, step, folder, limit):
         needed = sum(tensor.nbytes for tensor in tensors_of(state)) / 1e9
         raise UserError(
             f"no space for the checkpoint of step {step} in {folder}, a file of {needed:.2f} GB:"
-            " make room, or name another disk with --storage_path, and give the same command again"
+            " make room, or name another disk with --storage_path, and give the same command again,"
+            " without --restart"
         ) from error
     for other in Path(folder).glob("step_*"):
         if other.name >= path.name:  # damaged, as the run went on from an earlier one
@@ -266,7 +273,7 @@ class Checkpointer:
                 raise error from None
             raise UserError(
                 f"the result could not be saved ({reason}), the state of the last step was:"
-                " mend that and run the same command again, which then only saves"
+                f" mend that and run {same_command(args)} again, which then only saves"
             ) from error
 
     def _is_due(self, step):
@@ -361,11 +368,17 @@ class Checkpointer:
         self.reported = True
 
 
+def same_command(args):
+    """What resumes a run, in words."""
+    return "the same command" + (", without --restart," if args.restart else "")
+
+
 class StopOnSignal:
     """Ctrl-C, TERM, and HUP, of a terminal that is closed or a lost connection, ask the run to stop
     after its current step, with a checkpoint; a second Ctrl-C or TERM stops it at once."""
 
-    def __init__(self, folder):
+    def __init__(self, args, folder):
+        self.args = args
         self.folder = folder
         self.signal = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -386,6 +399,6 @@ class StopOnSignal:
         unless that is another error that the user must see."""
         if self.signal and (isinstance(error, Stopped) or not isinstance(error, UserError)):
             step = find_newest(self.folder)
-            remedy = "run the same command again to resume"
+            remedy = f"run {same_command(self.args)} again to resume"
             print(f"stopped after step {step}: {remedy}", file=sys.stderr)
             sys.exit(128 + self.signal)

@@ -180,6 +180,10 @@ def run_dir(args):
     if args.storage_path:
         path_hash = f"{zlib.crc32(str(output_dir).encode()):08x}"
         return Path(args.storage_path) / f"{output_dir.name}-{path_hash}.checkpoints"
+    return usual_run_dir(output_dir)
+
+
+def usual_run_dir(output_dir):
     return output_dir.with_name(f"{output_dir.name}.checkpoints")
 
 
@@ -300,7 +304,9 @@ def check_output_dir(args):
             f" {report_dir(args.output_dir)} is missing: name another directory, or delete it"
         )
     atomic.check_writable(report_dir(args.output_dir), "the report's directory,")
-    check_run_dir(run_dir(args), args.output_dir)
+    check_run_dir(args)
+    if is_there:
+        print(f"{args.output_dir} holds a result, which this run will replace", flush=True)
     if not args.use_lora:
         sizes = pipeline_dir.num_parameters(args.model_dir)
         num_bytes = 4 * sum(sizes.values())  # float32
@@ -309,14 +315,22 @@ def check_output_dir(args):
         atomic.check_space(folder, num_bytes, "the result", leftovers)
 
 
-def check_run_dir(folder, output_dir):
+def check_run_dir(args):
     """Where checkpoints go there must be those of a run, or nothing; and no run that goes on."""
+    folder, output_dir = run_dir(args), Path(args.output_dir)
     atomic.check_writable(folder, "the checkpoints' directory,")
-    if Path(output_dir).resolve() in folder.resolve().parents:
+    if output_dir.resolve() in folder.resolve().parents:
         raise UserError("--storage_path is inside --output_dir, which is replaced: name another")
-    if (folder / "lock").exists():  # of another run, perhaps one that has ended
-        atomic.lock(folder / "lock", output_dir)
-    elif folder.is_dir() and any(folder.iterdir()):
+    for place in (folder, report_dir(output_dir)):
+        if (place / "lock").exists():  # of another run, perhaps one that has ended
+            atomic.lock(place / "lock", output_dir)
+    usual = usual_run_dir(output_dir)
+    if usual != folder and not folder.exists() and any(usual.glob("step_*/complete.json")):
+        raise UserError(
+            f"{usual} holds checkpoints of --output_dir: move it to {folder} to resume from them,"
+            " or delete it"
+        )
+    if not (folder / "lock").exists() and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"{folder}, where checkpoints would go, holds other files, which would be lost: rename"
             " it, or give --storage_path"

@@ -177,7 +177,8 @@ class TrainingLog:
     def on_train_end(self):
         self._end_phase("steps")
         if self.events:
-            self.events.close()
+            with self.warn_if_not_written("metrics"):
+                self.events.close()  # raises what has failed at any time before
 
     def summary(self):
         """Call after saving. Returns the run's metrics: the last loss, and the seconds of each
@@ -236,14 +237,14 @@ def prepare(folder, first_step):
 
 
 def read_metrics(folder):
-    """The lines of a folder's metrics.jsonl as dicts; [] if there are none. A last line that a
-    crash has cut off is left out."""
+    """The lines of a folder's metrics.jsonl as dicts; [] if there are none. What a crash has cut
+    off or spoilt is left out."""
     try:
-        lines = (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()
+        text = (Path(folder) / METRICS).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     rows = []
-    for line in lines:
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -259,7 +260,8 @@ class RunRecord:
         self.folder = plan.report_dir
         self.facts = {
             "status": "running",
-            "command": shlex.join(["python", *sys.argv]),
+            # With which the run is resumed, hence without --restart.
+            "command": shlex.join(["python", *(arg for arg in sys.argv if arg != "--restart")]),
             "flags": vars(args),
             "model": name,
             "revision": revision,
