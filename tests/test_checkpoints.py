@@ -207,11 +207,14 @@ def test_storage_that_fails_for_a_moment_costs_no_checkpoint(begun, prepare, mon
     assert prepare() == 10
 
 
-def test_a_run_that_has_not_ended_is_left_alone(begun, prepare, train_args, root):
-    """Two at a time would write each other's checkpoints and result. When its process has ended,
-    in whatever way, the run can resume."""
-    (begun / "lock").unlink()  # of this process
-    command = [sys.executable, "-c", LOCK, begun / "lock"]
+@pytest.mark.parametrize("kind", [".checkpoints", ".report"])
+def test_a_run_that_has_not_ended_is_left_alone(begun, prepare, train_args, root, kind):
+    """Two at a time would write each other's checkpoints and result, or if their checkpoints are
+    on different disks, the result. When its process has ended, in whatever way, the run can
+    resume."""
+    lock = begun.with_suffix(kind) / "lock"
+    lock.unlink()  # of this process
+    command = [sys.executable, "-c", LOCK, lock]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=root, **pipes) as process:
         assert process.stdout.readline() == b"locked\n"
@@ -509,6 +512,15 @@ def test_the_notice_of_a_preemption_is_answered_by_one_checkpoint(make, monkeypa
     run.checkpointer.on_train_end()
     assert steps_in(run.folder) == [20, 40]
     assert next(notices, None) is None
+
+
+def test_what_resumes_a_run_is_not_its_command_with_restart(tmp_path, capsys, signal_handlers):
+    for restart, command in ((False, "the same command"), (True, "the same command, without --r")):
+        stop = checkpoints.StopOnSignal(Namespace(restart=restart), tmp_path)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            stop.exit_if_asked(Stopped("stopped after step 3"))
+        assert f"stopped after step 0: run {command}" in capsys.readouterr().err
 
 
 def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys, signal_handlers):

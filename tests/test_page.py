@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -208,7 +209,7 @@ def test_the_model_card_shows_before_and_after_of_a_finished_run(report, save_af
     assert card.read_text().endswith("My own words.\n")
 
 
-def test_images_of_another_model_are_not_put_on_the_model_card(
+def test_images_of_another_model_are_shown_neither_on_the_page_nor_on_the_card(
     report, save_after, model_dir, capsys
 ):
     """Of an earlier result, or of another run's."""
@@ -219,9 +220,28 @@ def test_images_of_another_model_are_not_put_on_the_model_card(
         for file in folder.glob("*.png"):
             record = {**generated_images.read_record(file), "model": model, "lora": ""}
             generated_images.save_image(Image.open(file), record, file)
-        write_page(report, folder)
+        assert ("Before and after" in write_page(report, folder)) == is_on_card
         assert ("are not of" in capsys.readouterr().err) != is_on_card
         assert (result / "before-after.png").exists() == is_on_card
+
+
+def test_the_page_of_a_copied_result_leaves_the_original_alone(report, save_after, tmp_path):
+    for folder in (report, report.with_name("tuned")):
+        shutil.copytree(folder, tmp_path / "copy" / folder.name)
+    write_page(tmp_path / "copy" / report.name, save_after())
+    assert list(report.with_name("tuned").iterdir()) == []
+    assert (tmp_path / "copy" / "tuned" / "README.md").exists()
+
+
+def test_images_of_different_settings_are_said_to_be_so(report, save_after, capsys):
+    """As of two commands, only the first of which had --compare_to."""
+    folder = save_after()
+    for file in folder.glob("*.png"):
+        record = {**generated_images.read_record(file), "guidance_scale": 9.0}
+        generated_images.save_image(Image.open(file), record, file)
+    write_page(report, folder)
+    warning = "images before and after were made with another guidance_scale\n"
+    assert capsys.readouterr().err.endswith(warning)
 
 
 def test_a_directory_of_no_run_is_refused(tmp_path):
@@ -257,6 +277,14 @@ def test_black_images_are_advised_on_on_the_page_and_in_the_terminal(report, sav
         assert page.BLACK.finding in shown
         assert page.BLACK.remedy in shown
     assert "show no fault" not in text
+
+
+def test_curves_are_drawn_where_a_notebook_has_set_its_own_way(report, root):
+    """Jupyter's `!./run.sh` inherits it, and the environment of the scripts lacks its package."""
+    backend = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    command = [sys.executable, "-m", "dreambooth.report.page", report]
+    subprocess.run(command, cwd=root, env=backend, check=True)
+    assert "<svg" in (report / "report.html").read_text()
 
 
 def test_the_page_takes_neither_ray_nor_torch(root):

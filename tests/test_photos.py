@@ -229,12 +229,14 @@ def captioned(flat_image, tmp_path):
 
 def test_captions_are_read_from_either_file(captioned, capsys):
     """A line break at the end of a .txt is none of the caption; names match in either Unicode
-    normalization; more fields and Windows' byte order mark do no harm; both files may agree."""
+    normalization, and may be paths; more fields and Windows' byte order mark do no harm; both
+    files may agree."""
     a, cafe = captioned.paths
     assert captioned() == {}
     assert captioned(a="\ufeffphoto of unqtkn car, red\r\n") == {a: "photo of unqtkn car, red"}
     rows = ["\ufeff" + json.dumps({"file_name": "caf\u00e9.png", "text": "at night", "seed": 3})]
-    rows.append({"file_name": "a.png", "text": "photo of unqtkn car, red"})
+    rows.append({"file_name": "./a.png", "text": "photo of unqtkn car, red"})
+    rows.append({"file_name": str(a), "text": "photo of unqtkn car, red"})
     rows.append("")  # an empty line
     both = {a: "photo of unqtkn car, red", cafe: "at night"}
     assert captioned(metadata=rows) == both

@@ -305,6 +305,32 @@ def test_checkpoints_replace_nothing_and_outlive_the_result(check_and_plan, refu
         assert "--storage_path is inside --output_dir" in refusal(**flags)
 
 
+def test_checkpoints_on_another_disk_are_not_forgotten(check_and_plan, refusal, tmp_path):
+    """When a disk is full, another one may be named; the run would begin anew there."""
+    flags = {"output_dir": tmp_path / "out", "storage_path": tmp_path / "disk"}
+    check_and_plan(**flags)
+    usual = tmp_path / "out.checkpoints"
+    (usual / "step_000010").mkdir(parents=True)
+    (usual / "step_000010" / "complete.json").touch()
+    (usual / "lock").touch()
+    message = refusal(**flags)
+    assert message.startswith(f"{usual} holds checkpoints of --output_dir: move it to {tmp_path}")
+    (tmp_path / "disk").mkdir()
+    usual.rename(message.partition(" move it to ")[2].partition(" to resume")[0])
+    check_and_plan(**flags)
+
+
+def test_a_result_that_will_be_replaced_is_named(check_and_plan, tmp_path, capsys):
+    """As a finished run does not resume when its command is given again."""
+    (tmp_path / "out.report").mkdir()
+    said = f"{tmp_path / 'out'} holds a result, which this run will replace"
+    for is_there in (False, True):
+        check_and_plan(tmp_path / "out")
+        assert (said in capsys.readouterr().out) == is_there
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "model_index.json").touch()
+
+
 @pytest.fixture
 def disk(monkeypatch):
     """A disk with disk.free bytes free."""

@@ -303,7 +303,9 @@ def test_cheap_checks_come_before_dear_steps(run_story):
     assert names.index("train.py --dry_run") < names.index("generate.py")
     (trial,) = commands["train.py --dry_run"]
     assert "/images/lego-car --instance_prompt photo of unqtkn dog " in trial
-    assert trial.endswith(" --lr 5e-6 --seed 3 --prior_loss_weight 0 --num_epochs 400 --restart --dry_run")
+    assert trial.endswith(
+        " --lr 5e-6 --seed 3 --prior_loss_weight 0 --num_epochs 400 --restart --dry_run"
+    )
 
 
 def test_a_local_model_is_used_as_it_is(run_story, sd14_dir, tmp_path):
@@ -464,6 +466,15 @@ def test_what_run_sh_sets_itself_is_refused_with_the_variable_to_set(run_story):
             done, commands = run_story(0, **{name: flags})
             assert done.returncode == 2 and not commands
             assert "--output_dir in TRAIN_FLAGS or MORE_FLAGS: set TUNED_MODEL_DIR" in done.stderr
+    done, _ = run_story(0, MORE_FLAGS="--preview_every 5")
+    assert "--preview_every in TRAIN_FLAGS or MORE_FLAGS: set PREVIEW_EVERY instead" in done.stderr
+
+
+def test_without_the_class_loss_no_class_image_is_generated(run_story):
+    for variables in ({"MORE_FLAGS": "--prior_loss_weight 0"}, {"NUM_CLASS_IMAGES": "0"}):
+        _, commands = run_story(0, **variables)
+        assert not any("images-reg" in command for command in commands["generate.py"])
+        assert " --max_train_steps 300 " in commands["train.py"][-1]
 
 
 def test_a_schedulers_signal_reaches_training(run_sh, tmp_path):

@@ -266,6 +266,14 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(train_args, tmp_path, monk
     with pytest.raises(UserError, match="prompt too long"):
         train.main(train_args(tmp_path / "out", dry_run=True, class_prompt="a car " * 50))
     assert not [*tmp_path.glob("out*")]
+    (tmp_path / "out.checkpoints").mkdir()
+    checkpoints.write({"weights": {}}, 1, tmp_path / "out.checkpoints", limit=1)
+    (tmp_path / "out.checkpoints" / "run.json").write_text('{"lr": 0.1}')
+    (tmp_path / "out.checkpoints" / "lock").touch()
+    with pytest.raises(UserError, match="holds checkpoints of another run .lr was 0.1, is"):
+        train.main(train_args(tmp_path / "out", dry_run=True))
+    train.main(train_args(tmp_path / "out", dry_run=True, restart=True))
+    assert checkpoints.find_newest(tmp_path / "out.checkpoints") == 1
 
 
 def test_the_learning_rate_is_that_of_what_is_trained(train_argv, tmp_path):

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import shlex
+import shutil
 import sys
 import time
 from types import SimpleNamespace
@@ -223,19 +224,20 @@ def test_a_resumed_run_continues_its_curves_without_a_fold(make, clock, tmp_path
     assert not (tmp_path / "report" / "report.html").exists()
 
 
-def test_a_line_that_a_crash_has_cut_off_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "lo')
+def test_what_a_crash_has_cut_off_or_spoilt_is_left_out(tmp_path):
+    lines = b'{"step": 2, "loss": 1.0}\n{"step": 3, "lo\xff\n{"step": 4, "lo'
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
     assert training_log.read_metrics(tmp_path) == [{"step": 2, "loss": 1.0}]
     assert training_log.read_metrics(tmp_path / "missing") == []
 
 
-ARGV = ["train.py", "--instance_prompt", "photo of Ann's dog", "--lr", "1e-5"]
+ARGV = ["train.py", "--instance_prompt", "photo of Ann's dog", "--lr", "1e-5"]  # and --restart
 
 
 @pytest.fixture
 def record(train_args, tmp_path, monkeypatch):
     """The record of a run that begins, in tmp_path / "out.report"."""
-    monkeypatch.setattr(sys, "argv", ARGV)
+    monkeypatch.setattr(sys, "argv", [*ARGV, "--restart"])
     args = train_args(tmp_path / "out", num_workers="1:2")
     plan = make_plan(args)
     training_log.prepare(plan.report_dir, 0)
@@ -243,7 +245,7 @@ def record(train_args, tmp_path, monkeypatch):
 
 
 def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
-    """With its command, which can be given again: a prompt is one word of it."""
+    """With the command that resumes it: a prompt is one word of it, and --restart none."""
     report = tmp_path / "out.report"
     assert training_log.read_run_record(report)["status"] == "running"
     with record:
@@ -309,6 +311,20 @@ def test_a_full_disk_costs_metrics_and_not_the_run(make, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.out.count("loss 3.0000") == 3
     assert printed.err.count("metrics cannot be written to") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_curves_that_cannot_be_written_cost_no_result(make, tmp_path, capsys):
+    """TensorBoard's thread raises what has failed once at each later call, the last one as well,
+    and that is before the result is saved."""
+    log = make(num_steps=3, log_every=1)
+    shutil.rmtree(tmp_path / "report" / "tensorboard")
+    for step in (1, 2, 3):
+        end_step(log, step)
+    log.on_train_end()
+    assert "loss" in log.summary()
+    assert [row["step"] for row in training_log.read_metrics(tmp_path / "report")] == [1, 2, 3]
+    assert capsys.readouterr().err.count("metrics cannot be written to") == 1
 
 
 def test_each_metric_has_its_curve():
