@@ -154,8 +154,8 @@ def find_existing(args, planned):
     if existing.stale:
         raise UserError(
             f"--output_dir {args.output_dir} holds {len(existing.stale)} images made with another"
-            f" prompt, model or setting ({existing.stale[0].name}): name another folder, or give"
-            " --overwrite"
+            f" prompt, model or setting, or changed since ({existing.stale[0].name}): name another"
+            " folder, or give --overwrite"
         )
     return existing
 

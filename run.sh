@@ -11,6 +11,7 @@
 # SCENES is a list: SCENES="in the snow|at night" ./run.sh
 set -euo pipefail
 unset CDPATH PYTHONSAFEPATH  # with them, cd prints, and Python does not find dreambooth/
+EPOCHS=1000000  # more than any run takes: its steps decide
 
 # The recipes: what is learned, and how.
 use_pocket() {
@@ -97,14 +98,13 @@ set_paths() {
 # learning rate.
 choose_train_flags() {
   local added= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
-  local epochs=$((STEPS * pairs * NUM_WORKERS))  # enough for any number of images: the steps decide
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
   if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
     added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" \
       --pairs "$pairs" $added)
   fi
   if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
-  TRAIN_FLAGS="--train_batch_size $pairs --num_epochs $epochs --max_train_steps $STEPS $TRAIN_FLAGS $added"
+  TRAIN_FLAGS="--train_batch_size $pairs --num_epochs $EPOCHS --max_train_steps $STEPS $TRAIN_FLAGS $added"
 }
 
 # All variables that are not set from outside, and the caller's prompts, scenes and all_scenes; refuses what
@@ -115,17 +115,20 @@ choose_settings() {
   check_number 0 NUM_GPUS
   NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
   OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
-  if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --use_lora "* ]]; then LORA=1; fi
+  local flags last_weight='.* --prior_loss_weight[ =]([^ ]*)'
+  flags=" $(tr -s '[:space:]' ' ' <<<"$OWN_TRAIN_FLAGS ${MORE_FLAGS:-}") "
+  if [[ "$flags" == *" --use_lora "* ]]; then LORA=1; fi
+  if [[ "$flags" =~ $last_weight && "${BASH_REMATCH[1]}" =~ ^[0.]+$ ]]; then NUM_CLASS_IMAGES=0; fi
   [[ "${LORA:-0}" == [01] ]] || refuse "LORA=$LORA: must be 0 or 1"
   # Refuse flags of which this script has a variable.
   local own
   for own in model_dir=ORIG_MODEL_PATH output_dir=TUNED_MODEL_DIR instance_images_dir=INSTANCE_DIR \
     instance_prompt=INSTANCE_PROMPT class_images_dir=IMAGES_REG_DIR class_prompt=CLASS_PROMPT \
-    preview_prompts=PREVIEW_EVERY preview_every=PREVIEW_EVERY; do
-    [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " != *" --${own%=*}"[\ =]* ]] ||
+    preview_every=PREVIEW_EVERY; do
+    [[ "$flags" != *" --${own%=*}"[\ =]* ]] ||
       refuse "--${own%=*} in TRAIN_FLAGS or MORE_FLAGS: set ${own#*=} instead"
   done
-  [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " != *" --dry_run "* ]] || refuse "--dry_run: step 5 needs the result of step 4; give it to train.py"
+  [[ "$flags" != *" --dry_run "* ]] || refuse "--dry_run: step 5 needs the result of step 4; give it to train.py"
   choose_model
   OWN_MODEL=
   local cache=${ORIG_MODEL_DIR:-${DATA_PREFIX:-/tmp}/model-orig}
@@ -151,7 +154,6 @@ choose_settings() {
     *) use_stable_diffusion ;;
   esac
   [[ -n "${ORIG_MODEL_HASH:-}" ]] || refuse "set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use"
-  if [[ " $OWN_TRAIN_FLAGS ${MORE_FLAGS:-} " == *" --prior_loss_weight"[\ =]"0 "* ]]; then NUM_CLASS_IMAGES=0; fi
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   PREVIEW_EVERY=${PREVIEW_EVERY:-100}
   check_number 1 PAIRS STEPS NUM_WORKERS
@@ -201,7 +203,7 @@ main() {
   # A mistake of step 4 is found now, except in class images: there are none yet.
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" --num_workers "$NUM_WORKERS" \
-    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $((STEPS * PAIRS * NUM_WORKERS)) --restart --dry_run >/dev/null
+    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $EPOCHS --restart --dry_run >/dev/null
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"

@@ -90,7 +90,7 @@ def build_parser():
     add("--storage_path", type=absolute_path, help=storage_help)
     add("--restart", action="store_true", help="start over, whatever checkpoints there are")
     add("--max_failures", type=int, default=3, help="restarts after a worker fails or dies")
-    add("--wait_for_gpus", type=int, default=0, help="seconds to wait for the workers' GPUs")
+    add("--wait_for_gpus", type=int, default=0, help="seconds to wait for GPUs, on a cluster")
     add("--log_every", type=int, default=10, help="steps between two lines of the log")
     several = {"nargs": "+", "action": "extend", "type": valid_prompt, "default": []}
     add("--preview_prompts", **several, help="prompts of previews")

@@ -288,7 +288,8 @@ import gc, os, sys
 class FirstImport:
     def find_spec(self, name, path, target=None):
         if name in ("torch", "ray"):
-            print(os.environ["GOMP_SPINCOUNT"], gc.get_threshold()[0], flush=True)
+            settings = ("GOMP_SPINCOUNT", "RAY_TRAIN_V2_ENABLED")
+            print(*map(os.environ.get, settings), gc.get_threshold()[0], flush=True)
             os._exit(0)
 
 sys.meta_path.insert(0, FirstImport())
@@ -299,7 +300,7 @@ import {script}
 @pytest.mark.parametrize("script", ["train", "generate"])
 def test_settings_are_made_before_torch_reads_them(run_script, script):
     """OpenMP's, when it or Ray imports it; the garbage collector's threshold, for all objects."""
-    assert run_script("-c", IMPORT.format(script=script)).stdout == "3000 10000\n"
+    assert run_script("-c", IMPORT.format(script=script)).stdout == "3000 1 10000\n"
 
 
 CHATTY = """

@@ -224,9 +224,12 @@ def growing(monkeypatch):
 def test_a_run_waits_for_its_gpus_if_asked_to_and_not_for_ever(growing, monkeypatch, capsys):
     """A cluster that grows by itself is asked for them, and no longer once the wait is over. A Ray
     of this machine alone never grows."""
-    for address, seconds in (("", 60), ("auto", 0)):
+    for address, seconds, message in (
+        ("", 60, "still 1 GPUs after 0 s: more can only join a cluster"),
+        ("auto", 0, "the cluster has 1 GPU,"),
+    ):
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(UserError, match="the cluster has 1 GPU,"):
+        with pytest.raises(UserError, match=message):
             cluster.wait_for_workers(2, seconds)
     assert (growing.now, growing.requests) == (100, [])
     assert cluster.wait_for_workers(2, seconds=60) == (2, 8)

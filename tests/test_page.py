@@ -68,7 +68,7 @@ def save_after(tmp_path):
 
     def save(image=before):
         for number, prompt in enumerate(PROMPTS):
-            record = {"prompt": prompt, "seed": 0, "index": 0}
+            record = {"prompt": prompt, "seed": 0, "index": 0, "model": "0123", "lora": ""}
             name = generated_images.file_name(number, 0, 0)
             generated_images.save_image(image, record, folder / name)
             generated_images.save_image(before, record, folder / "compared" / name)
@@ -240,7 +240,7 @@ def test_images_of_different_settings_are_said_to_be_so(report, save_after, caps
         record = {**generated_images.read_record(file), "guidance_scale": 9.0}
         generated_images.save_image(Image.open(file), record, file)
     write_page(report, folder)
-    warning = "images before and after were made with another guidance_scale\n"
+    warning = "the images before and after differ in guidance_scale\n"
     assert capsys.readouterr().err.endswith(warning)
 
 

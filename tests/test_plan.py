@@ -313,6 +313,7 @@ def test_checkpoints_on_another_disk_are_not_forgotten(check_and_plan, refusal, 
     (usual / "step_000010").mkdir(parents=True)
     (usual / "step_000010" / "complete.json").touch()
     (usual / "lock").touch()
+    check_and_plan(**flags, restart=True)
     message = refusal(**flags)
     assert message.startswith(f"{usual} holds checkpoints of --output_dir: move it to {tmp_path}")
     (tmp_path / "disk").mkdir()
@@ -323,7 +324,7 @@ def test_checkpoints_on_another_disk_are_not_forgotten(check_and_plan, refusal, 
 def test_a_result_that_will_be_replaced_is_named(check_and_plan, tmp_path, capsys):
     """As a finished run does not resume when its command is given again."""
     (tmp_path / "out.report").mkdir()
-    said = f"{tmp_path / 'out'} holds a result, which this run will replace"
+    said = f"{tmp_path / 'out'} holds a result, which will be replaced"
     for is_there in (False, True):
         check_and_plan(tmp_path / "out")
         assert (said in capsys.readouterr().out) == is_there

@@ -130,15 +130,13 @@ def test_off_by_default_and_on_rank_0_alone(train_args, tmp_path):
         assert "previews_s" not in log.metrics
 
 
-def test_previews_of_other_prompts_go_when_a_run_is_resumed_with_new_ones(
-    train_args, tmp_path, flat_image
-):
+def test_previews_of_other_prompts_go_when_a_run_is_resumed_with_new_ones(train_args, tmp_path):
+    """A row shows one prompt alone. Without any, those that there are stay."""
     for number, prompt in enumerate(("a red car", "a blue car")):
         file = tmp_path / previews.FOLDER / previews.file_name(number, 0)
         file.parent.mkdir(exist_ok=True)
         record = {"prompt": prompt, "seed": 0, "step": 0}
         generated_images.save_image(Image.new("RGB", (8, 8)), record, file)
-    """A row shows one prompt alone. Without any, those that there are stay."""
     cases = ([], [0, 1]), (["a red car", "a green car"], [0]), (["a blue car", "a red car"], [])
     for prompts, kept in cases:
         flags = {"preview_prompts": prompts, "preview_every": 4} if prompts else {}

@@ -134,7 +134,7 @@ def test_train_flags_from_outside_stay_as_they_are(run_story):
 
 
 POCKET_LORA = (
-    "--train_batch_size 8 --num_epochs 2400 --max_train_steps 300"
+    "--train_batch_size 8 --num_epochs 1000000 --max_train_steps 300"
     " --lora_layers all --lora_rank 16 --lr 1.5e-3 --lr_scheduler cosine --prior_loss_weight 3"
     " --prior_target original --max_instance_noise 0.75 --use_lora"
 )
@@ -160,13 +160,13 @@ def test_however_lora_is_asked_for_the_result_is_one(run_story, variables, flags
 
 
 @pytest.mark.parametrize(
-    ("num_gpus", "pairs", "epochs"),
-    [(1, 2, 400), (2, 1, 400), (8, 1, 1600)],
+    ("num_gpus", "pairs"),
+    [(1, 2), (2, 1), (8, 1)],
 )
-def test_several_gpus_make_as_many_steps_as_one(run_story, num_gpus, pairs, epochs):
+def test_several_gpus_make_as_many_steps_as_one(run_story, num_gpus, pairs):
     """RESULTS.md has what fewer steps lose. They share the pairs of a step, at least one each."""
     _, commands = run_story(num_gpus)
-    numbers = f"--train_batch_size {pairs} --num_epochs {epochs} --max_train_steps 200"
+    numbers = f"--train_batch_size {pairs} --num_epochs 1000000 --max_train_steps 200"
     assert commands["train.py"][0].endswith(f" --num_workers {num_gpus} {numbers} --lr 5e-6")
 
 
@@ -174,7 +174,7 @@ def test_more_steps_take_more_epochs_and_more_flags_follow_the_recipe(run_story)
     """Epochs never end a run before its steps, whatever flags follow; the last of a flag counts."""
     _, commands = run_story(1, STEPS="500", MORE_FLAGS="--lr 1e-5 --restart")
     (train,) = commands["train.py"]
-    assert "--train_batch_size 2 --num_epochs 1000 --max_train_steps 500 " in train
+    assert "--train_batch_size 2 --num_epochs 1000000 --max_train_steps 500 " in train
     assert train.endswith(" --lr 5e-6 --lr 1e-5 --restart")
 
 
@@ -221,7 +221,7 @@ def test_each_variable_can_be_set_from_outside(run_story):
         "--model_dir /given/ORIG_MODEL_DIR/its/snapshot --output_dir /given/TUNED_MODEL_DIR"
         " --instance_images_dir /given/IMAGES_OWN_DIR --instance_prompt photo of zwx owl"
         " --class_images_dir /given/IMAGES_REG_DIR --class_prompt photo of an owl --num_workers 3"
-        " --train_batch_size 2 --num_epochs 420 --max_train_steps 70 "
+        " --train_batch_size 2 --num_epochs 1000000 --max_train_steps 70 "
     )
     class_images, sample = commands["generate.py"]
     assert "--num_samples_per_prompt 50 " in class_images
@@ -304,7 +304,7 @@ def test_cheap_checks_come_before_dear_steps(run_story):
     (trial,) = commands["train.py --dry_run"]
     assert "/images/lego-car --instance_prompt photo of unqtkn dog " in trial
     assert trial.endswith(
-        " --lr 5e-6 --seed 3 --prior_loss_weight 0 --num_epochs 400 --restart --dry_run"
+        " --lr 5e-6 --seed 3 --prior_loss_weight 0 --num_epochs 1000000 --restart --dry_run"
     )
 
 
@@ -417,9 +417,9 @@ def test_each_model_has_a_short_name_and_its_recipe(run_story):
     klein = "black-forest-labs/FLUX.2-klein-base-4B --revision abc"
     lora = "--max_train_steps 500 --lora_rank 16 --lr 1e-4 --use_lora"
     for variables, name, count, flags in (
-        ({"MODEL": "sdxl"}, xl, 200, "--num_epochs 500 --max_train_steps 500 --lr 2e-6"),
-        ({"MODEL": "sdxl", "LORA": "1"}, xl, 200, f"--num_epochs 500 {lora}"),
-        ({"MODEL": "klein", "ORIG_MODEL_HASH": "abc"}, klein, 48, f"--num_epochs 500 {lora}"),
+        ({"MODEL": "sdxl"}, xl, 200, "--num_epochs 1000000 --max_train_steps 500 --lr 2e-6"),
+        ({"MODEL": "sdxl", "LORA": "1"}, xl, 200, f"--num_epochs 1000000 {lora}"),
+        ({"MODEL": "klein", "ORIG_MODEL_HASH": "abc"}, klein, 48, f"--num_epochs 1000000 {lora}"),
     ):
         _, commands = run_story(1, **variables)
         assert f"--model_name {name}" in commands["cache_model.py"][-1]
@@ -471,10 +471,19 @@ def test_what_run_sh_sets_itself_is_refused_with_the_variable_to_set(run_story):
 
 
 def test_without_the_class_loss_no_class_image_is_generated(run_story):
-    for variables in ({"MORE_FLAGS": "--prior_loss_weight 0"}, {"NUM_CLASS_IMAGES": "0"}):
+    """However its weight of 0 is written; the last one counts."""
+    weight = "--prior_loss_weight"
+    for variables, is_generated in (
+        ({}, True),
+        ({"NUM_CLASS_IMAGES": "0"}, False),
+        ({"MORE_FLAGS": f"--seed 1 {weight}  0"}, False),
+        ({"MORE_FLAGS": f"\n{weight}=0.0"}, False),
+        ({"TRAIN_FLAGS": f"{weight} 0", "MORE_FLAGS": f"{weight} 1"}, True),
+        ({"TRAIN_FLAGS": f"{weight} 1", "MORE_FLAGS": f"{weight} 0"}, False),
+        ({"MORE_FLAGS": f"{weight} 0.5"}, True),
+    ):
         _, commands = run_story(0, **variables)
-        assert not any("images-reg" in command for command in commands["generate.py"])
-        assert " --max_train_steps 300 " in commands["train.py"][-1]
+        assert ("images-reg" in commands["generate.py"][-2]) == is_generated, variables
 
 
 def test_a_schedulers_signal_reaches_training(run_sh, tmp_path):

@@ -1,4 +1,4 @@
-"""Seeds: equal for equal arguments, unrelated for others, the same in every version."""
+"""Seeds: equal for equal arguments, unrelated for others."""
 
 from itertools import product
 

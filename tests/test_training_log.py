@@ -13,6 +13,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth.cli import Diverged, OutOfMemory, Stopped, UserError
@@ -321,6 +322,7 @@ def test_curves_that_cannot_be_written_cost_no_result(make, tmp_path, capsys):
     shutil.rmtree(tmp_path / "report" / "tensorboard")
     for step in (1, 2, 3):
         end_step(log, step)
+    log.add_image("previews", Image.new("RGB", (8, 8)), 3)  # the next prompt's is saved as well
     log.on_train_end()
     assert "loss" in log.summary()
     assert [row["step"] for row in training_log.read_metrics(tmp_path / "report")] == [1, 2, 3]

@@ -111,10 +111,10 @@ def read_captions(folder, images, were_generated=False):
             continue
         try:
             name, text = (json.loads(line)[field] for field in ("file_name", "text"))
-            name = _normal(os.path.relpath(folder / name, folder))  # "./a.jpg" is a.jpg
+            own_name = _normal(os.path.relpath(folder / name, folder))  # "./a.jpg" is a.jpg
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{where}: no {{"file_name": ..., "text": ...}}') from None
-        image = by_name.get(name)
+        image = by_name.get(own_name)
         if image is None:
             if were_generated or "/" in name and (folder / name).exists():  # in a subfolder
                 continue

@@ -249,20 +249,21 @@ def wait_for_workers(num_workers, seconds):
     `seconds`, as soon as there is a GPU for each, which a cluster that grows by itself is asked
     for. UserError: there are too few, or still too few after that time."""
     num_gpus, num_cpus = resources()
-    if not os.environ.get("RAY_ADDRESS"):
-        seconds = 0  # a Ray of this process's own does not grow
-    deadline = time.time() + seconds
-    if seconds and num_gpus < num_workers:
-        print(f"waiting {seconds} s for {num_workers} GPUs: there are {num_gpus}", flush=True)
+    waits = seconds if os.environ.get("RAY_ADDRESS") else 0  # this machine alone does not grow
+    deadline = time.time() + waits
+    if waits and num_gpus < num_workers:
+        print(f"waiting {waits} s for {num_workers} GPUs: there are {num_gpus}", flush=True)
         request_resources(bundles=[{"GPU": 1}] * num_workers)
     while num_gpus < num_workers and time.time() < deadline:
         time.sleep(1)
         num_gpus, num_cpus = resources()
-    if seconds:
+    if waits:
         request_resources(bundles=[])  # withdraws the request
     if seconds and num_gpus < num_workers:
         remedy = f"give --num_workers {num_gpus}" if num_gpus else "`ray status` may say why"
-        raise UserError(f"still {num_gpus} GPUs after {seconds} s: {remedy}")
+        if not waits:
+            remedy = "more can only join a cluster (RAY_ADDRESS)"
+        raise UserError(f"still {num_gpus} GPUs after {waits} s: {remedy}")
     check_num_workers(num_workers, num_gpus, num_cpus)
     return num_gpus, num_cpus
 

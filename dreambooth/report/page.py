@@ -309,7 +309,7 @@ def main(args):
             )
             found = []
         elif differing := [name for name in SETTINGS if before.get(name) != after.get(name)]:
-            warn(f"images before and after were made with another {', '.join(differing)}")
+            warn(f"the images before and after differ in {', '.join(differing)}")
     comparisons, kept = subjects_and_others(found, record["flags"])
     html, found = render(folder, record, comparisons, kept)
     atomic.replace_text(folder / PAGE, html)

@@ -169,9 +169,9 @@ def has_made(output_dir, image):
         return True
     if (Path(output_dir) / LORA_FILE).exists():
         return image.get("lora") == pipeline_dir.lora_fingerprint(output_dir)
-    if image.get("lora") or not (Path(output_dir) / pipeline_dir.INDEX).exists():
-        return False
-    return image["model"] == pipeline_dir.fingerprint(output_dir)
+    if not (Path(output_dir) / pipeline_dir.INDEX).exists():  # it may have been moved
+        return True
+    return not image.get("lora") and image["model"] == pipeline_dir.fingerprint(output_dir)
 
 
 def build_card(name, record, has_image):

@@ -306,7 +306,7 @@ def check_output_dir(args):
     atomic.check_writable(report_dir(args.output_dir), "the report's directory,")
     check_run_dir(args)
     if is_there:
-        print(f"{args.output_dir} holds a result, which this run will replace", flush=True)
+        print(f"{args.output_dir} holds a result, which will be replaced", flush=True)
     if not args.use_lora:
         sizes = pipeline_dir.num_parameters(args.model_dir)
         num_bytes = 4 * sum(sizes.values())  # float32
@@ -325,7 +325,8 @@ def check_run_dir(args):
         if (place / "lock").exists():  # of another run, perhaps one that has ended
             atomic.lock(place / "lock", output_dir)
     usual = usual_run_dir(output_dir)
-    if usual != folder and not folder.exists() and any(usual.glob("step_*/complete.json")):
+    begun = [any(place.glob("step_*/complete.json")) for place in (usual, folder)]
+    if begun == [True, False] and not args.restart:
         raise UserError(
             f"{usual} holds checkpoints of --output_dir: move it to {folder} to resume from them,"
             " or delete it"

@@ -172,7 +172,8 @@ class TrainingLog:
         """Show a Pillow image in TensorBoard."""
         import numpy as np
 
-        self.events.add_image(name, np.asarray(image), step, dataformats="HWC")
+        with self.warn_if_not_written("metrics"):
+            self.events.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def on_train_end(self):
         self._end_phase("steps")
