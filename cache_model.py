@@ -150,6 +150,11 @@ def copy_pocket(snapshot):
 
 
 def main(args):
+    if Path(args.model_name).is_absolute():
+        raise UserError(
+            f"--model_name {args.model_name} is a path: give that directory to train.py and"
+            " generate.py as their --model_dir"
+        )
     snapshot = pipeline_dir.snapshot_dir(args.model_dir, args.model_name, args.revision)
     if args.model_name == "pocket":
         copy_pocket(snapshot)

@@ -100,6 +100,8 @@ def check_args(args):
     check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
     if args.num_workers and not args.use_ray_data:
         warn("--num_workers is for --use_ray_data: this process generates all images itself")
+    if args.lora_scale != 1 and not args.lora_weights_dir:
+        warn("--lora_scale is for --lora_weights_dir: it changes nothing")
     pipeline_dir.check_model_dir(args.model_dir)
     if args.compare_to:
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")

@@ -331,6 +331,8 @@ def test_a_malformed_model_name_is_refused(run):
     for name in ("two words", "a/b/c", "-x"):
         with pytest.raises(UserError, match=f"^'{name}': "):
             run(name)
+    with pytest.raises(UserError, match="^--model_name /models/mine is a path: give that dir"):
+        run("/models/mine")
 
 
 ANSWER = MagicMock()  # of the Hub

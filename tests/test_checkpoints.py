@@ -535,12 +535,14 @@ def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys, signal_
         lambda: stop.exit_if_asked(Stopped("stopped after step 3")),
         lambda: stop.exit_if_asked(RuntimeError("a worker died")),
         lambda: signal.raise_signal(signal.SIGINT),
+        lambda: stop.exit_if_asked(UserError("unet cannot be loaded: SystemExit")),
     ):
         with pytest.raises(SystemExit) as found:
             ask()
         codes.append(found.value.code)
-    assert codes == [128 + signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT]
-    assert capsys.readouterr().err.count("run the same command again to resume") == 2
+    term, interrupt = 128 + signal.SIGTERM, 128 + signal.SIGINT
+    assert codes == [term, term, interrupt, term]
+    assert capsys.readouterr().err.count("run the same command again to resume") == 3
 
 
 @pytest.mark.parametrize("under_nohup", [False, True])

@@ -138,6 +138,8 @@ def test_a_models_own_side_must_be_one_that_its_pipeline_generates(
 def test_a_flag_without_effect_is_named(generate_args, tmp_path, capsys):
     generate.check_args(generate_args(tmp_path / "out", num_workers=2))
     assert "--num_workers is for --use_ray_data" in capsys.readouterr().err
+    generate.check_args(generate_args(tmp_path / "out", lora_scale=0.5))
+    assert "--lora_scale is for --lora_weights_dir" in capsys.readouterr().err
     generate.check_args(generate_args(tmp_path / "out", num_workers=2, use_ray_data=True))
     assert capsys.readouterr().err == ""
 

@@ -381,12 +381,14 @@ class StopOnSignal:
         self.args = args
         self.folder = folder
         self.signal = None
+        self.again = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
         if self.signal and number != signal.SIGHUP:  # of which shells send a second one
+            self.again = True
             sys.exit(128 + number)
         self.signal = number
         with suppress(OSError):  # the run may have ended, and its folder be gone
@@ -396,8 +398,10 @@ class StopOnSignal:
 
     def exit_if_asked(self, error):
         """If a signal stopped the run, which ended with `error`, say so and exit with its code;
-        unless that is another error that the user must see."""
-        if self.signal and (isinstance(error, Stopped) or not isinstance(error, UserError)):
+        unless that is another error that the user must see. (After a second signal none is: the
+        libraries may have turned its SystemExit into one of their own.)"""
+        stopped = isinstance(error, Stopped) or not isinstance(error, UserError)
+        if self.signal and (stopped or self.again):
             step = find_newest(self.folder)
             remedy = f"run {same_command(self.args)} again to resume"
             print(f"stopped after step {step}: {remedy}", file=sys.stderr)
