@@ -515,12 +515,13 @@ def test_the_notice_of_a_preemption_is_answered_by_one_checkpoint(make, monkeypa
 
 
 def test_what_resumes_a_run_is_not_its_command_with_restart(tmp_path, capsys, signal_handlers):
-    for restart, command in ((False, "the same command"), (True, "the same command, without --r")):
+    for restart, difference in ((False, ""), (True, ", without --restart,")):
         stop = checkpoints.StopOnSignal(Namespace(restart=restart), tmp_path)
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(SystemExit):
             stop.exit_if_asked(Stopped("stopped after step 3"))
-        assert f"stopped after step 0: run {command}" in capsys.readouterr().err
+        remedy = f"run the same command again{difference} to resume"
+        assert f"stopped after step 0: {remedy}" in capsys.readouterr().err
 
 
 def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys, signal_handlers):

@@ -273,7 +273,7 @@ class Checkpointer:
                 raise error from None
             raise UserError(
                 f"the result could not be saved ({reason}), the state of the last step was:"
-                f" mend that and run {same_command(args)} again, which then only saves"
+                f" mend that; given again{without_restart(args)} the same command only saves"
             ) from error
 
     def _is_due(self, step):
@@ -368,9 +368,9 @@ class Checkpointer:
         self.reported = True
 
 
-def same_command(args):
-    """What resumes a run, in words."""
-    return "the same command" + (", without --restart," if args.restart else "")
+def without_restart(args):
+    """In words, how the command that resumes a run differs from its own."""
+    return ", without --restart," if args.restart else ""
 
 
 class StopOnSignal:
@@ -403,6 +403,6 @@ class StopOnSignal:
         stopped = isinstance(error, Stopped) or not isinstance(error, UserError)
         if self.signal and (stopped or self.again):
             step = find_newest(self.folder)
-            remedy = f"run {same_command(self.args)} again to resume"
+            remedy = f"run the same command again{without_restart(self.args)} to resume"
             print(f"stopped after step {step}: {remedy}", file=sys.stderr)
             sys.exit(128 + self.signal)
