@@ -172,9 +172,10 @@ def train_fn(config):
     original = models.load_original(args, denoiser, device)
     log.models_are_loaded(parameters, num_workers)
 
-    # Set up what happens once in a while. After a resume this worker's first pair is not pair 0:
-    # its position tells how many steps are done (`build_trainer` left those pairs out).
-    saver = checkpoints.Checkpointer(args, plan, denoiser, optimizer, lr_schedule, rank)
+    # Set up what happens once in a while. `build_trainer` has left out the pairs of steps that are
+    # done: the position of this worker's first pair tells how many.
+    stateful = {"optimizer": optimizer, "lr_schedule": lr_schedule}
+    saver = checkpoints.Checkpointer(args, plan, denoiser, stateful, rank)
     callbacks = [log, saver, previews.Previews(args, plan, vae, denoiser, encoded_prompts, log)]
     first_step = plan.step_of(batches.first_position())
     for callback in callbacks:
@@ -206,7 +207,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
         plan.instance_paths, plan.class_paths, num_pairs, args.seed, plan.captions
     )
     pair_config = dataset.PairDataConfig(plan.pairs_per_step, plan.resolution, args.seed)
-    in_driver = cluster.runs_in_driver(args.num_workers)  # PairDataConfig is then not asked
+    in_driver = cluster.runs_in_driver(args.num_workers)  # Ray Train then ignores pair_config
 
     def read_what_is_left():
         # Ray Train calls this for each new group of workers, also after a failure: the pairs of

@@ -61,8 +61,6 @@ def build_dataset(pairs, verbose=False, num_cpus=None):
     tasks that will read them take at most `num_cpus` cores (default: all)."""
     blocks = max(1, math.ceil(len(pairs) / PAIRS_PER_BLOCK))
     rows = ray.data.from_items(pairs, override_num_blocks=blocks)
-    # Set here as well as in start_ray: Ray Train's controller calls this in a process of its own.
-    rows.context.execution_options.preserve_order = True
     rows.context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=num_cpus)
     rows.context.enable_progress_bars = verbose
     return rows
@@ -89,8 +87,9 @@ class PairDataConfig(ray.train.DataConfig):
         return [{"train": self.shard(rows, i, world_size).iterator()} for i in range(world_size)]
 
     def shard(self, rows, rank, world_size):
-        """The rows of one worker with the columns of `load_crops`; images are read as the rows are
-        consumed."""
+        """The rows of one worker with the columns of `load_crops`, in the order of `rows`; images
+        are read as the rows are consumed."""
+        rows.context.execution_options.preserve_order = True
         share = self.pairs_per_step // world_size
         own = rows.filter(expr=col("position") // share % world_size == rank)
         crop = {"resolution": self.resolution, "seed": self.seed}

@@ -16,7 +16,7 @@ from dreambooth.files.decode import open_image
 from dreambooth.seeds import seed_for
 
 KINDS = ("instance", "class")  # of images
-CROP_STEPS = 16  # positions of a crop along an image, less one: few, as each crop is encoded once
+CROP_STEPS = 16  # between the places for a crop along a side: few, as each crop is encoded
 
 
 def check_images(paths, resolution):

@@ -56,7 +56,7 @@ def encode_batches(vae, batches, family, encoded_prompts, device, original=None)
         posteriors  (2B, 2, C, h, w), on `device`
         conditions  what `family.predict` needs beside noisy latents and timesteps
         positions   B integers
-        original    None, or `original` with the class half's conditions filled in
+        original    None, or a function of the class half's noisy latents and timesteps
     """
     posterior_of = {}  # by crop
     for batch in batches:

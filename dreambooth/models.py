@@ -152,8 +152,8 @@ def load_denoiser(args, device, autocast):
 
 def load_original(args, denoiser, device):
     """The model as it was before training: a function of noisy latents, timesteps and conditions
-    that returns what it predicts, as the denoiser does, without gradients. None where no
-    `args.prior_target` asks for it.
+    that returns what it predicts, as the denoiser does, without gradients. None unless
+    `args.prior_target` is "original" and there is a class half.
 
     With LoRA that is the denoiser with its matrices switched off; else a frozen model of its own,
     whose linear and convolution layers are in bfloat16 where the denoiser runs under autocast.
@@ -239,7 +239,8 @@ def build_optimizer(parameters, args):
 
 
 def build_lr_schedule(optimizer, num_steps, args):
-    """A torch LR scheduler for `num_steps` steps: it scales `args.lr`, the peak learning rate."""
+    """A torch LR scheduler for `num_steps` steps: it scales `args.lr`, the peak learning rate. Its
+    state must be plain Python values or tensors: checkpoints are read with `weights_only`."""
     return get_scheduler(
         args.lr_scheduler, optimizer,
         num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_steps,

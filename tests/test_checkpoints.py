@@ -19,6 +19,7 @@ from unittest.mock import MagicMock
 import pytest
 import ray.train
 import torch
+from diffusers.training_utils import EMAModel
 
 from dreambooth import models
 from dreambooth.cli import Diverged, Stopped, UserError
@@ -254,8 +255,9 @@ class Run:
         self.folder = folder
         every = steps_between_checkpoints(args, num_steps)
         plan = SimpleNamespace(num_steps=num_steps, run_dir=folder, checkpointing_steps=every)
-        parts = (self.model, self.optimizer, self.lr_schedule)
-        self.checkpointer = checkpoints.Checkpointer(args, plan, *parts, rank)
+        self.ema = EMAModel(self.model.parameters(), decay=0.9)
+        stateful = {"optimizer": self.optimizer, "lr_schedule": self.lr_schedule, "ema": self.ema}
+        self.checkpointer = checkpoints.Checkpointer(args, plan, self.model, stateful, rank)
 
     def take_steps(self, first, last):
         """Those from `first` to `last`, which is the number of steps then done."""
@@ -265,12 +267,15 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.lr_schedule.step()
+            self.ema.step(self.model.parameters())
             self.checkpointer.on_step_end(step + 1, lr=1.0)
 
     def everything(self):
-        """Weights, moments and Kahan terms, and the learning rate."""
+        """Weights, moments and Kahan terms, the learning rate, and what a reader may have added, an
+        average of the weights."""
         moments = self.optimizer.state_dict()["state"][0].values()
-        return [self.model.weight, *moments, torch.tensor(self.lr_schedule.get_last_lr())]
+        rate = torch.tensor(self.lr_schedule.get_last_lr())
+        return [self.model.weight, *moments, rate, *self.ema.shadow_params]
 
 
 @pytest.fixture
@@ -324,7 +329,7 @@ def test_a_restored_run_goes_on_to_the_last_bit(make, monkeypatch, dtype):
     second.checkpointer.on_train_begin(checkpoints.find_newest(second.folder))
     second.take_steps(5, NUM_STEPS)
     expected, found = whole.everything(), second.everything()
-    assert len(found) == len(expected) == 5
+    assert len(found) == len(expected) == 7
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(whole.model.weight, first.model.weight)
 

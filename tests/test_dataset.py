@@ -216,6 +216,8 @@ def test_images_are_read_in_order_and_on_no_more_cores_than_asked_for(pairs, wit
     ):
         context = dataset.build_dataset(pairs, **flags).context
         assert context.execution_options.resource_limits.cpu == limit
-        assert context.execution_options.preserve_order
         assert context.enable_progress_bars == bars
     assert [dataset.build_dataset(pairs[:count]).num_blocks for count in (32, 33)] == [2, 3]
+    rows = Rows.from_items(pairs, 1)  # of a reader, who does not build them here
+    dataset.PairDataConfig(4, 32, 0).shard(rows, 0, 2)
+    assert rows.context.execution_options.preserve_order

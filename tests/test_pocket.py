@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dreambooth.files.pipeline_dir import load_tokenizer
 from dreambooth.pocket import POCKET_DIR, pretrain, render, training_run
@@ -224,6 +225,18 @@ def test_pretraining_writes_the_noise_schedule_of_the_embedded_model(model_dir):
         for folder in (model_dir, POCKET_DIR)
     )
     assert written == embedded
+
+
+def test_pretraining_writes_what_it_has_loaded_under_the_same_names(tmp_path):
+    """An earlier result that it goes on from, as those of new models."""
+    *models, output_dir = *pretrain.load_models(POCKET_DIR), tmp_path / "new"
+    pretrain.export(*models, output_dir)
+    for part in ("text_encoder/model", "unet/diffusion_pytorch_model"):
+        before, after = (
+            load_file(f"{folder}/{part}.safetensors") for folder in (POCKET_DIR, output_dir)
+        )
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
 def test_a_step_of_pretraining_follows_no_gradient_above_1_and_ends_in_a_file(tmp_path):

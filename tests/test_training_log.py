@@ -95,6 +95,7 @@ def test_without_a_class_half_there_is_one_loss(make, tmp_path, capsys):
 def test_only_rank_0_prints_and_writes(make, tmp_path, capsys):
     log = make(num_steps=1, enabled=False)
     end_step(log, 1)
+    log.write({"step": 1, "my_loss": 0.5})  # of a callback, which each worker has
     log.on_train_end()
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []

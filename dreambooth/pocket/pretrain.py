@@ -232,8 +232,10 @@ def export(tokenizer, vae, text_encoder, unet, output_dir):
     )
     pipeline.to(torch.float16).save_pretrained(output_dir)
     file = Path(output_dir) / "text_encoder" / "model.safetensors"
-    weights = {f"text_model.{name}": weight for name, weight in load_file(file).items()}
-    save_file(weights, file, metadata={"format": "pt"})  # under the names that the Hub has
+    # Under the names that the Hub has, which models keep that were loaded with them.
+    prefix = "text_model."
+    weights = {prefix + name.removeprefix(prefix): w for name, w in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
     return pipeline.to(torch.float32)
 
 

@@ -189,14 +189,15 @@ def has_room(num_bytes):
 
 
 class Checkpointer:
-    """Loads and saves what changes from step to step: weights, optimizer, learning-rate schedule.
+    """Loads and saves what changes from step to step: the trained weights of `denoiser`, and
+    `stateful`, objects with `state_dict` and `load_state_dict` by name: "optimizer", and others.
 
     Every worker keeps one; rank 0's writes the files. Where the machine has memory for a copy of
     the state, a step waits for that copy alone, and a thread writes it; elsewhere it waits until
     the state is written, tensor by tensor.
     """
 
-    def __init__(self, args, plan, denoiser, optimizer, lr_schedule, rank):
+    def __init__(self, args, plan, denoiser, stateful, rank):
         self.folder = plan.run_dir
         self.every = plan.checkpointing_steps
         fewest, most = args.num_workers
@@ -205,8 +206,7 @@ class Checkpointer:
         self.limit = args.checkpoints_total_limit
         self.num_steps = plan.num_steps
         self.denoiser = denoiser
-        self.optimizer = optimizer
-        self.lr_schedule = lr_schedule
+        self.stateful = stateful
         self.rank = rank
         self.started = time.monotonic()
         self.thread = ThreadPoolExecutor(1)
@@ -224,15 +224,18 @@ class Checkpointer:
         with torch.no_grad():
             for name, p in self._trained():
                 p.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        # Its tensors are still mapped to a file that will be deleted: copy them, in the memory
-        # format of their parameter, as fused optimizers go through both side by side.
-        for p, values in self.optimizer.state.items():
+        # All tensors are mapped to a file that will be deleted. The optimizer's are copied one by
+        # one, in the memory format of their parameter: fused ones go through both side by side.
+        for name in self.stateful.keys() - {"optimizer"}:
+            own = tree_map_only(torch.Tensor, torch.clone, state[name])
+            self.stateful[name].load_state_dict(own)
+        optimizer = self.stateful["optimizer"]
+        optimizer.load_state_dict(state["optimizer"])
+        for p, values in optimizer.state.items():
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
                     own = p if value.shape == p.shape else value
                     values[name] = torch.empty_like(own, dtype=value.dtype).copy_(value)
-        self.lr_schedule.load_state_dict(state["lr_schedule"])
 
     def on_step_end(self, step, **metrics):
         """UserError: a signal asked the run to stop, and the checkpoint is written; or the disk is
@@ -309,8 +312,7 @@ class Checkpointer:
         """All that changes from step to step."""
         return {
             "weights": {name: p.detach() for name, p in self._trained()},
-            "optimizer": self.optimizer.state_dict(),
-            "lr_schedule": self.lr_schedule.state_dict(),
+            **{name: part.state_dict() for name, part in self.stateful.items()},
         }
 
     def _copy(self, state):

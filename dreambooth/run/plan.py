@@ -371,6 +371,6 @@ def warn_of_likely_mistakes(prompts, instance_paths):
     instance_words, class_words = map(words, prompts)
     if class_words - instance_words or not instance_words - class_words:
         warn(
-            "--class_prompt is usually --instance_prompt without the identifier:"
-            f" are {prompts[0]!r} and {prompts[1]!r} meant in this order?"
+            "--class_prompt is usually --instance_prompt without the identifier,"
+            f" not {prompts[1]!r} for {prompts[0]!r}"
         )

@@ -118,8 +118,7 @@ class TrainingLog:
         row.update(grad_norm=grad_norm, lr=lr, images_per_s=self._images_per_s(step))
         if self.device.type == "cuda":
             row["peak_gib"], row["reserved_gib"] = peak_gib(self.device)
-        if self.events:
-            self.write(row)
+        self.write(row)
         for number, values in enumerate(losses, start=step + 1 - len(losses)):
             if not math.isfinite(values[0]):
                 self._give_up(f"the loss is {values[0]} at step {number}")
@@ -130,7 +129,9 @@ class TrainingLog:
             print(self._line(row), flush=True)
 
     def write(self, row):
-        """Add a row of metrics, a dict with the "step", to both files."""
+        """Add a row of metrics, a dict with the "step", to both files: on rank 0."""
+        if self.events is None:
+            return
         with self.warn_if_not_written("metrics"):
             atomic.append_line(self.folder / METRICS, json.dumps(row))
             for name, value in row.items():
