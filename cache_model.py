@@ -150,6 +150,8 @@ def copy_pocket(snapshot):
 
 
 def main(args):
+    """Put the model into the cache, unless all of it is there, and print its pipeline directory.
+    UserError: it cannot be fetched, or it is a model that these scripts do not take."""
     if Path(args.model_name).is_absolute():
         raise UserError(
             f"--model_name {args.model_name} is a path: give that directory to train.py and"

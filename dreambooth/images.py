@@ -16,7 +16,7 @@ from dreambooth.files.decode import open_image
 from dreambooth.seeds import seed_for
 
 KINDS = ("instance", "class")  # of images
-CROP_STEPS = 16  # between the places for a crop along a side: few, as each crop is encoded
+CROP_STEPS = 16  # a crop lies at one of 17 places along a side: few, as each is encoded once
 
 
 def check_images(paths, resolution):

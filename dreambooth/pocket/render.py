@@ -222,6 +222,7 @@ def write_sheet(path, rows=8, columns=16):
 
 
 def main(args):
+    """Write the photos of a subject, a sheet of random scenes, or both."""
     if args.subject:
         write_photos(*args.subject)
     if args.sheet:

@@ -188,9 +188,19 @@ def has_room(num_bytes):
     return num_bytes + store + ROOM < free * device.GIB
 
 
+def copy_moments(optimizer):
+    """Copy the tensors of an optimizer's state one by one, each into the memory format of its
+    parameter: fused optimizers go through both side by side."""
+    for p, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                own = p if value.shape == p.shape else value
+                values[name] = torch.empty_like(own, dtype=value.dtype).copy_(value)
+
+
 class Checkpointer:
     """Loads and saves what changes from step to step: the trained weights of `denoiser`, and
-    `stateful`, objects with `state_dict` and `load_state_dict` by name: "optimizer", and others.
+    `stateful`, objects with `state_dict` and `load_state_dict`, by name.
 
     Every worker keeps one; rank 0's writes the files. Where the machine has memory for a copy of
     the state, a step waits for that copy alone, and a thread writes it; elsewhere it waits until
@@ -224,18 +234,13 @@ class Checkpointer:
         with torch.no_grad():
             for name, p in self._trained():
                 p.copy_(state["weights"][name])
-        # All tensors are mapped to a file that will be deleted. The optimizer's are copied one by
-        # one, in the memory format of their parameter: fused ones go through both side by side.
-        for name in self.stateful.keys() - {"optimizer"}:
-            own = tree_map_only(torch.Tensor, torch.clone, state[name])
-            self.stateful[name].load_state_dict(own)
-        optimizer = self.stateful["optimizer"]
-        optimizer.load_state_dict(state["optimizer"])
-        for p, values in optimizer.state.items():
-            for name, value in values.items():
-                if isinstance(value, torch.Tensor):
-                    own = p if value.shape == p.shape else value
-                    values[name] = torch.empty_like(own, dtype=value.dtype).copy_(value)
+        # The tensors are mapped to a file that will be deleted: they are copied.
+        for name, part in self.stateful.items():
+            if isinstance(part, torch.optim.Optimizer):
+                part.load_state_dict(state[name])
+                copy_moments(part)
+            else:
+                part.load_state_dict(tree_map_only(torch.Tensor, torch.clone, state[name]))
 
     def on_step_end(self, step, **metrics):
         """UserError: a signal asked the run to stop, and the checkpoint is written; or the disk is

@@ -343,6 +343,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    """Run the command that was given; what is wrong is a UserError."""
     {"card": export_card, "kohya": export_kohya}[args.command](args)
 
 
