@@ -185,12 +185,18 @@ def test_a_clock_that_is_set_back_gives_no_negative_seconds(make, clock):
     assert seconds == {"start_s": 0, "load_s": 0, "first_step_s": 1, "steps_s": 1, "save_s": 0}
 
 
-def test_a_resumed_run_counts_its_own_images(make, capsys):
-    """Not those of the steps before it: its only line comes with its first step."""
-    end_step(make(num_steps=100, log_every=100, first_step=99), 100)
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("step 100/100 ")
-    assert line.endswith(" 0.0 images/s")
+def test_a_resumed_run_counts_its_own_images(make, clock, tmp_path, capsys):
+    """Not those of the steps before it, and none of its first step, which also waits for
+    compilation: four pairs, eight images, in a step of one second."""
+    log = make(num_steps=100, log_every=1, first_step=98)
+    end_step(log, 99)
+    clock.wait(1)
+    end_step(log, 100)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.startswith("step 99/100 ") and first.endswith(" lr 1.00e-03")
+    assert second.startswith("step 100/100 ") and second.endswith(" 8.0 images/s")
+    rates = [row.get("images_per_s") for row in training_log.read_metrics(tmp_path / "report")]
+    assert rates == [None, 8.0]
 
 
 def curve(folder, tag):

@@ -115,7 +115,9 @@ class TrainingLog:
         grad_norm = grad_norm.item()
         means = [sum(column) / len(column) for column in zip(*losses, strict=True)]
         row = {"step": step, **dict(zip(LOSSES, means, strict=False))}
-        row.update(grad_norm=grad_norm, lr=lr, images_per_s=self._images_per_s(step))
+        row.update(grad_norm=grad_norm, lr=lr)
+        if step > self.first_step + 1:  # the first is timed apart
+            row["images_per_s"] = self._images_per_s(step)
         if self.device.type == "cuda":
             row["peak_gib"], row["reserved_gib"] = peak_gib(self.device)
         self.write(row)
@@ -159,6 +161,7 @@ class TrainingLog:
         return num_images / max(time.monotonic() - self.phase_began, 1e-9)
 
     def _line(self, row):
+        speed = f" {row['images_per_s']:.1f} images/s" if "images_per_s" in row else ""
         memory = f" reserved {row['reserved_gib']:.1f} GiB" if "reserved_gib" in row else ""
         halves = ""
         if "class_loss" in row:
@@ -166,7 +169,7 @@ class TrainingLog:
         return (
             f"step {row['step']}/{self.plan.num_steps} loss {row['loss']:.4f}{halves}"
             f" grad norm {row['grad_norm']:.3f} lr {row['lr']:.2e}"
-            f" {row['images_per_s']:.1f} images/s{memory}"
+            f"{speed}{memory}"
         )
 
     def add_image(self, name, image, step):
