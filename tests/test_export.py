@@ -219,6 +219,32 @@ def test_no_card_is_written_of_a_run_that_did_not_make_the_result(result):
     assert not (folder / export.CARD).exists()
 
 
+def test_a_results_report_is_kept_until_the_result_is_replaced(result, train_args):
+    """A later run that fails costs neither model nor report; one that finishes replaces both."""
+    folder, record = result()
+    report = report_dir(folder)
+    earlier = training_log.previous(report)
+    (report / "tensorboard").mkdir()
+    (report / "tensorboard" / "events").write_text("a curve")
+    args = train_args(folder, lr=9)
+    plan = make_plan(args)
+    for _ in range(2):  # the second follows one that failed, whose report nobody needs
+        training_log.prepare(report, 0)
+        later = training_log.RunRecord(args, plan, "2 cores")
+        with pytest.raises(RuntimeError), later:
+            raise RuntimeError
+        assert training_log.read_run_record(report)["status"] == "failed"
+        assert training_log.read_run_record(earlier) == record
+        assert (earlier / "tensorboard" / "events").read_text() == "a curve"
+        assert not (report / "tensorboard").exists()
+        with pytest.raises(UserError, match=f"put {earlier} in its place first"):
+            run_export("card", folder)
+    training_log.prepare(report, 0)
+    training_log.RunRecord(args, plan, "2 cores").finish({})
+    assert not earlier.exists()
+    assert training_log.read_run_record(report)["flags"]["lr"] == 9
+
+
 def card_of(folder):
     """The metadata and the text of a card, as the Hub reads them."""
     card = huggingface_hub.ModelCard.load(folder / "README.md")  # checks the block of metadata
@@ -247,7 +273,7 @@ def test_the_card_says_what_the_hub_reads_and_how_the_model_was_made(result):
 
 
 def test_the_card_of_a_lora(result):
-    folder, _ = result(use_lora=True, prior_loss_weight=0, class_prompt=False)
+    folder, _ = result(use_lora=True, prior_loss_weight=0)
     run_export("card", folder)
     data, text = card_of(folder)
     assert "lora" in data["tags"]
@@ -257,10 +283,13 @@ def test_the_card_of_a_lora(result):
 
 
 def test_the_card_of_a_model_that_is_not_on_the_hub(result):
-    """The Hub refuses a card whose base_model is not a repository's name."""
-    folder, record = result(on_hub=False, instance_prompt='photo: of "unqtkn" #car')
+    """The Hub refuses a card whose base_model is not a repository's name; a LoRA's code loads the
+    model that it was trained on."""
+    flags = {"instance_prompt": 'photo: of "unqtkn" #car', "use_lora": True}
+    folder, record = result(on_hub=False, **flags)
     export.write_card(folder, record)
-    data, _ = card_of(folder)
+    data, text = card_of(folder)
+    assert f'from_pretrained("{record["flags"]["model_dir"]}")' in text
     assert not data.keys() & {"base_model", "license"}
     assert data["instance_prompt"] == 'photo: of "unqtkn" #car'
 
@@ -310,12 +339,13 @@ def test_a_result_is_uploaded_to_a_private_repository_unless_public(result, hub,
     folder, _ = result()
     for flags in ([], ["--public"]):
         hub.reset_mock()
+        hub.repo_info.return_value.private = not flags
         run_export("card", folder, "--push", "me/model", *flags)
         assert hub.mock_calls == [
             call.whoami(token=True),
             call.validate(),
             call.create_repo("me/model", private=not flags, exist_ok=True),
-            *([] if flags else [call.repo_info("me/model")]),
+            call.repo_info("me/model"),
             call.upload_folder(repo_id="me/model", folder_path=folder),
         ]
         assert "uploaded to https://huggingface.co/me/model" in capsys.readouterr().out
@@ -346,6 +376,13 @@ def test_what_should_be_private_is_not_uploaded_to_a_public_repository(result, h
     with pytest.raises(UserError, match="me/model: that repository is public; add --public"):
         run_export("card", folder, "--push", "me/model")
     assert not hub.upload_folder.called
+
+
+def test_a_repository_that_stays_private_is_warned_of(result, hub, capsys):
+    folder, _ = result()
+    run_export("card", folder, "--push", "me/model", "--public")
+    assert "warning: --push me/model: that repository stays private" in capsys.readouterr().err
+    assert hub.upload_folder.called
 
 
 def test_an_upload_that_fails_says_why(result, hub):

@@ -460,10 +460,11 @@ def test_a_caption_without_the_identifier_is_warned_of(train_args, instance_dir,
     folder = shutil.copytree(instance_dir, tmp_path / "photos")
     (folder / "0.txt").write_text("Photo of UNQTKN car, at night.")
     (folder / "1.txt").write_text("photo of a car at night")
+    (folder / "2.txt").write_text("unqtkn car asleep in a garage")
     for prompt in ("photo of unqtkn car", "photo of unqtkn car."):
         make_plan(train_args("out", instance_images_dir=folder, instance_prompt=prompt))
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"warning: the caption of {folder / '1.png'} lacks words")
+        assert line.startswith(f"warning: the caption of {folder / '1.png'} does not name")
 
 
 def test_a_path_that_is_not_utf_8_is_refused(train_args, tmp_path):

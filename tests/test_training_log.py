@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -261,7 +262,8 @@ def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
     facts = training_log.read_run_record(report)
     assert facts == json.loads(json.dumps(record.facts))
     assert (facts["status"], facts["seconds"]) == ("finished", {"start_s": 2.0})
-    assert shlex.split(facts["command"]) == ["python", *ARGV]
+    assert shlex.split(facts["command"]) == [sys.executable, *ARGV]
+    assert facts["directory"] == str(Path.cwd())
     assert facts["flags"]["instance_prompt"] == "photo of unqtkn car"
     assert facts["instance_paths"] == [str(path) for path in sorted(instance_dir.iterdir())]
     assert (facts["num_class_images"], facts["hardware"]) == (4, "2 cores")

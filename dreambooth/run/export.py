@@ -14,7 +14,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main
+from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, warn
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.files.pipeline_dir import CARD_FILES, LORA_FILE
 from dreambooth.run import training_log
@@ -37,7 +37,7 @@ TEXT = """
 # {name}
 
 {kind} that knows one subject as "{prompt}", made with DreamBooth{loss} ([Ruiz et al.
-2022](https://arxiv.org/abs/2208.12242)) from {num_photos} photos.
+2022](https://arxiv.org/abs/2208.12242)) from {num_photos} photo{s}.
 {image}
 ```python
 {code}
@@ -180,7 +180,7 @@ def build_card(name, record, has_image):
 
     flags = record["flags"]
     prompt = flags["instance_prompt"]
-    class_prompt = flags["class_prompt"]
+    class_prompt = flags["class_prompt"] if flags["prior_loss_weight"] else None
     lora = flags["use_lora"]
     base = record["model"]
     on_hub = "/" in base
@@ -203,9 +203,13 @@ def build_card(name, record, has_image):
         loss="'s prior-preserving loss" if flags["prior_loss_weight"] else "",
         class_prompt=f"- class prompt: {class_prompt}\n" if class_prompt else "",
         num_photos=len(record["instance_paths"]),
+        s="" if len(record["instance_paths"]) == 1 else "s",
         image=f"\n![before, above, and after]({IMAGE})\n" if has_image else "",
         code=code.format(
-            pipeline=pipeline, name=name, base=base, prompt=json.dumps(prompt, ensure_ascii=False)
+            pipeline=pipeline,
+            name=name,
+            prompt=json.dumps(prompt, ensure_ascii=False),
+            base=base if on_hub else flags["model_dir"],
         ),
         base=base,
         revision=f", revision {record['revision']}" if record["revision"] else "",
@@ -233,10 +237,13 @@ def push(output_dir, repo, private):
         api.whoami(token=True)
         ModelCard.load(Path(output_dir) / CARD).validate()
         url = api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.repo_info(url.repo_id).private:  # it was there before
+        is_private = api.repo_info(url.repo_id).private  # one that was there stays what it was
+        if private and not is_private:
             raise UserError(
                 f"--push {repo}: that repository is public; add --public, or name another"
             )
+        if is_private and not private:
+            warn(f"--push {repo}: that repository stays private: its settings can change that")
         api.upload_folder(repo_id=url.repo_id, folder_path=output_dir)
     except LocalTokenNotFoundError:
         raise UserError("not logged in to the Hub: run `hf auth login` first") from None
@@ -286,9 +293,12 @@ def export_card(args):
     if not record:
         raise UserError(f"{report_dir(folder)} is missing: it says how the model was made")
     if record["status"] != "finished":
+        remedy = "give that run's command again"
+        if (earlier := training_log.previous(report_dir(folder))).exists():
+            remedy = f"put {earlier} in its place"
         raise UserError(
             f"{report_dir(folder)} is of a later run ({record['status']}), not of the one that made"
-            " this result: give that run's command again first"
+            f" this result: {remedy} first"
         )
     write_card(folder, record, repo=args.push)
     print(f"wrote {folder / CARD}")

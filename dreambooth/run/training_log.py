@@ -6,7 +6,8 @@
     TUNED_MODEL_DIR.report/tensorboard/     tensorboard --logdir TUNED_MODEL_DIR.report
 
 After a resume, metrics go on from the checkpoint's step: what was logged of later steps is dropped,
-as those steps are done again.
+as those steps are done again. While a new run has not replaced an earlier one's result, the earlier
+report is kept as TUNED_MODEL_DIR.report.previous.
 """
 
 import json
@@ -231,7 +232,11 @@ def where_the_seconds_went(metrics):
 
 def prepare(folder, first_step):
     """Make a report's directory ready for a run that goes on after `first_step` steps: the metrics
-    of later ones go; with 0 also the curves and the page of an earlier run."""
+    of later ones go; with 0 also the curves and the page of an earlier run. A finished one's report
+    is copied first, as its result is still in place."""
+    if first_step == 0 and read_run_record(folder).get("status") == "finished":
+        shutil.rmtree(previous(folder), ignore_errors=True)
+        shutil.copytree(folder, previous(folder), ignore=shutil.ignore_patterns("lock"))
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in read_metrics(folder) if row["step"] <= first_step]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -239,6 +244,11 @@ def prepare(folder, first_step):
     if first_step == 0:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "report.html").unlink(missing_ok=True)
+
+
+def previous(folder):
+    """Where the report of an earlier run is kept until its result is replaced."""
+    return folder.with_name(f"{folder.name}.previous")
 
 
 def read_metrics(folder):
@@ -266,7 +276,8 @@ class RunRecord:
         self.facts = {
             "status": "running",
             # With which the run is resumed, hence without --restart.
-            "command": shlex.join(["python", *(arg for arg in sys.argv if arg != "--restart")]),
+            "command": shlex.join([sys.executable, *(a for a in sys.argv if a != "--restart")]),
+            "directory": str(Path.cwd()),  # in which it was given
             "flags": vars(args),
             "model": name,
             "revision": revision,
@@ -284,6 +295,7 @@ class RunRecord:
         """The run is done; `metrics` are the seconds of its phases and its last loss."""
         self.facts.update(status="finished", seconds=metrics)
         self._write()
+        shutil.rmtree(previous(self.folder), ignore_errors=True)
 
     def __enter__(self):
         return self
