@@ -81,11 +81,13 @@ choose_model() {
 # Where everything goes. On several nodes, DATA_PREFIX is on shared storage. Each subject has a folder,
 # named like that of its photos; they share original models and class images.
 set_paths() {
+  local class
   DATA_PREFIX=${DATA_PREFIX:-/tmp}
   SUBJECT_DIR=${SUBJECT_DIR:-$DATA_PREFIX/subjects/$(basename "$INSTANCE_DIR")}
   ORIG_MODEL_DIR=${ORIG_MODEL_DIR:-$DATA_PREFIX/model-orig}
   ORIG_MODEL_PATH=${ORIG_MODEL_PATH:-$ORIG_MODEL_DIR/models--${ORIG_MODEL_NAME//\//--}/snapshots/$ORIG_MODEL_HASH}
-  IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg/${ORIG_MODEL_NAME##*/}-${CLASS_NAME//[\/ ]/-}}
+  class=${CLASS_PROMPT:-$CLASS_NAME}
+  IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg/${ORIG_MODEL_NAME##*/}-${class//[\/ ]/-}}
   TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$SUBJECT_DIR/model-tuned}
   LORA_DIR=${LORA_DIR:-$SUBJECT_DIR/lora}
   IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$SUBJECT_DIR/images-own}
@@ -97,11 +99,12 @@ set_paths() {
 # least one each. The number of steps stays the same: in far fewer, the subject is learned worse at any
 # learning rate.
 choose_train_flags() {
-  local added= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
+  local added= full= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
+  if [[ "${LORA:-}" == 0 ]]; then full=--full; fi
   if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
     added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" \
-      --pairs "$pairs" $added)
+      --pairs "$pairs" $added $full ${MORE_FLAGS:-})
   fi
   if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
   TRAIN_FLAGS="--train_batch_size $pairs --num_epochs $EPOCHS --max_train_steps $STEPS $TRAIN_FLAGS $added"
@@ -128,6 +131,11 @@ choose_settings() {
     [[ "$flags" != *" --${own%=*}"[\ =]* ]] ||
       refuse "--${own%=*} in TRAIN_FLAGS or MORE_FLAGS: set ${own#*=} instead"
   done
+  if [[ -n "$OWN_TRAIN_FLAGS" ]]; then
+    for own in PAIRS STEPS LORA_FLAGS; do
+      [[ -z "${!own:-}" ]] || refuse "$own is part of the recipe, which TRAIN_FLAGS replaces: set one of them"
+    done
+  fi
   [[ "$flags" != *" --dry_run "* ]] || refuse "--dry_run: step 5 needs the result of step 4; give it to train.py"
   choose_model
   OWN_MODEL=
@@ -224,7 +232,7 @@ main() {
     --class_images_dir "$IMAGES_REG_DIR" --class_prompt "$CLASS_PROMPT" --num_workers "$NUM_WORKERS" $TRAIN_FLAGS \
     ${previews[@]+"${previews[@]}"}
 
-  step 5 "generate the subject in new places, and what must not change; the original model, too (under a minute)"
+  step 5 "generate the subject in new places, and what must not change; the original model, too (seconds to minutes)"
   "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
     --compare_to "$ORIG_MODEL_PATH" --overwrite ${RAY_ADDRESS:+--use_ray_data} $SAMPLE_FLAGS
 

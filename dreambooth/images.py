@@ -44,21 +44,12 @@ def digest(paths):
 @lru_cache(maxsize=32)
 def _resized(path, resolution, version):
     """One image with its shorter side at `resolution`, (H, W, 3) uint8, and its own height and
-    width. The few instance images stay in the cache: each is used again every few pairs. `version`
-    changes with the file, as Ray's processes outlive a run."""
+    width. The few instance images stay in the cache, until their `version` changes."""
     image = open_image(path)
     width, height = image.size
     shorter = min(image.size)
     size = [max(resolution, round(side * resolution / shorter)) for side in image.size]
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS)), (height, width)
-
-
-def _version(path):
-    try:
-        status = os.stat(path)
-    except OSError:  # which `open_image` reports
-        return None
-    return status.st_mtime_ns, status.st_size
 
 
 def crop_image(path, resolution, seed):
@@ -69,7 +60,7 @@ def crop_image(path, resolution, seed):
     is conditioned on: height and width of the original image, top and left of the crop in the
     resized one.
     """
-    image, size = _resized(path, resolution, _version(path))
+    image, size = _resized(path, resolution, os.path.exists(path) and os.stat(path).st_mtime_ns)
     spare = np.array(image.shape[:2]) - resolution  # rows and columns that a crop leaves out
     steps = spare.clip(max=CROP_STEPS)
     top, left = spare * np.random.default_rng(seed).integers(steps + 1) // steps.clip(min=1)

@@ -41,6 +41,15 @@ def test_the_shorter_side_becomes_the_resolution(flat_image, size):
     assert (crop == np.array([0, 51, 255])[:, None, None]).all()
 
 
+def test_a_photo_that_is_replaced_is_read_anew(tmp_path):
+    """In a process that outlives a run, such as a notebook's or Ray's."""
+    for color in ((255, 0, 0), (0, 0, 255)):
+        Image.new("RGB", (64, 64), color).save(tmp_path / "new.png")
+        (tmp_path / "new.png").rename(tmp_path / "a.png")
+        crop, _, _ = images.crop_image(str(tmp_path / "a.png"), 64, seed=0)
+        assert tuple(crop[:, 0, 0]) == color
+
+
 def test_resizing_is_antialiased(tmp_path):
     """A fine chequerboard of black and white becomes grey, not a pattern."""
     board = np.indices((512, 512)).sum(0) % 2 * 255

@@ -333,6 +333,23 @@ def test_a_frozen_copy_counts_only_where_there_is_a_class_half_to_ask_it_for(che
     assert check(7.4, **flags) == ""
 
 
+def test_flags_for_run_sh_follow_its_more_flags(flags_for, sd14_dir):
+    """Those of train.py that change what it needs; the others are none of its business."""
+    for more, flags in (
+        ("--seed 3 --lr 1e-5 --compile", ""),
+        ("--gradient_accumulation_steps 2", CHECKPOINTING),  # 24.2 GiB
+        ("--prior_target original", CHECKPOINTING),  # 22.2
+        ("--prior_target original --use_lora", LORA),  # a LoRA is its own original
+        ("--train_batch_size 3", CHECKPOINTING),
+        ("--resolution 768", CHECKPOINTING),
+        ("--resolution 256", ""),
+        ("--gradient_checkpointing", CHECKPOINTING),
+        ("--param_dtype bf16", BF16),
+        ("--param_dtype bf16 --use_lora", LORA),  # train.py refuses it
+    ):
+        assert flags_for(sd14_dir, "--gib", "21", *more.split())[0] == f"{flags}\n"
+
+
 def test_no_memory_is_a_mistake_and_not_a_question(sd14_dir):
     """0 must not ask the GPUs."""
     args = memory.parse_args(["--model_dir", str(sd14_dir), "--gib", "0"])

@@ -112,6 +112,24 @@ def test_where_lora_is_chosen_its_recipe_is_used_and_its_result(run_story):
     assert "--lora_weights_dir /data/subjects/dog/lora " in sample
 
 
+def test_a_flag_that_needs_memory_is_counted_wherever_it_stands(run_story):
+    done, commands = run_story(1, 21, MORE_FLAGS="--gradient_accumulation_steps 2")
+    (train,) = commands["train.py"]
+    assert train.endswith(" --lr 5e-6 --gradient_checkpointing --gradient_accumulation_steps 2")
+    assert "training needs 24.2" in done.stderr
+
+
+def test_lora_is_not_chosen_where_it_is_ruled_out(run_story):
+    """What needs least without it may not fit: the need is counted, not measured."""
+    done, commands = run_story(1, 7.5, LORA="0")
+    (train,) = commands["train.py"]
+    assert train.endswith("--lr 5e-6 --gradient_checkpointing --param_dtype bf16")
+    assert "--output_dir /data/subjects/dog/model-tuned " in train
+    assert done.stderr.startswith("warning: 1 x 7.5 GiB of GPU memory free, training needs 20.2")
+    _, commands = run_story(0, LORA="0")
+    assert "lora" not in commands["train.py"][-1]
+
+
 def test_gpus_that_are_too_small_get_the_flags_that_save_most_and_a_warning(run_story):
     """The need is counted, not measured: it may fit all the same."""
     done, commands = run_story(1, 2)
@@ -260,6 +278,7 @@ def test_what_can_only_go_wrong_is_refused_at_once(run_story, tmp_path):
     photos = tmp_path / "data" / "subjects" / "tom"
     for variables, line in (
         ({"MORE_FLAGS": "--dry_run"}, "error: --dry_run: step 5 needs the result of step 4"),
+        ({"TRAIN_FLAGS": "--lr 1e-5", "STEPS": "9"}, "error: STEPS is part of the recipe, which"),
         ({"LORA": "true"}, "error: LORA=true: must be 0 or 1"),
         ({"MODEL": "dalle"}, "error: MODEL=dalle: must be "),
         ({"MODEL": "sdxl", "ORIG_MODEL_NAME": "pocket"}, "error: MODEL=sdxl and ORIG_"),
@@ -384,14 +403,17 @@ def test_class_images_have_less_guidance_than_results(run_story):
 
 
 def test_a_class_has_its_folder_of_class_images(run_story):
-    """Of each model, one folder and none in another, whatever the class's name; and no prompt is
-    given twice if the class is what must not change: for a house that is a car."""
-    names = {"CLASS_NAME": "tea house/2", "CLASS_PROMPT": "photo of a house"}
-    _, commands = run_story(0, **names)
-    class_images, sample = commands["generate.py"]
-    assert " --output_dir /data/images-reg/pocket-tea-house-2 " in class_images
+    """Of each model one folder and none in another, whatever the class's name; a prompt of its own
+    has its own, as in one folder two subjects' runs would replace each other's. No prompt is given
+    twice if the class is what must not change: for a house that is a car."""
+    _, commands = run_story(0, CLASS_NAME="tea house/2")
+    assert " --output_dir /data/images-reg/pocket-tea-house-2 " in commands["generate.py"][-2]
+    _, commands = run_story(0, CLASS_NAME="tea house/2", CLASS_PROMPT="photo of a house")
+    class_images, sample = commands["generate.py"][-2:]
+    folder = "/data/images-reg/pocket-photo-of-a-house"
+    assert f" --output_dir {folder} " in class_images
+    assert f"--class_images_dir {folder} " in commands["train.py"][-1]
     assert "photo of a house photo of a car photo of a car on the road " in sample
-    assert "--class_images_dir /data/images-reg/pocket-tea-house-2 " in commands["train.py"][0]
 
 
 def test_each_subject_has_its_folder_and_shares_class_images(run_story):

@@ -4,7 +4,8 @@ FakeTensorMode), and which flags make it fit.
     python -m dreambooth.machines.memory --model_dir $ORIG_MODEL_PATH --num_workers 2   # GPUs here
     python -m dreambooth.machines.memory --model_dir $ORIG_MODEL_PATH --num_workers 2 --gib 23
 
-Prints the flags to add to train.py's, and on stderr why.
+Prints the flags to add to train.py's, and on stderr why. Of train.py's own flags, those that change
+the need are taken into account, and others ignored.
 """
 
 import os
@@ -109,18 +110,19 @@ def needed(flags, job):
         activations += preview + CUDA_GRAPHS
     else:
         activations = max(activations, preview)
-    original = 2 * job.original / device.GIB  # in bfloat16
+    original = 0.0 if LORA in flags else 2 * job.original / device.GIB  # in bfloat16
     return (
         RESERVE * (fixed * job.trained_ratio + activations * job.backbone_ratio + original)
         + LIBRARIES
     )
 
 
-def choose(gib, job, given=()):
+def choose(gib, job, given=(), may_be_lora=True):
     """The first key of COUNTED that includes the flags `given` and with which `job` fits GPUs with
     `gib` GiB free; where none does, the last, which needs least: the numbers are counted, and it
     may fit all the same."""
     choices = [flags for flags in COUNTED if set(given) <= set(flags)]
+    choices = [flags for flags in choices if may_be_lora or LORA not in flags]
     return next((flags for flags in choices if needed(flags, job) <= gib), choices[-1])
 
 
@@ -137,16 +139,11 @@ def check_device(args, plan, num_workers, torch_device):
         device.check_compiler(BF16 if args.param_dtype == "bf16" else "--compile")
     if sum(sizes.values()) < device.LARGE:
         return
-    given = {
-        CHECKPOINTING: args.gradient_checkpointing,
-        BF16: args.param_dtype == "bf16",
-        LORA: args.use_lora,
-    }
-    given = tuple(flag for flag, is_given in given.items() if is_given)
+    given = given_flags(args)
     if not args.use_lora:
         warn_of_host_memory(sizes)
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
-    has_copy = args.prior_target == "original" and plan.class_paths and not args.use_lora
+    has_copy = args.prior_target == "original" and plan.class_paths
     facts = pipeline_dir.read_facts(args.model_dir)
     own = pipeline_dir.num_trained(args.model_dir, sizes, facts.trains_text_encoder)
     job = Job(
@@ -164,6 +161,16 @@ def check_device(args, plan, num_workers, torch_device):
             f"training may need {needed(given, job):.1f} GiB of GPU memory, and {gib:.1f} are free;"
             f" {CHECKPOINTING}, {BF16} and {LORA} need less (README, Memory)"
         )
+
+
+def given_flags(args):
+    """The flags that reduce the need and are given already, in the order of COUNTED's keys."""
+    given = {
+        CHECKPOINTING: args.gradient_checkpointing,
+        BF16: args.param_dtype == "bf16" and not args.use_lora,  # which check_flags refuses
+        LORA: args.use_lora,
+    }
+    return tuple(flag for flag, is_given in given.items() if is_given)
 
 
 def warn_of_host_memory(sizes):
@@ -185,14 +192,14 @@ def relative(model_dir, sizes, trains_text_encoder):
     }
 
 
-def choose_for_gpus(free, job, given):
+def choose_for_gpus(free, job, given, may_be_lora=True):
     """The flags for the recipe of run.sh on GPUs with `free` GiB, a list (None: in use by others),
     as a string, and why, a sentence."""
     if None in free:
         why = "other jobs use the cluster's GPUs: their memory is not known, no flag is added"
         return " ".join(given), why
     gib = min(free)
-    flags = choose(gib, job, given)
+    flags = choose(gib, job, given, may_be_lora)
     if BF16 in flags and BF16 not in given:
         device.check_compiler(BF16)
     text, need = " ".join(flags), needed(flags, job)
@@ -211,7 +218,7 @@ def main(args):
     check_at_least(args, 1, "num_workers", "pairs")
     check_at_least(args, 0, "gib", above=True)
     pipeline_dir.check_model_dir(args.model_dir)
-    given = (LORA,) if args.use_lora else ()
+    given = given_flags(args)
     sizes = pipeline_dir.num_parameters(args.model_dir)
     free = []
     if sum(sizes.values()) >= device.LARGE:
@@ -221,12 +228,16 @@ def main(args):
     if not free:
         print(*given)
         return
-    resolution, _ = pipeline_dir.resolution(args.model_dir)
-    keeps_gradients = args.num_workers > 1
     trains_text_encoder = pipeline_dir.read_facts(args.model_dir).trains_text_encoder
-    size = relative(args.model_dir, sizes, trains_text_encoder)
-    job = Job(args.pairs, keeps_gradients, resolution=resolution, **size)
-    flags, why = choose_for_gpus(free, job, given)
+    has_copy = args.prior_target == "original"
+    job = Job(
+        pairs=args.pairs,
+        keeps_gradients=args.num_workers > 1 or args.gradient_accumulation_steps > 1,
+        resolution=args.resolution or pipeline_dir.resolution(args.model_dir)[0],
+        original=pipeline_dir.num_trained(args.model_dir, sizes, trains_text_encoder) * has_copy,
+        **relative(args.model_dir, sizes, trains_text_encoder),
+    )
+    flags, why = choose_for_gpus(free, job, given, not args.full)
     print(why, file=sys.stderr)
     print(flags)
 
@@ -236,10 +247,16 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model_dir", type=absolute_path, required=True, help="the original model")
     add("--num_workers", type=int, default=1, help="one GPU per worker")
-    add("--pairs", type=int, default=PAIRS, help="per forward pass")
+    add("--pairs", "--train_batch_size", type=int, default=PAIRS, help="per forward pass")
     add("--gib", type=float, help="GiB free on each GPU (default: asks them)")
     add("--use_lora", action="store_true", help="LoRA, even if more would fit")
-    return parser.parse_args(argv)
+    add("--full", action="store_true", help="no LoRA, even if nothing else fits")
+    add("--gradient_checkpointing", action="store_true", help="even if it fits without")
+    add("--param_dtype", default="fp32", help="bf16: even if it fits without")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step")
+    add("--prior_target", default="noise", help="original: a frozen copy takes memory, too")
+    add("--resolution", type=int, help="in pixels (default: the model's)")
+    return parser.parse_known_args(argv)[0]
 
 
 if __name__ == "__main__":
