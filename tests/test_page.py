@@ -298,11 +298,14 @@ def test_a_class_loss_that_begins_at_zero_is_no_sign_of_forgetting():
     assert page.advice(rows_of(0.0, 0.2), None, prior_target="original") == []
 
 
-def test_a_run_that_did_not_finish_changes_no_card(report, save_after, train_args):
-    """What lies there is an earlier run's result: the card of this one would be wrong about it."""
+def test_a_run_that_did_not_finish_shows_no_images_and_changes_no_card(
+    report, save_after, train_args, capsys
+):
+    """What lies there is an earlier run's result: beside this run's flags it would be misread."""
     args = train_args(report.with_name("tuned"))
     training_log.RunRecord(args, make_plan(args), "2 cores")
-    assert "Before and after" in write_page(report, save_after())
+    assert "Before and after" not in write_page(report, save_after())
+    assert "of an earlier model and are not shown" in capsys.readouterr().err
     assert list(report.with_name("tuned").iterdir()) == []
 
 

@@ -308,6 +308,12 @@ def main(args):
                 " and are not shown: generate them anew with --overwrite"
             )
             found = []
+        elif record["status"] != "finished":
+            warn(
+                f"the images in {args.images_dir} are of an earlier model and are not shown: this"
+                f" run has made none ({record['status']})"
+            )
+            found = []
         elif differing := [name for name in SETTINGS if before.get(name) != after.get(name)]:
             warn(f"the images before and after differ in {', '.join(differing)}")
     comparisons, kept = subjects_and_others(found, record["flags"])
