@@ -15,7 +15,7 @@ class DiffusionSchedule(DDPMScheduler):
 
     def timesteps_at(self, fractions, share=1.0):
         """Integer timesteps (N,), each at its place `fractions` (N,) in [0, 1) of the least noisy
-        `share` (N,), in (0, 1], of the schedule. 0 is the least noise."""
+        `share` (N,), in (0, 1], of the schedule. A fraction of 0 is the least noise."""
         return (fractions * share * len(self.alphas_cumprod)).long()
 
     def to(self, device):
@@ -46,7 +46,8 @@ class FlowSchedule:
 
     def timesteps_at(self, fractions, share=1.0):
         """Sigmas (N,), float32, each at its place `fractions` (N,) in [0, 1) of the least noisy
-        `share` (N,), in (0, 1], of the schedule. Here 0 is the most noise."""
+        `share` (N,), in (0, 1], of the schedule. A fraction of 0 is the most noise, which keeps
+        sigma above 0."""
         sigmas = (1 - fractions) * share
         return (self.shift * sigmas / (1 + (self.shift - 1) * sigmas)).float()
 
