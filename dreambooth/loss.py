@@ -59,8 +59,8 @@ def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
     "flow": noise - latents, the velocity from image to noise (Esser et al. 2024, arXiv 2403.03206).
 
     Shapes: latents and noise (2B, C, h, w); timesteps (2B,), integers below T, and alphas_cumprod
-    (T,), float32, neither of which a flow has a use for. Returns (2B, C, h, w). ValueError: there is no such
-    prediction type.
+    (T,), float32, neither of which a flow has a use for. Returns (2B, C, h, w). ValueError: there
+    is no such prediction type.
     """
     if prediction_type == "epsilon":
         return noise
