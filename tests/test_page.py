@@ -118,7 +118,7 @@ def test_photos_before_and_after_previews_curves_and_facts(report, save_after, c
     for expected in (
         "Before and after", "While it trained", sampler,
         "2 cores", "0.0002, cosine", "5 instance and 4 class images", "previews 12.3 s",
-        "instance images", "python ", "&lt;at night&gt;", "show no fault",
+        "instance images", sys.executable, "&lt;at night&gt;", "show no fault",
     ):  # fmt: skip
         assert expected in text, expected
     assert "<at night>" not in text
