@@ -28,6 +28,7 @@ STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # may pass, and is 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: for one file of this size
 OF_THE_DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 COMMON_WORDS = {"a", "an", "the", "my", "our", "of", "in", "on", "at", "with", "by", "and"}
+COMMON_WORDS |= {"photo", "picture", "image"}
 # One of Ray Train's loggers has no name of its own: it is the root logger.
 LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "diffusers", "transformers", "peft")
 

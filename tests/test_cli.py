@@ -369,3 +369,10 @@ def test_a_link_in_a_path_stays_one(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     monkeypatch.chdir(tmp_path)
     assert cli.absolute_path("link/model") == str(tmp_path / "link" / "model")
+
+
+def test_the_words_of_a_prompt_are_those_that_say_what_it_shows():
+    """So the class prompt "picture of a car" beside "photo of unqtkn car" makes no identifier of
+    "photo"."""
+    assert cli.words("A photo of my Unqtkn car, in the snow.") == {"unqtkn", "car", "snow"}
+    assert cli.words("photo of unqtkn car") - cli.words("picture of a car") == {"unqtkn"}

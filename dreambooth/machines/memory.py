@@ -118,9 +118,9 @@ def needed(flags, job):
 
 
 def choose(gib, job, given=(), may_be_lora=True):
-    """The first key of COUNTED that includes the flags `given` and with which `job` fits GPUs with
-    `gib` GiB free; where none does, the last, which needs least: the numbers are counted, and it
-    may fit all the same."""
+    """The first key of COUNTED that includes the flags `given`, is LoRA's only if it `may_be_lora`,
+    and with which `job` fits GPUs with `gib` GiB free; where none does, the last, which needs
+    least: the numbers are counted, and it may fit all the same."""
     choices = [flags for flags in COUNTED if set(given) <= set(flags)]
     choices = [flags for flags in choices if may_be_lora or LORA not in flags]
     return next((flags for flags in choices if needed(flags, job) <= gib), choices[-1])
@@ -229,12 +229,12 @@ def main(args):
         print(*given)
         return
     trains_text_encoder = pipeline_dir.read_facts(args.model_dir).trains_text_encoder
-    has_copy = args.prior_target == "original"
+    trained = pipeline_dir.num_trained(args.model_dir, sizes, trains_text_encoder)
     job = Job(
         pairs=args.pairs,
         keeps_gradients=args.num_workers > 1 or args.gradient_accumulation_steps > 1,
         resolution=args.resolution or pipeline_dir.resolution(args.model_dir)[0],
-        original=pipeline_dir.num_trained(args.model_dir, sizes, trains_text_encoder) * has_copy,
+        original=trained if args.prior_target == "original" else 0.0,
         **relative(args.model_dir, sizes, trains_text_encoder),
     )
     flags, why = choose_for_gpus(free, job, given, not args.full)
@@ -243,6 +243,7 @@ def main(args):
 
 
 def parse_args(argv=None):
+    """The flags: model, GPUs, and those of train.py that change the need; others are ignored."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--model_dir", type=absolute_path, required=True, help="the original model")

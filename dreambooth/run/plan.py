@@ -152,7 +152,7 @@ def number_captions(args, prompts, instance_paths, class_paths):
     captioned image's prompt, by path. A caption stands in place of the folder's prompt."""
     prompts, captions = list(prompts), {}
     of_instance = read_captions(args.instance_images_dir, instance_paths)
-    own_words = words(args.instance_prompt) - {"photo", "picture", "image"}
+    own_words = words(args.instance_prompt)
     for path, text in of_instance.items():
         if own_words - words(text):
             warn(f"the caption of {path} does not name the subject as --instance_prompt: {text!r}")
