@@ -127,8 +127,15 @@ def hub_errors_as_one_line(name, revision, folder, offline_remedy):
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise UserError(f"no space left in {folder}") from None
         raise UserError(
-            f"no answer from the Hub ({type(error).__name__}):"
+            f"no answer from the Hub ({type(error).__name__}: {first_line(error)}):"
             f" check the network, or {offline_remedy}"
+        ) from None
+    except UserError:
+        raise
+    except (ImportError, ValueError) as error:  # of a proxy or a token that cannot be used
+        raise UserError(
+            f"the Hub cannot be asked ({first_line(error)}): check variables such as ALL_PROXY and"
+            f" HF_TOKEN, or {offline_remedy}"
         ) from None
 
 

@@ -302,6 +302,7 @@ absolute() {
 
 # Paths are relative to the caller's directory; the scripts are beside this file.
 for name in DATA_PREFIX SUBJECT_DIR INSTANCE_DIR ORIG_MODEL_DIR ORIG_MODEL_PATH {TUNED_MODEL,LORA,IMAGES_REG,IMAGES_OWN,IMAGES_NEW}_DIR; do
+  [[ ! "${!name:-}" =~ ^[A-Za-z][A-Za-z0-9+.-]*:// ]] || refuse "$name=${!name} is a URL: name a path, mount its storage"
   [[ -z "${!name:-}" ]] || declare "$name=$(absolute "${!name}")"
 done
 if [[ "${PYTHON:-}" == */* ]]; then PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON"); fi

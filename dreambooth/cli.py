@@ -85,10 +85,14 @@ def absolute_path(text):
     """The type of a flag that takes a path: absolute, as Ray's workers run in another directory."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path; is a shell variable not set?")
+    if re.match("[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):  # else it would become a folder here
+        raise argparse.ArgumentTypeError(f"{text} is a URL, not a path: mount the storage it names")
     try:
         return str(Path(text).expanduser().absolute())
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text}: no such user's home; ./~ is a folder") from None
+    except FileNotFoundError:
+        raise argparse.ArgumentTypeError(f"{text}: the current directory was deleted") from None
 
 
 def valid_prompt(text):

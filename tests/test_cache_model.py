@@ -346,7 +346,9 @@ ERRORS = {
     "offline": (OfflineModeIsEnabled("offline"), "check the network, or copy it there"),
     "not cached": (LocalEntryNotFoundError("no"), "check the network, or copy it there"),
     "no connection": (ConnectionError("refused"), "check the network, or copy it there"),
-    "server": (HTTPError("502"), "no answer from the Hub (HTTPError)"),
+    "server": (HTTPError("502"), "no answer from the Hub (HTTPError: 502)"),
+    "proxy": (ImportError("Using SOCKS proxy, but"), "cannot be asked (Using SOCKS proxy, but): "),
+    "proxy's scheme": (ValueError("Unknown scheme"), "such as ALL_PROXY and HF_TOKEN, or copy it"),
     "user": (UserError("not a diffusers model"), "not a diffusers model"),
 }
 

@@ -343,6 +343,23 @@ def test_a_home_that_nobody_has_is_a_mistake_in_a_flag():
         cli.absolute_path("~nobody-here/x")
 
 
+def test_a_url_is_no_path():
+    """It would become a folder of that name here."""
+    for url in ("s3://bucket/out", "file:///tmp/out", "GS://bucket"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{url} is a URL, not a path"):
+            cli.absolute_path(url)
+    assert cli.absolute_path("/s3:/x") == "/s3:/x"
+
+
+def test_a_path_in_a_directory_that_is_gone_is_a_mistake_in_a_flag(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(argparse.ArgumentTypeError, match="x: the current directory was deleted"):
+        cli.absolute_path("x")
+    assert cli.absolute_path("/x") == "/x"
+
+
 def test_text_is_read_and_written_as_utf_8_whatever_the_locale(root):
     """Each call that reads or writes text names its encoding."""
     for file in [*root.glob("*.py"), *root.glob("dreambooth/**/*.py")]:

@@ -250,6 +250,25 @@ def test_truncated_and_damaged_files_are_refused_by_name(tmp_path, suffix):
     assert refused >= 35  # some formats do not need their last bytes
 
 
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"exif": True}])
+def test_a_jpeg_whose_rest_is_zeros_is_refused(tmp_path, settings):
+    """As an interrupted copy leaves it; libjpeg would show grey. Zeros after its end are padding,
+    and a thumbnail's end is not the photo's."""
+    if "exif" in settings:
+        thumbnail = io.BytesIO()
+        random_image(32, 32).save(thumbnail, "JPEG")
+        settings = {"exif": b"Exif\0\0" + thumbnail.getvalue()}
+    file = tmp_path / "a.jpg"
+    random_image(128, 128).save(file, **settings)
+    content = file.read_bytes()
+    file.write_bytes(content + bytes(4096))
+    assert decode.open_image(file).size == (128, 128)
+    for end in (len(content) // 2, len(content) - 600):
+        file.write_bytes(content[:end] + bytes(len(content) - end))
+        with pytest.raises(UserError, match="unreadable or truncated image"):
+            decode.open_image(file)
+
+
 def test_files_that_are_no_images_are_refused_by_name(flat_image, tmp_path, monkeypatch):
     """Also images of hundreds of megapixels, which Pillow refuses; here its limit is lowered."""
     vast = flat_image("vast.png", 0, size=(400, 400))

@@ -279,6 +279,7 @@ def test_what_can_only_go_wrong_is_refused_at_once(run_story, tmp_path):
     for variables, line in (
         ({"MORE_FLAGS": "--dry_run"}, "error: --dry_run: step 5 needs the result of step 4"),
         ({"TRAIN_FLAGS": "--lr 1e-5", "STEPS": "9"}, "error: STEPS is part of the recipe, which"),
+        ({"DATA_PREFIX": "s3://bucket"}, "error: DATA_PREFIX=s3://bucket is a URL: name a path"),
         ({"LORA": "true"}, "error: LORA=true: must be 0 or 1"),
         ({"MODEL": "dalle"}, "error: MODEL=dalle: must be "),
         ({"MODEL": "sdxl", "ORIG_MODEL_NAME": "pocket"}, "error: MODEL=sdxl and ORIG_"),

@@ -337,6 +337,12 @@ def test_curves_that_cannot_be_written_cost_no_result(make, tmp_path, capsys):
     assert capsys.readouterr().err.count("metrics cannot be written to") == 1
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"status": "running"}', "{", "[" * 200_000])
+def test_a_damaged_record_counts_as_none(tmp_path, text):
+    (tmp_path / training_log.RECORD).write_text(text)
+    assert training_log.read_run_record(tmp_path) == {}
+
+
 def test_each_metric_has_its_curve():
     """In TensorBoard."""
     logged = {"grad_norm", "lr", "images_per_s", "peak_gib", "reserved_gib"}

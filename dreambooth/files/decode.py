@@ -88,10 +88,20 @@ def _decode(opened):
             factor = math.ceil(math.sqrt(image.width * image.height / LARGE))
             image.draft(None, (image.width // factor, image.height // factor))
         image.load()  # first: it turns a TIFF upright, and drops the tag
+        if image.format in ("JPEG", "MPO") and _ends_in_zeros(opened):
+            raise OSError("its end is all zeros")
         turn = _upright(image)
         if image.format == "PPM" and image.mode == "I":  # Pillow scales these to 16 bits
             image = Image.fromarray(np.asarray(image).astype(np.uint16))
         return image, turn
+
+
+def _ends_in_zeros(opened):
+    """Whether a JPEG's data runs into zeros, of an interrupted copy, which libjpeg shows as grey:
+    no end-of-image marker follows its last start of a scan."""
+    opened.seek(0)
+    data = opened.read()
+    return data.endswith(bytes(512)) and data.rfind(b"\xff\xda") > data.rfind(b"\xff\xd9")
 
 
 def _upright(image):

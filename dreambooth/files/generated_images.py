@@ -153,7 +153,7 @@ def _lines_of_others(folder):
         try:
             if not FILE_NAME.fullmatch(json.loads(line)["file_name"]):
                 found.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if line.strip() and number < len(lines):
                 found.append(line)
     return found

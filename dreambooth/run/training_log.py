@@ -313,8 +313,9 @@ class RunRecord:
 
 
 def read_run_record(folder):
-    """The facts in a report's run.json; {} if there is none."""
+    """The facts in a report's run.json; {} if there is none, or one that is damaged."""
     try:
-        return json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return facts if isinstance(facts, dict) and {"status", "flags"} <= facts.keys() else {}
