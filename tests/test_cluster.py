@@ -56,17 +56,19 @@ def test_without_an_address_a_quiet_ray_of_its_own_is_started(ray_init):
     assert not any(logging.getLogger(name).isEnabledFor(logging.ERROR) for name in LOGGERS)
 
 
-def test_rays_processes_outlive_the_terminal(ray_init):
-    """Which sends HUP to all that it has started: blocked while they start, it stays so in them. A
-    run needs them for its last checkpoint."""
+def test_rays_processes_outlive_what_asks_the_run_to_stop(ray_init):
+    """A terminal that closes sends HUP to all that it has started, `timeout` and some schedulers
+    TERM: blocked while they start, they stay so in them. A run needs them for its last checkpoint.
+    """
 
     def blocked():
-        return signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return {signal.SIGHUP, signal.SIGTERM} & mask
 
     ray_init.side_effect = lambda **settings: seen.append(blocked())
     seen = [blocked()]
     cluster.start_ray(False)
-    assert [*seen, blocked()] == [False, True, False]
+    assert [*seen, blocked()] == [set(), {signal.SIGHUP, signal.SIGTERM}, set()]
 
 
 def test_ray_starts_in_the_background_and_whatever_ends_the_start_comes_back(monkeypatch):
@@ -427,10 +429,12 @@ def test_notices_of_preemption_are_listened_for_unless_one_node_is_all_there_wil
 
 
 def test_a_run_in_this_process_ends_its_ray_at_exit(ray_address, monkeypatch):
-    """Without the second in which Ray would wait for the monitor of its autoscaler."""
+    """Without the second for each of its processes, which have TERM blocked: they are killed."""
     at_exit, ended = [], []
     node = ray._private.worker._global_node
-    monkeypatch.setattr(node, "kill_monitor", lambda check_alive: ended.append("monitor"))
+    monkeypatch.setattr(node, "kill_all_processes", None)  # and as it was after the test
+    kill = type(node), "kill_all_processes", lambda node, **settings: ended.append(settings)
+    monkeypatch.setattr(*kill)
     monkeypatch.setattr(ray, "shutdown", lambda: ended.append("Ray"))
     monkeypatch.setattr(cluster.atexit, "register", at_exit.append)
     trainer = MagicMock(running_in_local_mode=True)
@@ -438,10 +442,12 @@ def test_a_run_in_this_process_ends_its_ray_at_exit(ray_address, monkeypatch):
     assert ended == []
     (stop,) = at_exit
     stop()
-    assert ended == ["monitor", "Ray"]
+    assert ended == ["Ray"]
+    node.kill_all_processes(check_alive=False, allow_graceful=True)  # as Ray's own shutdown does
+    assert ended == ["Ray", {"check_alive": False}]
     monkeypatch.setattr(ray._private.worker, "_global_node", None)
     stop()  # it has been stopped already
-    assert ended == ["monitor", "Ray", "Ray"]
+    assert ended == ["Ray", {"check_alive": False}, "Ray"]
 
 
 TWO_GPUS = ScalingConfig(num_workers=2, use_gpu=True, resources_per_worker={"GPU": 1})
@@ -581,8 +587,12 @@ def test_a_ray_that_does_not_start_or_has_another_python_is_one_line(
     assert "\n" not in str(found.value)
 
 
-def test_a_script_on_ray_ends_on_term_without_a_trace(ray_init):
-    cluster.start_ray()
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_script_on_ray_ends_on_term_without_a_trace(ray_init, in_background):
+    if in_background:
+        cluster.start_ray_in_background().result(timeout=30)
+    else:
+        cluster.start_ray()
     with pytest.raises(SystemExit) as stopped:
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 143

@@ -114,16 +114,17 @@ def test_images_are_the_same_with_ray_and_without_and_if_an_actor_is_killed(
 def test_a_stopped_training_run_goes_on_to_the_last_bit(
     one_worker, train_argv, train_here, ray_address, root, tmp_path, monkeypatch
 ):
-    """TERM, sent before the first step, ends the run after that step, with a checkpoint. The same
-    command then ends with the weights of a run that nobody stopped: here in a worker of a Ray that
-    is there already, and no longer in the script's own process."""
+    """TERM, sent before the first step to the script and to all processes of its Ray, as `timeout`
+    does, ends the run after that step, with a checkpoint. The same command then ends with the
+    weights of a run that nobody stopped: here in a worker of a Ray that is there already, and no
+    longer in the script's own process."""
     process = subprocess.Popen(
         [sys.executable, "train.py", *train_argv(tmp_path / "out", log_every=1)],
-        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     for line in process.stdout:
         if line.startswith("training "):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
     errors = process.stderr.read()
     assert process.wait() == 128 + signal.SIGTERM
     assert errors == "stopped after step 1: run the same command again to resume\n"

@@ -70,7 +70,7 @@ def start_ray(verbose=False, log_to_driver=True):
     data_context.execution_options.preserve_order = True  # the same rows in the same order
     configure_logs(verbose)  # Ray has set levels of its own
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # no trace of Ray's
+        _exit_on_term()
     return resources()
 
 
@@ -80,8 +80,14 @@ def resources():
     return int(total.get("GPU", 0)), int(total.get("CPU", 0))
 
 
+def _exit_on_term():
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # no trace of Ray's
+
+
 def start_ray_in_background(verbose=False):
-    """`start_ray` in a thread, as it mostly waits; returns a future of its result."""
+    """`start_ray` in a thread, as it mostly waits; returns a future of its result. For the main
+    thread."""
+    _exit_on_term()
     return _in_thread(start_ray, verbose)
 
 
@@ -151,8 +157,9 @@ def _connect(address, verbose, log_to_driver):
     if not address:
         create_token()
         check_temp_dir()
-        # Ray's processes inherit that HUP is blocked, which a closing terminal sends to all.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        # Ray's processes inherit that these are blocked, which a closing terminal and many a
+        # scheduler send to all of a job: the run needs them until its checkpoint is written.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM})
         try:
             cores = device.num_cores()  # Ray would count all of the machine's, bound to them or not
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **log_settings)
@@ -163,7 +170,7 @@ def _connect(address, verbose, log_to_driver):
             ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        atexit.register(_kill_monitor)
+        atexit.register(_ask_no_process_to_end)
         return
     package = {"py_modules": [PACKAGE]}  # the nodes need not have this checkout
     try:
@@ -185,17 +192,18 @@ def _connect(address, verbose, log_to_driver):
         ) from error
 
 
-def _kill_monitor():
-    """Kill the autoscaler's monitor of a Ray that this process has started. It has nothing to scale
-    here, and `ray.shutdown` would wait for it: 0.9 s of train.py. (A private name of Ray's; there
-    is no public one.)"""
+def _ask_no_process_to_end():
+    """Let `ray.shutdown` kill the processes of a Ray that this process has started. It would send
+    each a TERM, which they have blocked, and wait a second for its end. (Private names of Ray's;
+    there is no public one.)"""
     node = ray._private.worker._global_node
     if node is not None:
-        node.kill_monitor(check_alive=False)
+        kill = type(node).kill_all_processes
+        node.kill_all_processes = lambda **graceful: kill(node, check_alive=False)
 
 
 def _stop_ray():
-    _kill_monitor()
+    _ask_no_process_to_end()
     ray.shutdown()
 
 
