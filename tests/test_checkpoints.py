@@ -551,6 +551,20 @@ def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys, signal_
     assert capsys.readouterr().err.count("run the same command again to resume") == 3
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path, monkeypatch, signal_handlers):
+    """`timeout ./run.sh` sends TERM to all, and run.sh passes on its own."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock.now)
+    stop = checkpoints.StopOnSignal(Namespace(restart=False), tmp_path)
+    for clock.now in (5.0, 5.5):
+        signal.raise_signal(signal.SIGTERM)
+    assert not stop.again
+    clock.now = 5.0 + checkpoints.ECHO
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.again
+
+
 @pytest.mark.parametrize("under_nohup", [False, True])
 def test_a_closed_terminal_asks_the_run_to_stop_but_not_under_nohup(
     tmp_path, signal_handlers, under_nohup

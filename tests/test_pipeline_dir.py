@@ -208,11 +208,15 @@ def test_resolution_comes_from_the_configuration(copied):
 
 
 def test_a_file_that_is_no_directory_or_no_object_is_refused(copied, tmp_path):
-    for suffix in (".safetensors", ".ckpt", ".gguf"):
+    for suffix in (".safetensors", ".CKPT", ".gguf"):
         file = (tmp_path / "sd").with_suffix(suffix)
         file.write_bytes(b"")
-        with pytest.raises(UserError, match=r"is a single file.*from_single_file"):
-            pipeline_dir.check_model_dir(file)
+        for given in (file, tmp_path):
+            with pytest.raises(UserError, match=rf"sd{suffix} is a single file.*from_single_file"):
+                pipeline_dir.check_model_dir(given)
+        file.unlink()
+    with pytest.raises(UserError, match="model_index.json: a file, not a directory"):
+        pipeline_dir.check_model_dir(copied / "model_index.json")
     for content, reason in ((b"[]", "no JSON object"), (b"\xef\xbb\xbf{}", "byte order mark")):
         (copied / "model_index.json").write_bytes(content)
         with pytest.raises(UserError, match=f"model_index.json is damaged .{reason}"):

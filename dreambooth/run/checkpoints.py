@@ -33,6 +33,7 @@ from dreambooth.machines import device
 
 SHORT_RUN = 60  # seconds, before which a run writes no checkpoint by default
 ROOM = 4 * 2**30  # bytes of memory that a copy of the state leaves free
+ECHO = 1.0  # seconds
 # Steps after which Ray is asked whether a node will be taken away, for which all workers must wait.
 PREEMPTION_CHECK_EVERY = 10
 
@@ -382,22 +383,26 @@ def without_restart(args):
 
 class StopOnSignal:
     """Ctrl-C, TERM, and HUP, of a terminal that is closed or a lost connection, ask the run to stop
-    after its current step, with a checkpoint; a second Ctrl-C or TERM stops it at once."""
+    after its current step, with a checkpoint; a second Ctrl-C or TERM stops it at once. The same
+    one within `ECHO` seconds is the first: sent to all processes, and passed on by run.sh."""
 
     def __init__(self, args, folder):
         self.args = args
         self.folder = folder
         self.signal = None
         self.again = False
+        self.asked = 0.0  # when
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
+        if self.signal == number and time.monotonic() - self.asked < ECHO:
+            return
         if self.signal and number != signal.SIGHUP:  # of which shells send a second one
             self.again = True
             sys.exit(128 + number)
-        self.signal = number
+        self.signal, self.asked = number, time.monotonic()
         with suppress(OSError):  # the run may have ended, and its folder be gone
             (self.folder / "stop").touch()
         with suppress(OSError):  # print would fail inside another print
