@@ -88,11 +88,17 @@ def absolute_path(text):
     if re.match("[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):  # else it would become a folder here
         raise argparse.ArgumentTypeError(f"{text} is a URL, not a path: mount the storage it names")
     try:
-        return str(Path(text).expanduser().absolute())
+        path = Path(text).expanduser().absolute()
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text}: no such user's home; ./~ is a folder") from None
     except FileNotFoundError:
         raise argparse.ArgumentTypeError(f"{text}: the current directory was deleted") from None
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # Path.resolve would end in a RuntimeError
+            raise argparse.ArgumentTypeError(f"{text}: links that lead back to itself") from None
+    return str(path)
 
 
 def valid_prompt(text):

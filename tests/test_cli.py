@@ -386,6 +386,9 @@ def test_a_link_in_a_path_stays_one(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     monkeypatch.chdir(tmp_path)
     assert cli.absolute_path("link/model") == str(tmp_path / "link" / "model")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(argparse.ArgumentTypeError, match="loop: links that lead back"):
+        cli.absolute_path("loop")
 
 
 def test_the_words_of_a_prompt_are_those_that_say_what_it_shows():

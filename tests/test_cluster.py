@@ -377,13 +377,17 @@ def test_a_user_error_ends_the_run_and_a_bug_or_a_lost_worker_does_not():
         after_exception(None, {0: error})
 
 
-def test_gpus_that_do_not_suffice_are_user_errors_with_the_remedies():
+def test_gpus_and_memory_that_do_not_suffice_are_user_errors_with_the_remedies():
     """Their memory; and on another node NCCL's error, which is an old driver's."""
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
     for failure in (memory, RuntimeError("torch.OutOfMemoryError: CUDA out of memory")):
         found = cluster.training_error(failed_workers(failure))
         assert type(found) is OutOfMemory
         assert "--gradient_checkpointing" in str(found)
+    allocator = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    found = cluster.training_error(failed_workers(allocator))
+    assert type(found) is OutOfMemory
+    assert "GPU" not in str(found)
     nccl = RuntimeError("nccl2 requires at least one CUDA device")
     found = cluster.training_error(ray.train.ControllerError(nccl))
     assert type(found) is UserError

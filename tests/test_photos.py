@@ -255,6 +255,7 @@ def test_captions_are_read_from_either_file(captioned, capsys):
         ([{"file_name": "a.png", "text": " "}], {}, "line 1: an empty caption"),
         ([{"file_name": "a.png", "text": 7}], {}, "line 1: an empty caption"),
         (None, {"a": "\n"}, "a.txt: an empty caption"),
+        (None, {"a": "c\0a\0r\0"}, "a.txt is not a UTF-8 text file"),  # UTF-16
         ([{"file_name": "a.png", "text": "x"}], {"a": "y"}, "line 1: a.png has another caption"),
         (
             [{"file_name": "a.png", "text": t} for t in "xy"],

@@ -140,6 +140,10 @@ def test_a_truncated_file_is_named(copied, file):
     with pytest.raises(UserError, match=f"--compare_to: .*{file} is damaged") as error:
         pipeline_dir.check_model_dir(copied, "--compare_to")
     assert "\n" not in str(error.value)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (copied / file).write_text(pointer)
+    with pytest.raises(UserError, match=f"{file} is damaged .*: .git lfs pull. in "):
+        pipeline_dir.check_model_dir(copied)
 
 
 def test_models_that_the_scripts_cannot_train_are_refused(copied):

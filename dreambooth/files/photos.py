@@ -137,9 +137,12 @@ def _caption(text, where):
 
 def _read_text(file):
     try:
-        return file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"{file} is not a UTF-8 text file") from None
+        text = "\0"
+    if "\0" in text:  # as in UTF-16, which may be valid UTF-8
+        raise UserError(f"{file} is not a UTF-8 text file")
+    return text
 
 
 def _normal(name):

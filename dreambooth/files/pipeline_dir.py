@@ -9,7 +9,7 @@ import types
 import typing
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -291,6 +291,9 @@ def read_config(file, flag):
 
 def _fetch_again(file):
     """The remedy. In the Hub's cache a file is a link, and only what it leads to is fetched."""
+    with suppress(OSError), open(file, "rb") as opened:
+        if opened.read(23) == b"version https://git-lfs":
+            return f"it is a pointer of Git LFS: `git lfs pull` in {Path(file).parent}"
     return f"delete {Path(file).resolve()} and fetch or copy it again"
 
 

@@ -391,6 +391,11 @@ def training_error(error):
                 "out of GPU memory: leave out --cuda_graph, give --gradient_checkpointing, then"
                 " --param_dtype bf16 or --use_lora, or a smaller --train_batch_size or --resolution"
             )
+        if "DefaultCPUAllocator: can't allocate memory" in str(cause):
+            return OutOfMemory(
+                "out of memory: end other programs, give --use_lora, or a smaller"
+                " --train_batch_size or --resolution"
+            )
         user_error = user_error_in(cause)
         if user_error:
             return user_error
