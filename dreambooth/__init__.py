@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 # Where a standard stream is closed (`train.py >&-`), the next file that is opened, such as a
 # checkpoint, would get its descriptor, and all that is printed would go into that file.
@@ -16,3 +17,12 @@ os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # Ray's default; train.py knows no oth
 # Python's garbage collector goes through all modules again and again while they are imported, 0.9 s
 # of each script on two cores, unless it waits for more new objects than by default (700).
 gc.set_threshold(10_000)
+
+
+def _print_error(kind, error, trace):
+    """Ctrl-C while modules are imported, which takes seconds, ends a script without their trace."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _print_error

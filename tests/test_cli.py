@@ -329,6 +329,15 @@ def test_a_script_outlives_the_reader_of_what_it_prints(root, shell, every):
     assert done.stderr == (b"" if "2>&-" in shell else b"done\n")
 
 
+def test_ctrl_c_while_modules_are_imported_prints_no_trace(root):
+    """They take seconds; a fault there keeps its trace."""
+    for error, printed in (("KeyboardInterrupt", b""), ("ImportError", b"Traceback")):
+        code = f"import dreambooth; raise {error}"
+        done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True)
+        assert done.returncode != 0
+        assert done.stderr.split(b" ")[0] == printed
+
+
 def test_a_closed_stream_does_not_write_into_the_next_file(root, tmp_path):
     """Which would get its number: what Ray's or torch's C++ prints would go into a checkpoint."""
     code = "import dreambooth, os; f = open('x', 'wb'); os.write(1, b'printed'); f.close()"

@@ -31,6 +31,16 @@ def test_a_pipe_is_no_photo(flat_image, tmp_path):
     assert photos.find_images(tmp_path) == [photo]
 
 
+def test_copies_of_a_photo_are_one(flat_image, tmp_path, capsys):
+    """As a telephone exports some twice."""
+    three = [flat_image(f"{i}.png", i, folder=tmp_path) for i in range(3)]
+    copies = [flat_image(f"0 ({i}).png", 0, folder=tmp_path) for i in range(3)]
+    photos.warn_if_few([*three, *copies])
+    assert capsys.readouterr().err == ""
+    photos.warn_if_few([*three[:2], *copies])
+    assert "holds 2 photos and copies (0.png): is it the right" in capsys.readouterr().err
+
+
 def test_what_is_no_image_of_the_folder_is_skipped(flat_image, tmp_path):
     """Others' leftovers, and what generate.py puts beside its images."""
     folder = tmp_path / "photos"
@@ -133,7 +143,7 @@ def test_fewer_than_three_photos_are_asked_about(flat_image, tmp_path, capsys):
     """`images` in place of `images/lego-car`: the banner of the README would be the one photo."""
     own = tmp_path / "own"
     for count, photos_in_words in ((1, "1 photo"), (2, "2 photos"), (3, "")):
-        source = flat_image(f"{count}.png", 0, folder=tmp_path / "source").parent
+        source = flat_image(f"{count}.png", count, folder=tmp_path / "source").parent
         photos.main(SimpleNamespace(source=source, folder=own))
         assert len(photos.find_images(own)) == count
         warning = f"warning: {source} holds {photos_in_words} (1.png)" if count < 3 else ""
@@ -152,7 +162,7 @@ def test_a_phones_photos_are_trained_on(tmp_path, train_here, capsys):
     )
     for name in ("IMG_0002.JPG", b"caf\xe9.jpg".decode(errors="surrogateescape")):
         buffer = BytesIO()
-        image = Image.new("RGB", (64, 80), (234, 51, 35))
+        image = Image.new("RGB", (64, 80 + len(name)), (234, 51, 35))
         image.save(buffer, "JPEG", quality=95, icc_profile=PROFILES["Display P3"])
         (folder / name).write_bytes(buffer.getvalue())
     paths = [str(path) for path in photos.find_images(folder)]

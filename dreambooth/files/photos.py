@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import unicodedata
+import zlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -150,10 +151,14 @@ def _normal(name):
 
 
 def warn_if_few(paths):
-    """Warn if there are not enough photos of a subject."""
-    if len(paths) < FEW_PHOTOS:
+    """Warn if there are not enough photos of a subject. Copies of one count as one."""
+    number = len({os.path.getsize(path) for path in paths})
+    if number < FEW_PHOTOS:
+        number = len({zlib.crc32(Path(path).read_bytes()) for path in paths})
+    if number < FEW_PHOTOS:
+        copies = " and copies" if len(paths) > number else ""
         warn(
-            f"{Path(paths[0]).parent} holds {len(paths)} photo{'s' if len(paths) > 1 else ''}"
+            f"{Path(paths[0]).parent} holds {number} photo{'s' if number > 1 else ''}{copies}"
             f" ({Path(paths[0]).name}): is it the right folder? Four or five are usual"
         )
 
