@@ -551,7 +551,7 @@ def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys, signal_
     assert capsys.readouterr().err.count("run the same command again to resume") == 3
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(tmp_path, monkeypatch, signal_handlers):
+def test_a_term_that_comes_twice_at_once_is_one(tmp_path, monkeypatch, signal_handlers):
     """`timeout ./run.sh` sends TERM to all, and run.sh passes on its own."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock.now)
@@ -563,6 +563,10 @@ def test_a_signal_that_comes_twice_at_once_is_one(tmp_path, monkeypatch, signal_
     with pytest.raises(SystemExit):
         signal.raise_signal(signal.SIGTERM)
     assert stop.again
+    stop = checkpoints.StopOnSignal(Namespace(restart=False), tmp_path)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(SystemExit):  # an impatient user's second Ctrl-C
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("under_nohup", [False, True])

@@ -383,8 +383,8 @@ def without_restart(args):
 
 class StopOnSignal:
     """Ctrl-C, TERM, and HUP, of a terminal that is closed or a lost connection, ask the run to stop
-    after its current step, with a checkpoint; a second Ctrl-C or TERM stops it at once. The same
-    one within `ECHO` seconds is the first: sent to all processes, and passed on by run.sh."""
+    after its current step, with a checkpoint; a second Ctrl-C or TERM stops it at once. A TERM
+    within `ECHO` seconds of one is the same: sent to all processes, and passed on by run.sh."""
 
     def __init__(self, args, folder):
         self.args = args
@@ -397,7 +397,7 @@ class StopOnSignal:
                 signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
-        if self.signal == number and time.monotonic() - self.asked < ECHO:
+        if number == self.signal == signal.SIGTERM and time.monotonic() - self.asked < ECHO:
             return
         if self.signal and number != signal.SIGHUP:  # of which shells send a second one
             self.again = True
