@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--num_workers", type=int, help=workers_help)
     batch_help = f"images per batch on a GPU (default: what fits, at most {MAX_BATCH})"
     add("--batch_size", type=int, help=batch_help)
-    add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
+    add("--compile", action="store_true", help="compile the model's repeated blocks")
     add("--dry_run", action="store_true", help="check everything, and generate nothing")
     add("--verbose", action="store_true", help="show the logs of Ray and the other libraries")
     return parser.parse_args(argv)

@@ -6,7 +6,9 @@
 #   MODEL=sdxl ./run.sh, MODEL=klein ./run.sh   with Stable Diffusion XL, with FLUX.2-klein
 #   ./run.sh test     the tests
 #
-# Each variable below can be set from outside: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
+# Variables set what it does: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
+# MODEL LORA CLASS_NAME INSTANCE_DIR UNIQUE_TOKEN CLASS_PROMPT INSTANCE_PROMPT OTHER_PROMPT SCENES STEPS PAIRS
+# NUM_CLASS_IMAGES TRAIN_FLAGS LORA_FLAGS MORE_FLAGS CLASS_FLAGS SAMPLE_FLAGS PREVIEW_EVERY DATA_PREFIX PYTHON
 # TRAIN_FLAGS replaces the recipe, MORE_FLAGS is added to it: MORE_FLAGS=--restart ./run.sh
 # SCENES is a list: SCENES="in the snow|at night" ./run.sh
 set -euo pipefail
@@ -190,7 +192,7 @@ main() {
 
   step 1 "cache the original model (pocket: seconds; others: a download, 4 GB for Stable Diffusion 1.4)"
   if [[ -z "$OWN_MODEL" ]]; then
-    "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
+    run "$PYTHON" cache_model.py --model_dir "$ORIG_MODEL_DIR" --model_name "$ORIG_MODEL_NAME" --revision "$ORIG_MODEL_HASH"
   fi
   # A mistake of step 5 is found now, and not after the training.
   "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
@@ -219,7 +221,7 @@ main() {
   if ((NUM_GPUS <= 1)) && [[ -z "${RAY_ADDRESS:-}" ]]; then ray_data=; fi
   local class_images=()
   if ((NUM_CLASS_IMAGES > 0)); then
-    "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
+    run "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_REG_DIR" --prompts "$CLASS_PROMPT" \
       --num_samples_per_prompt "$NUM_CLASS_IMAGES" --overwrite $ray_data $CLASS_FLAGS
     class_images=("$CLASS_PROMPT, by the original model=$IMAGES_REG_DIR")
   fi
@@ -233,7 +235,7 @@ main() {
     ${previews[@]+"${previews[@]}"}
 
   step 5 "generate the subject in new places, and what must not change; the original model, too (seconds to minutes)"
-  "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
+  run "$PYTHON" generate.py "${RESULT[@]}" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
     --compare_to "$ORIG_MODEL_PATH" --overwrite ${RAY_ADDRESS:+--use_ray_data} $SAMPLE_FLAGS
 
   step 6 "put photos, class images and new images on one sheet, and the run on a page"
@@ -264,7 +266,7 @@ check_number() {
   done
 }
 
-# Run a command that a scheduler's TERM for this script reaches as well: training then writes a checkpoint.
+# Run a long command that a scheduler's TERM for this script reaches as well: training then writes a checkpoint.
 # (A terminal sends Ctrl-C to both.)
 run() {
   local code child
@@ -310,5 +312,5 @@ cd "$(dirname "$(realpath "$0")")"
 case "${1:-}" in
   "") find_python; main ;;
   test) find_python; exec "$PYTHON" -m pytest -q ;;
-  *) sed -n '2,11s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
+  *) sed -n '2,13s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
 esac

@@ -80,8 +80,8 @@ def build_parser():
     dtype_help = "trained weights; bf16 (with Kahan summation): 10 bytes per weight, not 16"
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
-    add("--compile", action="store_true", help="compile the U-Net's repeated blocks")
-    graph_help = "capture each step as a CUDA graph, on one GPU: faster, takes more memory"
+    add("--compile", action="store_true", help="compile the model's repeated blocks")
+    graph_help = "replay forward and backward pass as CUDA graphs, on one GPU: faster, more memory"
     add("--cuda_graph", action="store_true", help=graph_help)
     every_help = "steps between checkpoints; 0: none (default: a tenth of the run, after a minute)"
     add("--checkpointing_steps", type=int, help=every_help)

@@ -509,13 +509,14 @@ def test_without_the_class_loss_no_class_image_is_generated(run_story):
         assert ("images-reg" in commands["generate.py"][-2]) == is_generated, variables
 
 
-def test_a_schedulers_signal_reaches_training(run_sh, tmp_path):
-    """TERM of the script, as for the first process of a container; its exit code is training's."""
+@pytest.mark.parametrize("script", ["cache_model.py", "generate.py", "train.py"])
+def test_a_schedulers_signal_reaches_what_takes_long(run_sh, tmp_path, script):
+    """TERM of run.sh, as for the first process of a container; its exit code is the script's."""
     process = run_sh(
         f"""#!/usr/bin/env bash
         case "$*" in
-          train.py*--dry_run*) ;;
-          train.py*) trap 'echo stopping; sleep 0.2; echo stopped; exit 143' TERM
+          *--dry_run*) ;;
+          {script}*) trap 'echo stopping; sleep 0.2; echo stopped; exit 143' TERM
             touch {tmp_path}/began; while :; do sleep 0.05; done ;;
         esac
         """
