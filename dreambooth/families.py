@@ -97,6 +97,8 @@ class StableDiffusion(Family):
         return {"prompt_ids": ids, "counts": [count for _, count in groups]}
 
     def one_per_image(self, conditions):
+        if "counts" not in conditions:  # they are
+            return conditions
         return {"prompt_ids": repeat(conditions["prompt_ids"], conditions["counts"])}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):

@@ -80,6 +80,7 @@ class Captured(torch.nn.Module):
             self.is_captured = True
             # "thread_local": the threads that read images may use the GPU meanwhile.
             settings = {"allow_unused_input": True, "capture_error_mode": "thread_local"}
+            # Which calls this module, before it replaces its `forward`.
             torch.cuda.make_graphed_callables(self, tree_map(torch.clone, batch), **settings)
         return super().__call__(*batch)
 

@@ -174,6 +174,11 @@ def test_restart_begins_anew_and_a_run_without_checkpoints_leaves_nothing(
     assert names(begun) == ["lock", "run.json"]
     assert json.loads((begun / "run.json").read_text())["lr"] == 0.1
     assert capsys.readouterr().out == ""
+    being_written = begun / ".step_000010.tmp"  # as the run ends with an error
+    being_written.mkdir()
+    checkpoints.remove_unless_needed(begun)
+    assert names(begun) == [being_written.name, "lock", "run.json"]
+    being_written.rmdir()
     checkpoints.remove_unless_needed(begun)
     assert names(tmp_path) == ["tuned.report"]
 
@@ -332,6 +337,21 @@ def test_a_restored_run_goes_on_to_the_last_bit(make, monkeypatch, dtype):
     assert len(found) == len(expected) == 7
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(whole.model.weight, first.model.weight)
+
+
+def test_a_run_with_bfloat16_weights_that_began_on_a_gpu_goes_on_without(make):
+    """The state of optimi's AdamW says that Triton's kernels are used, which a CPU has not."""
+    first = make(param_dtype="bf16", checkpointing_steps=5)
+    first.take_steps(0, 4)
+    first.optimizer.param_groups[0]["triton"] = True
+    state = first.checkpointer._state()
+    first.optimizer.param_groups[0]["triton"] = False
+    first.take_steps(4, 6)
+    checkpoints.write(state, 4, first.folder, limit=99)
+    second = make(param_dtype="bf16")
+    second.checkpointer.on_train_begin(4)
+    second.take_steps(4, 6)
+    assert torch.isfinite(second.model.weight).all()
 
 
 @pytest.mark.parametrize("lacking", ["room", "memory that can be pinned"])
@@ -548,7 +568,9 @@ def test_the_first_signal_asks_and_the_second_one_ends(tmp_path, capsys, signal_
         codes.append(found.value.code)
     term, interrupt = 128 + signal.SIGTERM, 128 + signal.SIGINT
     assert codes == [term, term, interrupt, term]
-    assert capsys.readouterr().err.count("run the same command again to resume") == 3
+    printed = capsys.readouterr().err
+    assert printed.count("run the same command again to resume") == 3
+    assert printed.count("stopped after step 0 (a worker died): run") == 1
 
 
 def test_a_term_that_comes_twice_at_once_is_one(tmp_path, monkeypatch, signal_handlers):

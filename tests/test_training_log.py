@@ -289,6 +289,19 @@ def test_what_ended_a_run_is_on_record(record, tmp_path, error, status):
     assert facts["message"] == (str(error).partition("\n")[0] or "KeyboardInterrupt")
 
 
+def test_a_finished_run_stays_one_and_a_full_disk_hides_no_error(record, monkeypatch, tmp_path):
+    """If the card cannot be written, and if the record of another error cannot."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space"), record:
+        record.finish({})
+        raise full
+    assert training_log.read_run_record(tmp_path / "out.report")["status"] == "finished"
+    record.facts["status"] = "running"
+    monkeypatch.setattr(atomic, "replace_text", MagicMock(side_effect=full))
+    with pytest.raises(UserError, match="the checkpoint"), record:
+        raise UserError("no space for the checkpoint")
+
+
 def test_an_exit_code_is_no_message(record, tmp_path):
     """As of a second Ctrl-C, which stops a run at once."""
     with pytest.raises(SystemExit), record:

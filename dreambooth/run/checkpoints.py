@@ -115,9 +115,10 @@ def remove(folder):
 
 
 def remove_unless_needed(folder):
-    """`remove`, unless there is a checkpoint to resume from or the storage does not answer."""
+    """`remove`, unless there is a checkpoint to resume from, one is being written, or the storage
+    does not answer."""
     with suppress(OSError):
-        if not find_newest(folder):
+        if not any(Path(folder).glob(".step_*.tmp")) and not find_newest(folder):
             remove(folder)
 
 
@@ -240,6 +241,9 @@ class Checkpointer:
             if isinstance(part, torch.optim.Optimizer):
                 part.load_state_dict(state[name])
                 copy_moments(part)
+                for group in part.param_groups:
+                    if group.get("triton"):  # optimi's kernels, of a run that began on a GPU
+                        group["triton"] = group["params"][0].is_cuda
             else:
                 part.load_state_dict(tree_map_only(torch.Tensor, torch.clone, state[name]))
 
@@ -416,5 +420,6 @@ class StopOnSignal:
         if self.signal and (stopped or self.again):
             step = find_newest(self.folder)
             remedy = f"run the same command again{without_restart(self.args)} to resume"
-            print(f"stopped after step {step}: {remedy}", file=sys.stderr)
+            reason = "" if self.again or isinstance(error, Stopped) else f" ({first_line(error)})"
+            print(f"stopped after step {step}{reason}: {remedy}", file=sys.stderr)
             sys.exit(128 + self.signal)

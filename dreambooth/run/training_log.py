@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -268,7 +268,8 @@ def read_metrics(folder):
 
 
 class RunRecord:
-    """run.json: what a run was. As a context manager it records the error that ends its body."""
+    """run.json: what a run was. As a context manager it records the error that ends its body before
+    the run has finished."""
 
     def __init__(self, args, plan, hardware):
         name, revision = pipeline_dir.name_and_revision(args.model_dir)
@@ -301,12 +302,13 @@ class RunRecord:
         return self
 
     def __exit__(self, error_class, error, trace):
-        if error is not None:
+        if error is not None and self.facts["status"] == "running":
             stopped = not isinstance(error, Exception)  # by Ctrl-C or a signal
             self.facts["status"] = getattr(error, "status", "stopped" if stopped else "failed")
             if not isinstance(error, SystemExit):  # its text is an exit code
                 self.facts["message"] = first_line(error)
-            self._write()
+            with suppress(OSError):  # the disk may be full, which may be that error
+                self._write()
 
     def _write(self):
         atomic.replace_text(self.folder / RECORD, json.dumps(self.facts, indent=1))
