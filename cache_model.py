@@ -9,7 +9,6 @@ use is downloaded, as safetensors where the revision has them; complete download
 The model "pocket" comes with this checkout: it needs no network.
 """
 
-import errno
 import re
 from argparse import ArgumentTypeError
 from contextlib import contextmanager
@@ -24,7 +23,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dreambooth.cli import ArgumentParser, UserError, absolute_path, first_line, run_main, warn
+from dreambooth.cli import (
+    ArgumentParser,
+    UserError,
+    absolute_path,
+    first_line,
+    is_full,
+    run_main,
+    warn,
+)
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.pocket import POCKET_DIR
 
@@ -95,7 +102,8 @@ def fetch_from_hub(cache_dir, model_name, revision):
 def fetched_earlier(cache_dir, model_name, branch):
     """The pipeline directory of the commit that `branch` was when it was last fetched; None if it
     is not in the cache, or not complete."""
-    ref = pipeline_dir.snapshot_dir(cache_dir, model_name, branch).parents[1] / "refs" / branch
+    # The branch's name may have slashes.
+    ref = pipeline_dir.snapshot_dir(cache_dir, model_name, "x").parents[1] / "refs" / branch
     if not ref.is_file():
         return None
     snapshot = pipeline_dir.snapshot_dir(
@@ -123,8 +131,8 @@ def hub_errors_as_one_line(name, revision, folder, offline_remedy):
         raise UserError(f"{name!r}: {first_line(error)}") from None
     except PermissionError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
-    except (OSError, HTTPError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
+    except (OSError, HTTPError, RuntimeError) as error:  # the last: of hf_xet, which downloads
+        if is_full(error):
             raise UserError(f"no space left in {folder}") from None
         raise UserError(
             f"no answer from the Hub ({type(error).__name__}: {first_line(error)}):"

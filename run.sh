@@ -164,6 +164,8 @@ choose_settings() {
     *) use_stable_diffusion ;;
   esac
   [[ -n "${ORIG_MODEL_HASH:-}" ]] || refuse "set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use"
+  [[ -n "$OWN_MODEL" || "$kind" == pocket || "$ORIG_MODEL_HASH" =~ ^[0-9a-f]{40}$ ]] ||
+    refuse "ORIG_MODEL_HASH=$ORIG_MODEL_HASH: must be a commit, 40 digits and letters from a to f"
   NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
   PREVIEW_EVERY=${PREVIEW_EVERY:-100}
   check_number 1 PAIRS STEPS NUM_WORKERS

@@ -161,7 +161,7 @@ def is_full(error):
     that it takes no file of that size. (safetensors has errors of its own, with the system's
     message; torch's come after the file's.)"""
     texts = [os.strerror(code) for code in FULL]
-    if any(text in str(error) for text in texts):
+    if getattr(error, "errno", None) in FULL or any(text in str(error) for text in texts):
         return True
     return error.__context__ is not None and is_full(error.__context__)
 

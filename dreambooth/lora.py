@@ -110,8 +110,9 @@ def from_peft(weights, config_file, flag):
         return own / (matrix.shape[1] ** 0.5 if config.get("use_rslora") else matrix.shape[1])
 
     parts = dict.fromkeys(("down_blocks.", "mid_block.", "up_blocks."), "unet")
-    parts["transformer_blocks.0"] = "transformer"
-    found = [part for layer, part in parts.items() if any(layer in name for name in weights)]
+    parts |= dict.fromkeys(("transformer_blocks.", "single_transformer_blocks."), "transformer")
+    layers = [name.removeprefix(PEFT) for name in weights]
+    found = [parts[start] for start in parts if any(layer.startswith(start) for layer in layers)]
     part = found[0] if found else "text_encoder"
     return {
         f"{part}.{name.removeprefix(PEFT)}": matrix * scale(name, matrix)

@@ -52,6 +52,12 @@ def test_a_file_is_replaced_and_never_seen_half_written(tmp_path):
     assert names_in(tmp_path) == ["a.txt"]
 
 
+def test_a_name_that_is_not_utf_8_may_be_written(tmp_path):
+    """As the page names a folder of photos."""
+    atomic.replace_text(tmp_path / "page", f"caf\u00e9 {os.fsdecode(b'caf' + bytes([233]))}")
+    assert (tmp_path / "page").read_text(encoding="utf-8") == "caf\u00e9 caf\\udce9"
+
+
 def test_a_directory_is_no_file_to_replace(tmp_path):
     with pytest.raises(UserError, match="is a directory: name a file in it"):
         atomic.replace_file(tmp_path, lambda file: file.write_text("new"))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -275,6 +276,10 @@ def test_without_a_network_a_branch_is_what_was_fetched_last(run, model_dir, tmp
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(snapshot)]
     assert err.startswith("warning: using what was fetched earlier: no answer from the Hub")
+    (ref.parent / "refs" / "pr").mkdir(parents=True)
+    (ref.parent / "refs" / "pr" / "1").write_text("0123abc")
+    run("acme/sd", revision="refs/pr/1")
+    assert capsys.readouterr().out.splitlines() == [str(snapshot)]
     (snapshot / "unet" / "config.json").unlink()
     with pytest.raises(UserError, match="no answer from the Hub"):
         run("acme/sd")
@@ -301,6 +306,29 @@ def test_the_folder_holds_the_photos_alone(photo_hub, tmp_path, capsys):
     download_example_dataset.main(args)
     assert photo_hub == ["diffusers/dog-example"]
     assert "already: 1\n" in capsys.readouterr().out
+
+
+def test_runs_that_begin_at_once_download_the_photos_once(photo_hub, tmp_path, monkeypatch):
+    """The other one would have removed what the first had downloaded so far."""
+    download = download_example_dataset.snapshot_download
+    began, may_end = threading.Event(), threading.Event()
+
+    def download_slowly(*args, **settings):
+        began.set()
+        assert may_end.wait(20)
+        download(*args, **settings)
+
+    monkeypatch.setattr(download_example_dataset, "snapshot_download", download_slowly)
+    args = download_example_dataset.parse_args([str(tmp_path / "dog")])
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(download_example_dataset.main, args)
+        assert began.wait(20)
+        second = threads.submit(download_example_dataset.main, args)
+        assert not wait([second], timeout=0.1).done
+        may_end.set()
+    assert first.result() is second.result() is None
+    assert len(photo_hub) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dog"]
 
 
 def test_a_place_that_cannot_be_written_is_refused(photo_hub, tmp_path):
@@ -346,6 +374,11 @@ ERRORS = {
     "offline": (OfflineModeIsEnabled("offline"), "check the network, or copy it there"),
     "not cached": (LocalEntryNotFoundError("no"), "check the network, or copy it there"),
     "no connection": (ConnectionError("refused"), "check the network, or copy it there"),
+    "hf_xet": (RuntimeError("Task error: CAS"), "(RuntimeError: Task error: CAS): check the netw"),
+    "hf_xet's full disk": (
+        RuntimeError("Task: No space left on device"),
+        "no space left in /cache",
+    ),
     "server": (HTTPError("502"), "no answer from the Hub (HTTPError: 502)"),
     "proxy": (ImportError("Using SOCKS proxy, but"), "cannot be asked (Using SOCKS proxy, but): "),
     "proxy's scheme": (ValueError("Unknown scheme"), "such as ALL_PROXY and HF_TOKEN, or copy it"),

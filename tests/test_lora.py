@@ -196,8 +196,8 @@ def test_a_file_of_peft_needs_its_configuration(pipeline_with, tmp_path):
     ("layer", "part"),
     [
         ("text_model.encoder.layers.0.self_attn.q_proj", "text_encoder"),
-        ("single_transformer_blocks.0.attn.to_out", "transformer"),
-        ("transformer_blocks.0.attn.to_q", "transformer"),
+        ("single_transformer_blocks.10.attn.to_out", "transformer"),
+        ("transformer_blocks.5.attn.to_q", "transformer"),
         ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet"),
     ],
 )

@@ -352,6 +352,8 @@ def test_flags_for_run_sh_follow_its_more_flags(flags_for, sd14_dir):
 
 def test_no_memory_is_a_mistake_and_not_a_question(sd14_dir):
     """0 must not ask the GPUs."""
+    with pytest.raises(SystemExit):  # of all choices none would be left
+        memory.parse_args(["--model_dir", str(sd14_dir), "--use_lora", "--full"])
     args = memory.parse_args(["--model_dir", str(sd14_dir), "--gib", "0"])
     with pytest.raises(UserError, match="^--gib is 0.0: must be above 0$"):
         memory.main(args)

@@ -225,6 +225,21 @@ def test_images_of_another_model_are_shown_neither_on_the_page_nor_on_the_card(
         assert (result / "before-after.png").exists() == is_on_card
 
 
+def test_images_of_another_model_among_its_own_are_not_shown(report, save_after, model_dir, capsys):
+    """As a run leaves them that was killed while it replaced an earlier run's."""
+    result = report.with_name("tuned")
+    shutil.copytree(model_dir, result, dirs_exist_ok=True)
+    folder = save_after()
+    own, *others = sorted(folder.glob("*.png"))
+    for file in (own, *others):
+        model = pipeline_dir.fingerprint(result) if file == own else "0123"
+        record = {**generated_images.read_record(file), "model": model, "lora": ""}
+        generated_images.save_image(Image.open(file), record, file)
+    page = write_page(report, folder)
+    assert f"{len(others)} of {len(others) + 1} images in" in capsys.readouterr().err
+    assert page.count(">after<") == 1
+
+
 def test_the_page_of_a_copied_result_leaves_the_original_alone(report, save_after, tmp_path):
     for folder in (report, report.with_name("tuned")):
         shutil.copytree(folder, tmp_path / "copy" / folder.name)

@@ -152,6 +152,7 @@ def test_previews_of_steps_that_are_done_again_go(train_args, tmp_path, flat_ima
             name = previews.file_name(number, step)
             flat_image(name, 0, folder=tmp_path / previews.FOLDER)
     flat_image(previews.FILM_STRIP, 0)
+    (tmp_path / previews.FOLDER / previews.file_name(0, 1)).touch()  # of a power cut
     preview, _ = make(train_args, tmp_path)
     preview.on_train_begin(2)
     assert [list(by_step) for by_step in previews.find(tmp_path).values()] == [[0, 2], [0, 2]]

@@ -24,6 +24,7 @@ case "$*" in
   elif [[ "$*" == *--use_lora ]]; then echo --use_lora; fi ;;
 esac
 """
+COMMIT = "c0ffee" * 6 + "beef"
 PARSERS = {
     "cache_model.py": cache_model.parse_args,
     "download_example_dataset.py": download_example_dataset.parse_args,
@@ -145,7 +146,7 @@ def test_train_flags_from_outside_stay_as_they_are(run_story):
     """Also on GPUs that are too small for them, as far as run.sh knows, and of a model whose recipe
     is a LoRA's."""
     flags = {"TRAIN_FLAGS": "--lr 1e-5 --train_batch_size 1"}
-    done, commands = run_story(1, 2, MODEL="klein", ORIG_MODEL_HASH="abc", **flags)
+    done, commands = run_story(1, 2, MODEL="klein", ORIG_MODEL_HASH=COMMIT, **flags)
     (train,) = commands["train.py"]
     assert train.endswith(" --num_workers 1 --lr 1e-5 --train_batch_size 1")
     assert "GiB" not in done.stderr
@@ -224,12 +225,12 @@ def test_each_variable_can_be_set_from_outside(run_story):
     names += ["IMAGES_REG_DIR", "IMAGES_OWN_DIR", "IMAGES_NEW_DIR"]
     paths = {name: f"/given/{name}" for name in names}
     paths["ORIG_MODEL_PATH"] = "/given/ORIG_MODEL_DIR/its/snapshot"
-    others = {"ORIG_MODEL_NAME": "own/model", "ORIG_MODEL_HASH": "c0ffee", "CLASS_NAME": "owl"}
+    others = {"ORIG_MODEL_NAME": "own/model", "ORIG_MODEL_HASH": COMMIT, "CLASS_NAME": "owl"}
     others |= {"UNIQUE_TOKEN": "zwx", "CLASS_PROMPT": "photo of an owl", "SCENES": "in a barn"}
     others |= {"NUM_WORKERS": "3", "PAIRS": "6", "STEPS": "70", "NUM_CLASS_IMAGES": "50"}
     _, commands = run_story(0, **paths, **others)
     (cache,) = commands["cache_model.py"]
-    assert cache == "--model_dir /given/ORIG_MODEL_DIR --model_name own/model --revision c0ffee"
+    assert cache == f"--model_dir /given/ORIG_MODEL_DIR --model_name own/model --revision {COMMIT}"
     assert commands["dreambooth.files.photos"] == [
         "/given/INSTANCE_DIR",  # looked at before anything costly starts
         "/given/INSTANCE_DIR /given/IMAGES_OWN_DIR",
@@ -283,6 +284,7 @@ def test_what_can_only_go_wrong_is_refused_at_once(run_story, tmp_path):
         ({"LORA": "true"}, "error: LORA=true: must be 0 or 1"),
         ({"MODEL": "dalle"}, "error: MODEL=dalle: must be "),
         ({"MODEL": "sdxl", "ORIG_MODEL_NAME": "pocket"}, "error: MODEL=sdxl and ORIG_"),
+        ({"ORIG_MODEL_HASH": "main"}, "error: ORIG_MODEL_HASH=main: must be a commit, 40"),
         ({"MODEL": "klein"}, "error: set ORIG_MODEL_HASH to the commit of black-forest-labs/"),
         ({"INSTANCE_DIR": photos, "SUBJECT_DIR": f"{photos}/"}, "error: results would go among"),
     ):
@@ -437,12 +439,12 @@ def test_without_previews_none_is_asked_for(run_story, tmp_path):
 def test_each_model_has_a_short_name_and_its_recipe(run_story):
     """A LoRA of FLUX.2-klein, with few class images."""
     xl = "stabilityai/stable-diffusion-xl-base-1.0 --revision 46216598403"
-    klein = "black-forest-labs/FLUX.2-klein-base-4B --revision abc"
+    klein = f"black-forest-labs/FLUX.2-klein-base-4B --revision {COMMIT}"
     lora = "--max_train_steps 500 --lora_rank 16 --lr 1e-4 --use_lora"
     for variables, name, count, flags in (
         ({"MODEL": "sdxl"}, xl, 200, "--num_epochs 1000000 --max_train_steps 500 --lr 2e-6"),
         ({"MODEL": "sdxl", "LORA": "1"}, xl, 200, f"--num_epochs 1000000 {lora}"),
-        ({"MODEL": "klein", "ORIG_MODEL_HASH": "abc"}, klein, 48, f"--num_epochs 1000000 {lora}"),
+        ({"MODEL": "klein", "ORIG_MODEL_HASH": COMMIT}, klein, 48, f"--num_epochs 1000000 {lora}"),
     ):
         _, commands = run_story(1, **variables)
         assert f"--model_name {name}" in commands["cache_model.py"][-1]

@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dreambooth.cli import UserError, is_full, warn
@@ -51,7 +51,9 @@ def replace_file(file, write):
 
 def replace_text(file, text):
     """Write `text` to `file`, whole or not at all."""
-    replace_file(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    # A path's bytes that are not UTF-8, which Python keeps as lone surrogates, become "\\udce9".
+    data = text.encode(errors="backslashreplace")
+    replace_file(file, lambda temporary: temporary.write_bytes(data))
 
 
 def append_line(file, text):
@@ -142,6 +144,21 @@ def lock(file, what, wait=False):
         ) from None
     except OSError as error:  # a file system without locks, say: no reason to refuse the run
         warn(f"{file} cannot be locked ({error.strerror}): start no second run for {what}")
+
+
+@contextmanager
+def turn(folder):
+    """Wait until no other process has its turn at a directory. Leaves no file there; where it is
+    not there, or cannot be locked, goes on."""
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def flush(path):

@@ -137,13 +137,11 @@ def _caption(text, where):
 
 
 def _read_text(file):
-    try:
+    with suppress(OSError, UnicodeDecodeError):
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        text = "\0"
-    if "\0" in text:  # as in UTF-16, which may be valid UTF-8
-        raise UserError(f"{file} is not a UTF-8 text file")
-    return text
+        if "\0" not in text:  # else it is UTF-16, which may be valid UTF-8
+            return text
+    raise UserError(f"{file} is not a UTF-8 text file")
 
 
 def _normal(name):
@@ -198,7 +196,8 @@ def copy_images(source, folder):
         written = [os.fsencode(file.name) for file in temporary.iterdir()]
         (temporary / COPIED).write_bytes(b"\0".join([source, *written]))
 
-    atomic.replace_dir(folder, write)
+    with atomic.turn(folder.parent):  # two runs of one subject may begin at once
+        atomic.replace_dir(folder, write)
 
 
 def main(args):

@@ -157,20 +157,20 @@ def _all_shards(name):
     return [f"{start}-{i:0{len(found[1])}}-of-{found[2]}{end}" for i in range(1, int(found[2]) + 1)]
 
 
-def is_single_file(path):
-    """Whether a file is, by its name, a whole model in one file, which other tools write."""
-    return path.is_file() and path.suffix.lower() in SINGLE_FILES
+def refuse_single_file(path, flag):
+    """`path` must not be a model in one file, as other tools write it."""
+    if path.is_file() and path.suffix.lower() in SINGLE_FILES:
+        raise UserError(
+            f"{flag} {path} is a single file, and these scripts take a diffusers directory:"
+            " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIRECTORY) writes one"
+        )
 
 
 def check_model_dir(model_dir, flag="--model_dir"):
     """`model_dir` must be a complete pipeline directory of one of PIPELINES, whose parts fit
     each other."""
     folder = Path(model_dir)
-    if is_single_file(folder):
-        raise UserError(
-            f"{flag} {folder} is a single file, and these scripts take a diffusers directory:"
-            " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIRECTORY) writes one"
-        )
+    refuse_single_file(folder, flag)
     if not folder.is_dir():
         reason = "a file, not a directory" if folder.is_file() else "no such directory"
         raise UserError(
@@ -187,8 +187,8 @@ def check_model_dir(model_dir, flag="--model_dir"):
         )
     missing = missing_file(folder)
     if missing:
-        for file in filter(is_single_file, folder.iterdir() if missing == INDEX else ()):
-            check_model_dir(file, flag)  # which refuses it
+        for file in folder.iterdir() if missing == INDEX else ():
+            refuse_single_file(file, flag)
         others = [file.name for file in (folder / missing).parent.glob("*.safetensors")]
         variant = f" (only full precision and fp16 are read, not {others[0]})" if others else ""
         raise UserError(

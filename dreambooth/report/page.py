@@ -271,6 +271,20 @@ def subjects_and_others(comparisons, flags):
     return subjects[:MAX_COMPARISONS], others[:MAX_COMPARISONS]
 
 
+def made_by(output_dir, comparisons):
+    """Of `comparisons`, those whose images after are of the result in `output_dir`. (A run that is
+    killed, or another one, may have replaced some.)"""
+    made, own = {}, []
+    for comparison in comparisons:
+        after = generated_images.read_record(comparison[2])
+        model = after.get("model"), after.get("lora")
+        if model not in made:
+            made[model] = export.has_made(output_dir, after)
+        if made[model]:
+            own.append(comparison)
+    return own
+
+
 def shown(comparisons):
     """For the template: prompt, and both images as data URIs, of each of `comparisons`."""
     return [
@@ -300,15 +314,17 @@ def main(args):
     found = find_comparisons(args.images_dir)
     if args.images_dir and not found:
         warn(f"--images_dir {args.images_dir} holds no images made with --compare_to")
+    own = made_by(output_dir, found)
+    if len(own) < len(found):
+        warn(
+            f"{len(found) - len(own)} of {len(found)} images in {args.images_dir} are not of"
+            f" {output_dir}, but of another model, and are not shown: generate them anew with"
+            " --overwrite"
+        )
+    found = own
     if found:
         before, after = map(generated_images.read_record, found[0][1:])
-        if not export.has_made(output_dir, after):
-            warn(
-                f"the images in {args.images_dir} are not of {output_dir}, but of another model,"
-                " and are not shown: generate them anew with --overwrite"
-            )
-            found = []
-        elif record["status"] != "finished":
+        if record["status"] != "finished":
             warn(
                 f"the images in {args.images_dir} are of an earlier model and are not shown: this"
                 f" run has made none ({record['status']})"

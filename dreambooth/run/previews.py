@@ -124,13 +124,14 @@ class Previews:
 
 
 def remove_outdated(folder, first_step, prompts):
-    """Remove what a resumed run will not show: previews of later steps than `first_step`, and of
-    other prompts, unless there are no `prompts` now."""
+    """Remove what a resumed run will not show: previews of later steps than `first_step`, what a
+    power cut has truncated, and those of other prompts, unless there are no `prompts` now."""
     for number, by_step in find(folder).items():
         for step, file in by_step.items():
             record = generated_images.read_record(file)
             is_other = record and record["prompt"] not in prompts[number : number + 1]
-            if step > first_step or prompts and is_other:
+            is_damaged = not generated_images.is_whole(file)
+            if step > first_step or is_damaged or prompts and is_other:
                 file.unlink()
 
 
