@@ -78,7 +78,7 @@ def fetch_from_hub(cache_dir, model_name, revision):
     not take, of which no weights are downloaded."""
     snapshot = pipeline_dir.snapshot_dir(cache_dir, model_name, revision)
     offline_remedy = (
-        f"run this where there is one and copy the directory to {snapshot},"
+        f"run this on a machine with a network and copy the directory to {snapshot},"
         " or use --model_name pocket, which needs no network"
     )
     with hub_errors_as_one_line(model_name, revision, cache_dir, offline_remedy):

@@ -45,7 +45,7 @@ def main(args):
     """Download the photos; an existing folder of photos is left as it is."""
     folder = Path(args.dir)
     atomic.check_writable(folder, "DIR")
-    with atomic.turn(folder.parent):  # two runs may begin at once
+    with atomic.locked(folder.parent):  # two runs may begin at once
         if folder.is_dir() and {file.name for file in folder.iterdir()} - atomic.FILE_MANAGERS:
             print(f"photos in {folder} already: {len(find_images(folder))}")
             return

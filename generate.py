@@ -6,8 +6,9 @@ new places with the tuned one.
         --num_samples_per_prompt 4
 
 Image i of a prompt depends on the model, the prompt, the seed, i and the sampler's settings alone:
-with or without Ray, on one worker or eight, alone or in a batch, it is the same image (on GPUs, to
-rounding). A second run of the same command generates only what is missing.
+with or without Ray, on one worker or eight, alone or in a batch, it is the same image (up to
+rounding on GPUs, and with another number of CPU cores). A second run of the same command generates
+only what is missing.
 """
 
 import argparse
@@ -146,8 +147,8 @@ def list_records(args):
 def find_existing(args, planned):
     """The images in --output_dir (generated_images.Existing) beside the records `planned` for it.
 
-    With --overwrite, those that are not planned are stale. UserError: without it, there are images
-    with a planned name and other settings.
+    With --overwrite, those that are not planned are stale. UserError: without it, some image there
+    was made with another prompt, model or setting, or has been changed since.
     """
     existing = generated_images.find_existing(args.output_dir, planned)
     if args.overwrite:

@@ -3,7 +3,7 @@
 #
 #   ./run.sh          all of it: with Stable Diffusion 1.4 on GPUs, else with the pocket model
 #   LORA=1 ./run.sh   the same with LoRA
-#   MODEL=sdxl ./run.sh, MODEL=klein ./run.sh   with Stable Diffusion XL, with FLUX.2-klein
+#   MODEL=sdxl ./run.sh   with Stable Diffusion XL; with FLUX.2-klein: MODEL=klein ORIG_MODEL_HASH=COMMIT ./run.sh
 #   ./run.sh test     the tests
 #
 # Variables set what it does: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
@@ -268,8 +268,8 @@ check_number() {
   done
 }
 
-# Run a long command that a scheduler's TERM for this script reaches as well: training then writes a checkpoint.
-# (A terminal sends Ctrl-C to both.)
+# Run a long command and pass a scheduler's TERM on to it, so that training writes a checkpoint. (A terminal sends
+# Ctrl-C to both.)
 run() {
   local code child
   (trap - INT; exec "$@") &  # else Ctrl-C would not reach a background command

@@ -56,13 +56,13 @@ def build_parser():
     add("--train_batch_size", type=int, default=1, help="pairs per worker per forward pass")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step")
     add("--num_epochs", type=int, default=4, help="maximum passes over the class images")
-    add("--max_train_steps", type=int, default=800, help="maximum steps, if reached first")
+    add("--max_train_steps", type=int, default=800, help="maximum steps; both limits hold")
     add("--lr", type=float, help="learning rate of AdamW (default: 5e-6; of LoRA: 1e-4)")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
     weight_help = "weight of the class loss; 0: no class images, epochs count instance images"
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
-    target_help = "target of the class loss: the noise, or the original model's prediction"
+    target_help = "of the class loss: the usual target (noise), or the original model's prediction"
     add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
     noise_help = "fraction of the timesteps, the least noisy, at which photos are trained (1: all)"
     add("--max_instance_noise", type=float, default=1.0, help=noise_help)
@@ -77,7 +77,7 @@ def build_parser():
     add = parser.add_argument_group("run").add_argument
     workers_help = "training workers, one GPU each if there are GPUs; 2:4 means two to four"
     add("--num_workers", type=worker_range, default="1", help=workers_help)
-    dtype_help = "trained weights; bf16 (with Kahan summation): 10 bytes per weight, not 16"
+    dtype_help = "of trained weights; bf16 (with Kahan summation): 10 bytes per weight, not 16"
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the model's repeated blocks")
@@ -153,7 +153,7 @@ def train_fn(config):
     configure_torch(device, context.get_local_world_size())
 
     # Set up the data: this worker's pairs, read while the models load, and the encoded prompts.
-    batches = dataset.read(ray.train.get_dataset_shard("train"), pairs_per_pass)  # [2]
+    crops = dataset.read(ray.train.get_dataset_shard("train"), pairs_per_pass)  # [2]
     family = models.family_of(args.model_dir)
     encoded_prompts = family.encode_prompts(args, plan.prompts, device)
 
@@ -170,19 +170,19 @@ def train_fn(config):
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
     original = models.load_original(args, denoiser, device)
-    log.models_are_loaded(parameters, num_workers)
+    log.on_models_loaded(parameters, num_workers)
 
     # Set up what happens once in a while. `build_trainer` has left out the pairs of steps that are
     # done: the position of this worker's first pair tells how many.
     stateful = {"optimizer": optimizer, "lr_schedule": lr_schedule}
     saver = checkpoints.Checkpointer(args, plan, denoiser, stateful, rank)
     callbacks = [log, saver, previews.Previews(args, plan, vae, denoiser, encoded_prompts, log)]
-    first_step = plan.step_of(batches.first_position())
+    first_step = plan.step_of(crops.first_position())
     for callback in callbacks:
         callback.on_train_begin(first_step)
 
     # Encode each crop once, when a step first needs it.
-    batches = latents.encode_batches(vae, batches, family, encoded_prompts, device, original)
+    batches = latents.encode_batches(vae, crops, family, encoded_prompts, device, original)
     for step in range(first_step, plan.num_steps):
         losses = forward_backward(wrapped, scheduler, batches, accumulation_steps, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -196,7 +196,7 @@ def train_fn(config):
         callback.on_train_end()
 
     if rank == 0:
-        saver.save_result(export.save, denoiser, args)
+        saver.save_result(export.save)
     return log.summary()  # [5] rank 0's is the Result's return value
 
 
@@ -209,7 +209,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
     pair_config = dataset.PairDataConfig(plan.pairs_per_step, plan.resolution, args.seed)
     in_driver = cluster.runs_in_driver(args.num_workers)  # Ray Train then ignores pair_config
 
-    def read_what_is_left():
+    def remaining_pairs():
         # Ray Train calls this for each new group of workers, also after a failure: the pairs of
         # the steps before its newest checkpoint are left out.
         first_step = checkpoints.find_newest(plan.run_dir)
@@ -220,7 +220,7 @@ def build_trainer(args, plan, num_gpus, num_cpus, started):
     return TorchTrainer(
         train_fn,
         train_loop_config={"args": vars(args), "plan": vars(plan), "started": started},
-        datasets={"train": read_what_is_left},  # [6]
+        datasets={"train": remaining_pairs},  # [6]
         dataset_config=pair_config,  # [7]
         scaling_config=cluster.scaling_config(args.num_workers, num_gpus, num_cpus),  # [8]
         run_config=ray.train.RunConfig(  # [9]
@@ -239,7 +239,7 @@ def main(args):
     check_flags(args)
     if args.dry_run:
         plan = make_plan(args)
-        checkpoints.steps_done(plan, args)
+        checkpoints.steps_done(plan, args)  # refuses another run's checkpoints
         print(plan)
         return
     ray_start = cluster.start_ray_in_background(args.verbose)

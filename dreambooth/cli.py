@@ -90,7 +90,9 @@ def absolute_path(text):
     try:
         path = Path(text).expanduser().absolute()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: no such user's home; ./~ is a folder") from None
+        raise argparse.ArgumentTypeError(
+            f"{text}: no such user; ./~ begins the name of a folder"
+        ) from None
     except FileNotFoundError:
         raise argparse.ArgumentTypeError(f"{text}: the current directory was deleted") from None
     try:
@@ -259,7 +261,7 @@ def configure_logs(verbose, loads_models=False):
     if verbose:
         return
     if loads_models:
-        hide_progress_bars()
+        silence_model_libraries()
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
@@ -267,7 +269,7 @@ def configure_logs(verbose, loads_models=False):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def hide_progress_bars():
+def silence_model_libraries():
     """Hide the bars with which diffusers and transformers load models, and what they log."""
     import diffusers
     import transformers

@@ -32,8 +32,8 @@ def pair_images(instance_paths, class_paths, num_pairs, seed, captions=None):
 
     A pair is a dict: instance and class are paths of image files, instance_prompt and class_prompt
     the numbers of their prompts, and position is its place in the run. Prompt 0 is the instance
-    prompt and 1 the class prompt; `captions` has those of images with a caption, by path. Without
-    class images it has no class: training without prior preservation.
+    prompt and 1 the class prompt; `captions`: by path, the number of a captioned image's prompt.
+    Without class images it has no class: training without prior preservation.
     """
     captions = captions or {}
 

@@ -38,7 +38,7 @@ class Family:
 
     def vae_in_float16(self, vae):
         """Whether a GPU encodes images in float16, where that does not overflow."""
-        return False
+        return True
 
     def scale(self, vae, posteriors):
         """Scale means and standard deviations (N, 2, C, h, w) of the VAE's posteriors so that
@@ -77,9 +77,6 @@ class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x: the text encoder is part of every step, trained or not."""
 
     facts = PIPELINES["StableDiffusionPipeline"]
-
-    def vae_in_float16(self, vae):
-        return True
 
     def encode_prompts(self, args, prompts, device):
         """The token ids of the prompts."""
@@ -150,8 +147,8 @@ class StableDiffusionXL(Family):
         }
 
     def conditions(self, encoded_prompts, batch):
-        """Beside embeddings, of each image height and width, top and left of its crop, and height
-        and width of that: rows before columns."""
+        """The embeddings, and per image: height and width of the original, top and left of the
+        crop, height and width of the crop."""
         numbers = batch["prompt_numbers"]
         states, pooled = (select(encoded_prompts[name], numbers) for name in ("states", "pooled"))
         target = torch.full((len(states), 2), batch["images"].shape[-1])
@@ -181,6 +178,9 @@ class Flux2Klein(Family):
     lora_more_targets = [  # of the double-stream blocks
         "linear_in", "linear_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     ]  # fmt: skip
+
+    def vae_in_float16(self, vae):
+        return False
 
     def lora_targets_of(self, part, model, all_layers):
         single = [f"single_transformer_blocks.{i}" for i in range(model.config.num_single_layers)]
@@ -232,7 +232,7 @@ class Flux2Klein(Family):
             timestep=timesteps,
             img_ids=latent_ids[None],
             txt_ids=text_ids[None],
-            guidance=torch.ones_like(timesteps) if model.config.guidance_embeds else None,
+            guidance=None,
         ).sample
         return velocity.transpose(1, 2).unflatten(2, (height, width))
 

@@ -215,7 +215,7 @@ def noise_generator(record, attempt):
 
 
 def cpu_batch_size(side):
-    """The number of images per forward pass on a CPU, padded at the end: 16 at 64 px, 1 from 256 px
+    """The number of images per forward pass on a CPU, padded at the end: 16 at 64 px, 1 from 184 px
     on. Constant for a size: an image's arithmetic may depend, in the last bits, on the size of its
     batch, but never on the other images in it."""
     return max(1, CPU_PIXELS // side**2)

@@ -70,7 +70,8 @@ def encode_batches(vae, batches, family, encoded_prompts, device, original=None)
         posteriors = torch.stack([posterior_of[key].to(device) for key in batch["keys"]])
         of_class = None
         if original:
-            class_half = {name: column[len(column) // 2 :] for name, column in batch.items()}
+            names, half = ("images", "prompt_numbers", "sizes"), len(posteriors) // 2
+            class_half = {name: batch[name][half:] for name in names}
             of_class = partial(original, conditions=family.conditions(encoded_prompts, class_half))
         yield {
             "posteriors": posteriors,
@@ -95,8 +96,7 @@ def sample_noise(seed, positions, latent_shape, device):
         shape = (2, 2, *latent_shape)  # two kinds of noise for each of two images
         noise.append(torch.randn(shape, generator=generator))
     noise = torch.stack(noise, dim=2).flatten(1, 2).to(device, non_blocking=True)
-    posterior_noise, latent_noise = noise
-    return posterior_noise, latent_noise
+    return tuple(noise)  # posterior noise, latent noise
 
 
 def sample_timesteps(scheduler, seed, positions, max_instance_noise=1.0):

@@ -19,13 +19,13 @@ from dreambooth.files import pipeline_dir
 PEFT = "base_model.model."  # how the names of PEFT's own files begin
 # By a text that only their tensors' names contain. PEFT's own DoRAs have other names, and load.
 OTHER_ADAPTERS = {
-    "dora_scale": "DoRA of kohya's",
+    "dora_scale": "DoRA (kohya's)",
     "lokr_": "LoKr",
     "hada_": "LoHa",
     "oft_": "OFT",
-    "lora_mid": "LoCon with a Tucker decomposition",
-    ".diff_b": "LyCORIS with whole weights",
-    "w_norm": "LyCORIS with norms",
+    "lora_mid": "LoCon (Tucker decomposition)",
+    ".diff_b": "LyCORIS (whole weights)",
+    "w_norm": "LyCORIS (norms)",
 }
 # The up (B) and the down (A) matrix of a layer, as several programs name them.
 MATRICES = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"))
@@ -38,37 +38,21 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     file = pipeline_dir.lora_file(lora_weights_dir)
     flag = f"--lora_weights_dir {file}"
     print(f"with the LoRA of {file}", flush=True)
-    # Refuse what is no plain LoRA.
     with safe_open(file, "pt") as opened:
         names = list(opened.keys())
-    if not names:
-        raise UserError(f"{flag} is empty")
-    for sign, kind in OTHER_ADAPTERS.items():
-        if any(sign in name for name in names):
-            raise UserError(f"{flag} is a {kind}, which is not supported: use a plain LoRA")
-    # Let diffusers read the file itself, as its header may hold alphas that the tensors lack;
-    # except for layouts that it would read wrong.
-    source, options = file.parent, {"weight_name": file.name}
-    is_peft = any(name.startswith(PEFT) for name in names)
-    config = file.parent / pipeline_dir.PEFT_CONFIG
-    if is_peft and config.exists():
-        source, options = from_peft(load_file(file), config, flag), {}
-    elif any(name.endswith(".alpha") for name in names):
-        source, options = with_alphas(load_file(file)), {}
-    # Load it, and check that every matrix found its layer.
+    check_plain(names, flag)
+    source, options = layout(file, names, flag)
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        given = pipeline.lora_state_dict(copy(source), **options)  # a copy: it changes the dict
-        given = given[0] if isinstance(given, tuple) else given  # some return alphas as well
-        given = [name for name in given if not name.endswith("alpha")]
-        layers = Counter(MATRIX.sub("", name) for name in given if MATRIX.search(name))
-        if alone := [layer for layer, count in layers.items() if count % 2]:
-            raise UserError(f"{flag} is damaged: it has one matrix of {alone[0]}, and no other")
+        given = matrices(pipeline, source, options, flag)
         pipeline.load_lora_weights(copy(source), adapter_name="subject", **options)
+    # Check that every matrix found its layer.
     models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]
     if not loaded:
-        needs = f"; PEFT's own file needs {pipeline_dir.PEFT_CONFIG} beside it" if is_peft else ""
+        needs = ""
+        if names[0].startswith(PEFT) and not (file.parent / pipeline_dir.PEFT_CONFIG).exists():
+            needs = f"; PEFT's own file needs {pipeline_dir.PEFT_CONFIG} beside it"
         raise UserError(
             f"{flag} is no LoRA for --model_dir, which has no layer for {names[0]}{needs}"
         )
@@ -77,6 +61,40 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
         count = f"{len(loaded)} of {len(given)}"
         warn(f"{flag}: some of its matrices were not loaded, as they fit no layer ({count} were)")
     pipeline.set_adapters("subject", lora_scale)
+
+
+def check_plain(names, flag):
+    """UserError: the tensors with these `names` are none, or those of another kind of adapter."""
+    if not names:
+        raise UserError(f"{flag} is empty")
+    for sign, kind in OTHER_ADAPTERS.items():
+        if any(sign in name for name in names):
+            raise UserError(
+                f"{flag} is of the kind {kind}, which is not supported: use a plain LoRA"
+            )
+
+
+def layout(file, names, flag):
+    """What diffusers is to load, and with which options: the folder of `file`, as its header may
+    hold alphas that its tensors lack; of layouts that diffusers would read wrong, the tensors."""
+    config = file.parent / pipeline_dir.PEFT_CONFIG
+    if any(name.startswith(PEFT) for name in names) and config.exists():
+        return from_peft(load_file(file), config, flag), {}
+    if any(name.endswith(".alpha") for name in names):
+        return with_alphas(load_file(file)), {}
+    return file.parent, {"weight_name": file.name}
+
+
+def matrices(pipeline, source, options, flag):
+    """The names of the matrices that diffusers finds in `source`. UserError: one is without its
+    other half."""
+    given = pipeline.lora_state_dict(copy(source), **options)  # a copy: it changes the dict
+    given = given[0] if isinstance(given, tuple) else given  # some return alphas as well
+    given = [name for name in given if not name.endswith("alpha")]
+    layers = Counter(MATRIX.sub("", name) for name in given if MATRIX.search(name))
+    if alone := [layer for layer, count in layers.items() if count % 2]:
+        raise UserError(f"{flag} is damaged: it has one matrix of {alone[0]}, and no other")
+    return given
 
 
 def with_alphas(weights):

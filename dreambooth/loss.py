@@ -20,7 +20,7 @@ def training_loss(
     `conditions` returns, which only the denoiser looks into.
 
     `original`: None, or the original model as a function of noisy latents (B, C, h, w) and
-    timesteps (B,): its prediction is then the class half's target in place of the noise.
+    timesteps (B,): its prediction is then the class half's target in place of the usual one.
     """
     # Sample each image's latents from its posterior.
     latents = sample_posterior(posteriors, posterior_noise)  # (2B, C, h, w)

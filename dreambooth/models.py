@@ -10,10 +10,10 @@ What is frozen, what is trained, and in which precision:
 The text encoders of Stable Diffusion XL and FLUX.2-klein are frozen, and encode each prompt once.
 
 Trained weights are float32, and so is the optimizer's state; on a GPU the forward pass runs under
-bfloat16 autocast, the VAE's under float16 (latents.py). bfloat16 weights would hardly learn: at a
-learning rate of 5e-6 most updates are smaller than half their last digit and round to nothing. With
-`--param_dtype bf16`, for GPUs with little memory, Kahan summation keeps what is rounded off and
-adds it later.
+bfloat16 autocast, the VAE's under float16 (where `Family.vae_in_float16`). bfloat16 weights would
+hardly learn: at a learning rate of 5e-6 most updates are smaller than half their last digit and
+round to nothing. With `--param_dtype bf16`, for GPUs with little memory, Kahan summation keeps what
+is rounded off and adds it later.
 """
 
 from functools import partial
@@ -80,7 +80,7 @@ class Captured(torch.nn.Module):
             self.is_captured = True
             # "thread_local": the threads that read images may use the GPU meanwhile.
             settings = {"allow_unused_input": True, "capture_error_mode": "thread_local"}
-            # Which calls this module, before it replaces its `forward`.
+            # This calls the module to warm up, and then replaces its `forward` by the graphs.
             torch.cuda.make_graphed_callables(self, tree_map(torch.clone, batch), **settings)
         return super().__call__(*batch)
 
@@ -142,7 +142,7 @@ def load_denoiser(args, device, autocast):
     load_part = partial(pipeline_dir.load_part, args.model_dir, device_map=device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.param_dtype]
     text_encoder = None
-    if family.facts.trains_text_encoder:
+    if family.facts.can_train_text_encoder:
         text_dtype = dtype if pipeline_dir.trains_text_encoder(args) else torch.float32
         text_encoder = load_part("text_encoder", dtype=text_dtype)
     if args.use_lora and family.lora_base_in_bf16 and autocast:

@@ -37,7 +37,7 @@ from PIL import Image
 import generate
 import train
 from dreambooth import models
-from dreambooth.cli import UserError, hide_progress_bars
+from dreambooth.cli import UserError, silence_model_libraries
 from dreambooth.image_generator import with_defaults
 from dreambooth.machines import cluster
 from dreambooth.pocket import pretrain, render
@@ -229,7 +229,7 @@ def run_and_resume(train_here, tmp_path, monkeypatch):
 def load_models(train_args, model_dir):
     """VAE, denoiser and noise schedule as a worker of train.py loads them:
     load_models(use_lora=True); with autocast=True as on a GPU."""
-    hide_progress_bars()
+    silence_model_libraries()
 
     def load(folder=model_dir, autocast=None, **changes):
         args = train_args("out", model_dir=folder, **changes)

@@ -190,7 +190,7 @@ def test_what_cannot_be_renamed_cannot_be_replaced(tmp_path, monkeypatch):
         patch.setattr(
             tempfile, "TemporaryFile", lambda dir: (refused if dir == tmp_path else real)(dir=dir)
         )
-        with pytest.raises(UserError, match="the directory of --output_dir, .* cannot be written"):
+        with pytest.raises(UserError, match="the directory of --output_dir .* cannot be written"):
             atomic.check_replaceable(tmp_path / "tuned", [])
     monkeypatch.setattr(os.path, "ismount", lambda folder: folder == tmp_path)
     with pytest.raises(UserError, match="is a mount point"):

@@ -678,7 +678,7 @@ def test_weights_that_are_not_finite_are_not_saved(make, value):
         run.take_steps(4, 5)
     save = MagicMock()
     with pytest.raises(Diverged, match=f"not finite after step {NUM_STEPS}"):
-        run.checkpointer.save_result(save, run.model, None)
+        run.checkpointer.save_result(save)
     assert not save.called and not list(run.folder.glob("step_*"))
 
 
@@ -688,4 +688,4 @@ def test_what_kept_the_result_from_being_saved_is_what_is_raised(make, monkeypat
     monkeypatch.setattr(checkpoints, "write", MagicMock(side_effect=OSError(errno.EIO, "gone")))
     save = MagicMock(side_effect=RuntimeError("shapes"))
     with pytest.raises(RuntimeError, match="shapes"):
-        run.checkpointer.save_result(save, run.model, None)
+        run.checkpointer.save_result(save)

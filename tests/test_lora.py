@@ -96,7 +96,7 @@ def test_other_adapters_of_kohya_are_refused_by_name(pipeline_with, tmp_path, ki
     layer = "lora_unet_mid_block_attentions_0_proj_in"
     weights = {f"{layer}.{name}": torch.ones(2, 2) for name in ("lora_up.weight", kind)}
     save_file(weights, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="is a (DoRA|Lo|LyCORIS|OFT).*use a plain LoRA"):
+    with pytest.raises(UserError, match="is of the kind (DoRA|Lo|LyCORIS|OFT).*use a plain LoRA"):
         pipeline_with(str(tmp_path))
 
 

@@ -286,10 +286,10 @@ def test_checkpoints_and_report_go_into_directories(refusal, tmp_path):
     """A file in their place is found before the run, not after its first hour."""
     (tmp_path / "file").touch()
     message = refusal(storage_path=tmp_path / "file")
-    assert message.startswith(f"the checkpoints' directory, {tmp_path / 'file'}")
+    assert message.startswith(f"the checkpoints' directory {tmp_path / 'file'}")
     (tmp_path / "out.report").touch()
     message = refusal(output_dir=tmp_path / "out")
-    assert message.startswith(f"the report's directory, {tmp_path / 'out.report'}")
+    assert message.startswith(f"the report's directory {tmp_path / 'out.report'}")
 
 
 def test_checkpoints_replace_nothing_and_outlive_the_result(check_and_plan, refusal, tmp_path):

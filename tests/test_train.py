@@ -222,7 +222,7 @@ def test_a_run_says_what_it_does_and_leaves_its_result_and_its_report(one_worker
     assert "photo of unqtkn car" in (run.output_dir / "README.md").read_text()
     record = read_run_record(report_dir(run.output_dir))
     assert (record["status"], record["num_steps"]) == ("finished", 3)
-    assert 0 < record["seconds"]["first_step_s"] < record["seconds"]["start_s"] + 60
+    assert 0 < record["metrics"]["first_step_s"] < record["seconds"]["start_s"] + 60
 
 
 def test_a_lora_is_a_file_that_diffusers_loads(
@@ -296,7 +296,7 @@ def test_without_flags_the_recipe_is_that_of_diffusers_script(train_argv, tmp_pa
 
 
 def test_a_run_that_diverges_leaves_its_record_alone(train_here, tmp_path):
-    with pytest.raises(Diverged, match="the loss is .* at step 2: lower --lr.*nothing was saved"):
+    with pytest.raises(Diverged, match="the loss is .* at step 2: lower --lr.*no result was saved"):
         train_here(tmp_path / "out", lr=1e30)
     assert os.listdir(tmp_path) == ["out.report"]
     record = read_run_record(tmp_path / "out.report")

@@ -47,7 +47,7 @@ def make(plan):
         log = training_log.TrainingLog(
             plan(num_steps), torch.device("cpu"), started=started, **settings
         )
-        log.models_are_loaded([torch.nn.Parameter(torch.zeros(1000, 1234))], num_workers=2)
+        log.on_models_loaded([torch.nn.Parameter(torch.zeros(1000, 1234))], num_workers=2)
         log.on_train_begin(first_step)
         return log
 
@@ -260,7 +260,7 @@ def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
         record.finish({"start_s": 2.0})
     facts = training_log.read_run_record(report)
     assert facts == json.loads(json.dumps(record.facts))
-    assert (facts["status"], facts["seconds"]) == ("finished", {"start_s": 2.0})
+    assert (facts["status"], facts["metrics"]) == ("finished", {"start_s": 2.0})
     assert shlex.split(facts["command"]) == [sys.executable, *ARGV]
     assert facts["directory"] == str(Path.cwd())
     assert facts["flags"]["instance_prompt"] == "photo of unqtkn car"

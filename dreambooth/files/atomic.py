@@ -81,7 +81,7 @@ def replace_dir(folder, write):
             if path.is_file():
                 with suppress(OSError):  # of a file system without modes
                     path.chmod(mode)  # safetensors makes its own readable by their owner alone
-            flush(path)
+            fsync(path)
     except Exception as error:
         shutil.rmtree(new, ignore_errors=True)
         if is_full(error):
@@ -100,7 +100,7 @@ def replace_dir(folder, write):
         os.rename(new, folder)
     except OSError:
         _copy_over(new, folder)
-    flush(folder.parent)
+    fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -111,7 +111,7 @@ def _copy_over(new, folder):
     for file in list(folder.rglob("*")):
         if file.is_file() and not (new / file.relative_to(folder)).exists():
             file.unlink()
-    flush(folder)
+    fsync(folder)
     shutil.rmtree(new, ignore_errors=True)
 
 
@@ -147,9 +147,9 @@ def lock(file, what, wait=False):
 
 
 @contextmanager
-def turn(folder):
-    """Wait until no other process has its turn at a directory. Leaves no file there; where it is
-    not there, or cannot be locked, goes on."""
+def locked(folder):
+    """Hold the lock of a directory: waits until no other process holds it. Leaves no file there;
+    where it is not there, or cannot be locked, goes on."""
     descriptor = None
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -161,7 +161,7 @@ def turn(folder):
             os.close(descriptor)
 
 
-def flush(path):
+def fsync(path):
     """Wait until a file or a directory is on the disk, so that it survives a power cut; where the
     file system cannot be asked for that, go on, as git and borg do."""
     try:
@@ -200,7 +200,7 @@ def check_replaceable(folder, own_names, flag="--output_dir"):
     `replace_dir` must be able to replace it, which a mount point does not allow."""
     folder = Path(folder).resolve()
     check_writable(folder, flag)
-    check_writable(folder.parent, f"the directory of {flag},")
+    check_writable(folder.parent, f"the directory of {flag}")
     if os.path.ismount(folder):
         raise UserError(
             f"{flag} {folder} is a mount point and cannot be replaced: name a subfolder"

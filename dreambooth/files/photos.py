@@ -196,7 +196,7 @@ def copy_images(source, folder):
         written = [os.fsencode(file.name) for file in temporary.iterdir()]
         (temporary / COPIED).write_bytes(b"\0".join([source, *written]))
 
-    with atomic.turn(folder.parent):  # two runs of one subject may begin at once
+    with atomic.locked(folder.parent):  # two runs of one subject may begin at once
         atomic.replace_dir(folder, write)
 
 

@@ -335,16 +335,16 @@ def num_parameters(model_dir):
             if file.suffix == ".safetensors":
                 with safe_open(file, "np") as opened:
                     slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
-                    numbers[part] += sum(math.prod(part.get_shape()) for part in slices)
+                    numbers[part] += sum(math.prod(tensor.get_shape()) for tensor in slices)
             else:
                 numbers[part] += file.stat().st_size // 4
     return numbers
 
 
 def trains_text_encoder(args):
-    """Whether a run tunes the text encoder: as --train_text_encoder says, else as is usual."""
+    """Whether a run trains the text encoder: as --train_text_encoder says, else wherever it can."""
     given = args.train_text_encoder
-    return read_facts(args.model_dir).trains_text_encoder if given is None else given
+    return read_facts(args.model_dir).can_train_text_encoder if given is None else given
 
 
 def num_trained(model_dir, sizes, train_text_encoder):

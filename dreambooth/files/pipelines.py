@@ -14,7 +14,7 @@ class PipelineFacts(NamedTuple):
     tokenizers: tuple  # parts, each a folder with the files of its model
     text_encoders: tuple
     backbone: str  # the U-Net, or the transformer in its place
-    trains_text_encoder: bool  # by default; where False it cannot be: prompts are encoded once
+    can_train_text_encoder: bool  # and by default does; else prompts are encoded once
     sampler: dict  # the defaults of generate.py
     tags: tuple  # of the model card
     classes: dict  # by part: the one class that it may have
@@ -48,7 +48,7 @@ ROWS = (
         tokenizers=("tokenizer",),
         text_encoders=("text_encoder",),
         backbone="unet",
-        trains_text_encoder=True,
+        can_train_text_encoder=True,
         sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 7.5},
         tags=("stable-diffusion",),
         classes={**SD_CLASSES, "text_encoder": CLIP},
@@ -65,7 +65,7 @@ ROWS = (
         tokenizers=("tokenizer", "tokenizer_2"),
         text_encoders=("text_encoder", "text_encoder_2"),
         backbone="unet",
-        trains_text_encoder=False,
+        can_train_text_encoder=False,
         sampler={"scheduler": "dpm", "num_inference_steps": 25, "guidance_scale": 5.0},
         tags=("stable-diffusion-xl",),
         classes={**SD_CLASSES, "text_encoder": CLIP, "text_encoder_2": PROJECTED_CLIP},
@@ -78,7 +78,7 @@ ROWS = (
         tokenizers=("tokenizer",),
         text_encoders=("text_encoder",),
         backbone="transformer",
-        trains_text_encoder=False,
+        can_train_text_encoder=False,
         sampler={"scheduler": "model", "num_inference_steps": 50, "guidance_scale": 4.0},
         tags=("flux2-klein",),
         classes={"transformer": "Flux2Transformer2DModel", "vae": "AutoencoderKLFlux2"},

@@ -119,7 +119,7 @@ def fit(trainer):
         # One node, and no more to come: its preemption ends the run, nobody could answer a notice.
         if len(ray.nodes()) < 2 and isinstance(trainer.scaling_config.num_workers, int):
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        return wait_and_tell(_in_thread(trainer.fit), trainer.scaling_config)
+        return wait_and_tell(_in_thread(trainer.fit), trainer.scaling_config)  # [10]
     except FAILURES as error:
         raise training_error(error) or error from None
 
@@ -157,8 +157,8 @@ def _connect(address, verbose, log_to_driver):
     if not address:
         create_token()
         check_temp_dir()
-        # Ray's processes inherit that these are blocked, which a closing terminal and many a
-        # scheduler send to all of a job: the run needs them until its checkpoint is written.
+        # Block these in Ray's processes, which inherit the mask: terminals and schedulers send them
+        # to every process of a job, and the run needs Ray until its checkpoint is written.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM})
         try:
             cores = device.num_cores()  # Ray would count all of the machine's, bound to them or not
@@ -170,7 +170,7 @@ def _connect(address, verbose, log_to_driver):
             ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        atexit.register(_ask_no_process_to_end)
+        atexit.register(_kill_at_shutdown)
         return
     package = {"py_modules": [PACKAGE]}  # the nodes need not have this checkout
     try:
@@ -192,7 +192,7 @@ def _connect(address, verbose, log_to_driver):
         ) from error
 
 
-def _ask_no_process_to_end():
+def _kill_at_shutdown():
     """Let `ray.shutdown` kill the processes of a Ray that this process has started. It would send
     each a TERM, which they have blocked, and wait a second for its end. (Private names of Ray's;
     there is no public one.)"""
@@ -203,7 +203,7 @@ def _ask_no_process_to_end():
 
 
 def _stop_ray():
-    _ask_no_process_to_end()
+    _kill_at_shutdown()
     ray.shutdown()
 
 

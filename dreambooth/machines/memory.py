@@ -4,12 +4,13 @@ FakeTensorMode), and which flags make it fit.
     python -m dreambooth.machines.memory --model_dir $ORIG_MODEL_PATH --num_workers 2   # GPUs here
     python -m dreambooth.machines.memory --model_dir $ORIG_MODEL_PATH --num_workers 2 --gib 23
 
-Prints the flags to add to train.py's, and on stderr why. Of train.py's own flags, those that change
-the need are taken into account, and others ignored.
+Prints the flags to add to train.py's, and on stderr why. Of train.py's own flags, it takes those
+into account that change the need (--help lists them), and ignores the others.
 """
 
 import os
 import sys
+from argparse import BooleanOptionalAction
 from typing import NamedTuple
 
 from dreambooth.cli import ArgumentParser, absolute_path, check_at_least, run_main, warn
@@ -143,24 +144,32 @@ def check_device(args, plan, num_workers, torch_device):
     if not args.use_lora:
         warn_of_host_memory(sizes)
     pairs_per_pass, accumulation_steps = plan.divide(num_workers)
-    has_copy = args.prior_target == "original" and plan.class_paths
-    facts = pipeline_dir.read_facts(args.model_dir)
-    own = pipeline_dir.num_trained(args.model_dir, sizes, facts.trains_text_encoder)
-    job = Job(
-        pairs=pairs_per_pass * plan.images_per_pair / 2,
-        keeps_gradients=num_workers > 1 or accumulation_steps > 1,
-        is_captured=args.cuda_graph,
-        has_previews=bool(args.preview_every),
-        resolution=plan.resolution,
-        original=own if has_copy else 0.0,
-        **relative(args.model_dir, sizes, pipeline_dir.trains_text_encoder(args)),
-    )
+    job = make_job(
+        args, sizes, pairs_per_pass, num_workers > 1 or accumulation_steps > 1, plan.resolution
+    )._replace(has_previews=bool(args.preview_every))
     gib = device.free_memory(torch_device)
     if needed(given, job) > gib:
         warn(
             f"training may need {needed(given, job):.1f} GiB of GPU memory, and {gib:.1f} are free;"
             f" {CHECKPOINTING}, {BF16} and {LORA} need less (README, Memory)"
         )
+
+
+def make_job(args, sizes, pairs, keeps_gradients, resolution):
+    """The `Job` of `args`, flags of train.py, for a model with `sizes` parameters in its parts."""
+    facts = pipeline_dir.read_facts(args.model_dir)
+    trains_text = pipeline_dir.trains_text_encoder(args)
+    has_class_images = args.prior_loss_weight != 0
+    has_original = args.prior_target == "original" and has_class_images
+    original = pipeline_dir.num_trained(args.model_dir, sizes, facts.can_train_text_encoder)
+    return Job(
+        pairs=pairs if has_class_images else pairs / 2,  # one image in each
+        keeps_gradients=keeps_gradients,
+        is_captured=args.cuda_graph,
+        resolution=resolution,
+        original=original if has_original else 0.0,
+        **relative(args.model_dir, sizes, trains_text),
+    )
 
 
 def given_flags(args):
@@ -175,9 +184,9 @@ def given_flags(args):
 
 def warn_of_host_memory(sizes):
     """Warn where the result, in float32, may not fit the machine's memory when it is saved."""
-    needed, free = 4 * sum(sizes.values()) / device.GIB + HOST_LIBRARIES, device.host_memory()
-    if free is not None and free < needed:
-        warn(f"{free:.1f} GiB of this machine's memory are free, the run may need {needed:.1f}")
+    need, free = 4 * sum(sizes.values()) / device.GIB + HOST_LIBRARIES, device.host_memory()
+    if free is not None and free < need:
+        warn(f"{free:.1f} GiB of this machine's memory are free, the run may need {need:.1f}")
 
 
 def relative(model_dir, sizes, trains_text_encoder):
@@ -228,15 +237,9 @@ def main(args):
     if not free:
         print(*given)
         return
-    trains_text_encoder = pipeline_dir.read_facts(args.model_dir).trains_text_encoder
-    trained = pipeline_dir.num_trained(args.model_dir, sizes, trains_text_encoder)
-    job = Job(
-        pairs=args.pairs,
-        keeps_gradients=args.num_workers > 1 or args.gradient_accumulation_steps > 1,
-        resolution=args.resolution or pipeline_dir.resolution(args.model_dir)[0],
-        original=trained if args.prior_target == "original" else 0.0,
-        **relative(args.model_dir, sizes, trains_text_encoder),
-    )
+    keeps_gradients = args.num_workers > 1 or args.gradient_accumulation_steps > 1
+    resolution = args.resolution or pipeline_dir.resolution(args.model_dir)[0]
+    job = make_job(args, sizes, args.pairs, keeps_gradients, resolution)
     flags, why = choose_for_gpus(free, job, given, not args.full)
     print(why, file=sys.stderr)
     print(flags)
@@ -256,7 +259,10 @@ def parse_args(argv=None):
     add("--gradient_checkpointing", action="store_true", help="even if it fits without")
     add("--param_dtype", default="fp32", help="bf16: even if it fits without")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step")
+    add("--train_text_encoder", action=BooleanOptionalAction, help="default: as in train.py")
+    add("--prior_loss_weight", type=float, default=1.0, help="0: without class images")
     add("--prior_target", default="noise", help="original: a frozen copy takes memory, too")
+    add("--cuda_graph", action="store_true", help="keeps what a step takes")
     add("--resolution", type=int, help="in pixels (default: the model's)")
     return parser.parse_known_args(argv)[0]
 

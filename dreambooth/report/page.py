@@ -196,8 +196,8 @@ def distance(comparisons):
     changes = []
     for _, *paths in comparisons:
         before, after = (open_image(path) for path in paths)
-        squares = ImageStat.Stat(ImageChops.difference(before, after)).rms
-        changes.append(math.sqrt(mean(square**2 for square in squares)))
+        rms_per_channel = ImageStat.Stat(ImageChops.difference(before, after)).rms
+        changes.append(math.sqrt(mean(rms**2 for rms in rms_per_channel)))
     return mean(changes)
 
 
@@ -227,9 +227,9 @@ def table_rows(record):
         ("hardware", record["hardware"]),
         ("versions", ", ".join(f"{name} {v}" for name, v in record["versions"].items())),
     ]
-    if "seconds" in record:
+    if "metrics" in record:
         rows.append(
-            ("where the seconds went", training_log.where_the_seconds_went(record["seconds"]))
+            ("where the seconds went", training_log.where_the_seconds_went(record["metrics"]))
         )
     return rows
 
@@ -311,34 +311,33 @@ def main(args):
     if args.images_dir and not Path(args.images_dir).is_dir():
         raise UserError(f"--images_dir {args.images_dir}: no such directory")
     output_dir = folder.with_name(folder.name.removesuffix(".report"))  # they may have been moved
-    found = find_comparisons(args.images_dir)
-    if args.images_dir and not found:
+    comparisons = find_comparisons(args.images_dir)
+    if args.images_dir and not comparisons:
         warn(f"--images_dir {args.images_dir} holds no images made with --compare_to")
-    own = made_by(output_dir, found)
-    if len(own) < len(found):
+    own = made_by(output_dir, comparisons)
+    if len(own) < len(comparisons):
         warn(
-            f"{len(found) - len(own)} of {len(found)} images in {args.images_dir} are not of"
-            f" {output_dir}, but of another model, and are not shown: generate them anew with"
-            " --overwrite"
+            f"{len(comparisons) - len(own)} of {len(comparisons)} images in {args.images_dir} are"
+            f" not of {output_dir}, but of another model, and are not shown: generate them anew"
+            " with --overwrite"
         )
-    found = own
-    if found:
-        before, after = map(generated_images.read_record, found[0][1:])
+    if own:
+        before, after = map(generated_images.read_record, own[0][1:])
         if record["status"] != "finished":
             warn(
                 f"the images in {args.images_dir} are of an earlier model and are not shown: this"
                 f" run has made none ({record['status']})"
             )
-            found = []
+            own = []
         elif differing := [name for name in SETTINGS if before.get(name) != after.get(name)]:
             warn(f"the images before and after differ in {', '.join(differing)}")
-    comparisons, kept = subjects_and_others(found, record["flags"])
-    html, found = render(folder, record, comparisons, kept)
+    of_subject, of_others = subjects_and_others(own, record["flags"])
+    html, findings = render(folder, record, of_subject, of_others)
     atomic.replace_text(folder / PAGE, html)
-    if comparisons and record["status"] == "finished" and export.may_write_card(output_dir, record):
-        write_before_after(comparisons, folder / export.IMAGE)
+    if of_subject and record["status"] == "finished" and export.may_write_card(output_dir, record):
+        write_before_after(of_subject, folder / export.IMAGE)
         export.write_card(output_dir, record, folder / export.IMAGE)
-    for item in found:
+    for item in findings:
         print(f"{item.finding} {item.remedy}")
     print(f"open {folder / PAGE}")
 

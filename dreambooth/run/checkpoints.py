@@ -33,7 +33,7 @@ from dreambooth.machines import device
 
 SHORT_RUN = 60  # seconds, before which a run writes no checkpoint by default
 ROOM = 4 * 2**30  # bytes of memory that a copy of the state leaves free
-ECHO = 1.0  # seconds
+ECHO = 1.0  # seconds within which a second TERM counts as the first one
 # Steps after which Ray is asked whether a node will be taken away, for which all workers must wait.
 PREEMPTION_CHECK_EVERY = 10
 
@@ -106,7 +106,8 @@ def check_fingerprint(folder, fingerprint):
 def remove(folder):
     """Delete a run's checkpoints and Ray Train's files: the result is in place."""
     with suppress(OSError):
-        # run.json first: without it no run resumes from the rest. The lock last: it marks it.
+        # run.json first: without it no run resumes from the rest. The lock last: it marks the
+        # folder as a run's.
         (folder / "run.json").unlink(missing_ok=True)
         for path in set(folder.iterdir()) - {folder / "lock"}:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
@@ -136,7 +137,7 @@ def write(state, step, folder, limit):
         complete = json.dumps({"step": step, "num_bytes": num_bytes})
         (temporary / "complete.json").write_text(complete, encoding="utf-8")
         for file in (temporary / "state.pt", temporary / "complete.json", temporary):
-            atomic.flush(file)
+            atomic.fsync(file)
     except (OSError, RuntimeError) as error:  # the latter after the former, by torch
         shutil.rmtree(temporary, ignore_errors=True)
         if not is_full(error):
@@ -151,7 +152,7 @@ def write(state, step, folder, limit):
         if other.name >= path.name:  # damaged, as the run went on from an earlier one
             shutil.rmtree(other, ignore_errors=True)
     os.rename(temporary, path)
-    atomic.flush(folder)
+    atomic.fsync(folder)
     for older in sorted(Path(folder).glob("step_*"))[:-limit]:
         shutil.rmtree(older, ignore_errors=True)
     return path
@@ -210,6 +211,7 @@ class Checkpointer:
     """
 
     def __init__(self, args, plan, denoiser, stateful, rank):
+        self.args = args
         self.folder = plan.run_dir
         self.every = plan.checkpointing_steps
         fewest, most = args.num_workers
@@ -271,13 +273,13 @@ class Checkpointer:
         self._report()
         self._free_buffers()
 
-    def save_result(self, save, denoiser, args):
+    def save_result(self, save):
         """Call `save(denoiser, args)`. Diverged: the weights are not finite, and an earlier result
         is kept. UserError: it fails, for whatever reason; the state of the last step is then a
         checkpoint, if that can be written, and the same command only saves."""
         self._check_finite(self.num_steps)
         try:
-            save(denoiser, args)
+            save(self.denoiser, self.args)
         except Exception as error:
             reason = first_line(error)
             try:
@@ -285,8 +287,9 @@ class Checkpointer:
             except (OSError, UserError):
                 raise error from None
             raise UserError(
-                f"the result could not be saved ({reason}), the state of the last step was:"
-                f" mend that; given again{without_restart(args)} the same command only saves"
+                f"the result could not be saved ({reason}), but a checkpoint of the last step was:"
+                f" fix the cause, then run the same command again{without_restart(self.args)}"
+                " to save it"
             ) from error
 
     def _is_due(self, step):
@@ -315,7 +318,7 @@ class Checkpointer:
         if not torch.nn.utils.get_total_norm(weights).isfinite():
             raise Diverged(
                 f"the weights are not finite after step {step}: lower --lr, with --restart;"
-                " nothing was saved"
+                " no result was saved"
             )
 
     def _state(self):

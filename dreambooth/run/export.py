@@ -163,8 +163,8 @@ def may_write_card(output_dir, record):
 
 
 def has_made(output_dir, image):
-    """Whether the result in `output_dir` has made the generated image of the record `image`, as far
-    as that tells."""
+    """Whether the result in `output_dir` made the image whose record is `image`, as far as the
+    record tells."""
     if "model" not in image:
         return True
     if (Path(output_dir) / LORA_FILE).exists():
@@ -315,7 +315,7 @@ def export_kohya(args):
     output = Path(args.output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: must end with .safetensors")
-    atomic.check_writable(output.parent, "the directory of --output,")
+    atomic.check_writable(output.parent, "the directory of --output")
     file = pipeline_dir.lora_file(args.lora_dir, "LORA_DIR")
     if output.resolve() == file.resolve():
         raise UserError(f"--output {output} is the LoRA itself: name another file")

@@ -220,7 +220,7 @@ def check_pipeline(args):
             "--model_dir is distilled to few steps, which training undoes: train its base model;"
             " generate.py takes that LoRA with either"
         )
-    if args.train_text_encoder and not facts.trains_text_encoder:
+    if args.train_text_encoder and not facts.can_train_text_encoder:
         raise UserError(f"--train_text_encoder: {facts.name}'s text encoders are not trained here")
 
 
@@ -303,7 +303,7 @@ def check_output_dir(args):
             f"--output_dir {args.output_dir} holds a model that train.py has not made, as"
             f" {report_dir(args.output_dir)} is missing: name another directory, or delete it"
         )
-    atomic.check_writable(report_dir(args.output_dir), "the report's directory,")
+    atomic.check_writable(report_dir(args.output_dir), "the report's directory")
     check_run_dir(args)
     if is_there:
         print(f"{args.output_dir} holds a result, which will be replaced", flush=True)
@@ -318,7 +318,7 @@ def check_output_dir(args):
 def check_run_dir(args):
     """Where checkpoints go there must be those of a run, or nothing; and no run that goes on."""
     folder, output_dir = run_dir(args), Path(args.output_dir)
-    atomic.check_writable(folder, "the checkpoints' directory,")
+    atomic.check_writable(folder, "the checkpoints' directory")
     if output_dir.resolve() in folder.resolve().parents:
         raise UserError("--storage_path is inside --output_dir, which is replaced: name another")
     for place in (folder, report_dir(output_dir)):

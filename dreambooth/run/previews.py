@@ -120,7 +120,8 @@ class Previews:
         parts = {"vae": self.vae, facts.backbone: self.denoiser.backbone}
         for name in facts.text_encoders:
             parts[name] = getattr(self.denoiser, name, None)  # None where prompts are encoded
-        return load_sampling_pipeline(self.model_dir, scheduler=facts.sampler["scheduler"], **parts)
+        scheduler, steps = facts.sampler["scheduler"], NUM_INFERENCE_STEPS
+        return load_sampling_pipeline(self.model_dir, scheduler=scheduler, num_steps=steps, **parts)
 
 
 def remove_outdated(folder, first_step, prompts):

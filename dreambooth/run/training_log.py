@@ -79,7 +79,7 @@ class TrainingLog:
         self.metrics[f"{name}_s"] = self.metrics.get(f"{name}_s", 0.0) + seconds
         self.phase_began += seconds
 
-    def models_are_loaded(self, parameters, num_workers):
+    def on_models_loaded(self, parameters, num_workers):
         """Say what is trained, and on what."""
         self._end_phase("load")
         millions = sum(p.numel() for p in parameters) / 1e6
@@ -154,7 +154,7 @@ class TrainingLog:
             self.lost.add(what)
 
     def _give_up(self, reason):
-        raise Diverged(f"{reason}: lower --lr, with --restart; nothing was saved")
+        raise Diverged(f"{reason}: lower --lr, with --restart; no result was saved")
 
     def _images_per_s(self, step):
         images_per_step = self.plan.images_per_pair * self.plan.pairs_per_step
@@ -294,7 +294,7 @@ class RunRecord:
 
     def finish(self, metrics):
         """The run is done; `metrics` are the seconds of its phases and its last loss."""
-        self.facts.update(status="finished", seconds=metrics)
+        self.facts.update(status="finished", metrics=metrics)
         self._write()
         shutil.rmtree(previous(self.folder), ignore_errors=True)
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import generate
-from dreambooth.cli import ArgumentParser, hide_progress_bars
+from dreambooth.cli import ArgumentParser, silence_model_libraries
 from dreambooth.image_generator import ImageGenerator
 from dreambooth.machines.device import num_cores
 
@@ -119,7 +119,7 @@ def compare_commands(args):
 
 
 def main(args):
-    hide_progress_bars()
+    silence_model_libraries()
     torch.set_num_threads(num_cores())
     compare_in_process(args)
     compare_commands(args)

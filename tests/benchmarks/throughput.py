@@ -45,7 +45,7 @@ from tests.benchmarks.published import Plain, conditions_of, settings_for
 
 # isort: split
 from dreambooth import families, latents, models
-from dreambooth.cli import ArgumentParser, hide_progress_bars
+from dreambooth.cli import ArgumentParser, silence_model_libraries
 from dreambooth.files import pipeline_dir as directory
 from dreambooth.loss import training_loss
 from dreambooth.machines.device import num_cores
@@ -371,7 +371,7 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(num_cores())
     torch.set_float32_matmul_precision("high")  # as in train.py
-    hide_progress_bars()
+    silence_model_libraries()
     with tempfile.TemporaryDirectory() as folder:
         compare_steps(args, pipeline_of(args.model, folder), device)
 
