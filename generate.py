@@ -110,6 +110,8 @@ def check_args(args):
     for model_dir in filter(None, (args.model_dir, args.compare_to)):
         if args.scheduler == "dpm" and pipeline_dir.read_facts(model_dir).is_flow:
             raise UserError("--scheduler dpm is for diffusion models: leave it out")
+        if pipeline_dir.read_facts(model_dir).is_distilled and (args.guidance_scale or 0) > 1:
+            warn(f"--guidance_scale changes nothing: {model_dir} is distilled to do without it")
         side = pipeline_dir.check_resolution(model_dir, side, PIPELINE_PIXELS)
     if args.lora_weights_dir:
         pipeline_dir.lora_file(args.lora_weights_dir)

@@ -38,10 +38,10 @@ class ImageGenerator:
         self.args = args = with_defaults(args)
         self.device = device.pick_device()
         self.padded_size = cpu_batch_size(args.resolution) if self.device == "cpu" else None
+        if args.compile:
+            device.check_compiler("--compile", self.device)
         if self.device == "cpu":
             warn_if_images_are_slow(args)
-        elif args.compile:
-            device.check_compiler("--compile")
         self.folder = Path(args.output_dir)
         self.family = family_of(args.model_dir)
         self.inputs = {}  # of the pipeline, by prompt

@@ -45,7 +45,14 @@ def apply_lora(pipeline, lora_weights_dir, lora_scale):
     with pipeline_dir.loading(flag), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         given = matrices(pipeline, source, options, flag)
-        pipeline.load_lora_weights(copy(source), adapter_name="subject", **options)
+        try:
+            pipeline.load_lora_weights(copy(source), adapter_name="subject", **options)
+        except RuntimeError as error:  # the words of transformers name an option of theirs
+            if "mismatch" not in str(error):
+                raise
+            raise UserError(
+                f"{flag} is no LoRA for --model_dir: its matrices have other sizes than the layers"
+            ) from error
     # Check that every matrix found its layer.
     models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     loaded = [n for model in models for n, _ in model.named_parameters() if ".subject." in n]

@@ -218,8 +218,12 @@ def test_a_compiler_that_is_named_in_the_environment_is_one(monkeypatch, tmp_pat
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(device.shutil, "which", lambda name: None)
-    monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(UserError, match="^--compile needs a C compiler"):
-        device.check_compiler("--compile")
-    monkeypatch.setenv("CC", "/opt/gcc-13/bin/gcc")
-    assert device.check_compiler("--compile") is None
+    for device_type, variable, missing in (
+        ("cuda", "CC", "a C compiler: apt install gcc"),
+        ("cpu", "CXX", r"a C\+\+ compiler: apt install g\+\+"),
+    ):
+        monkeypatch.delenv(variable, raising=False)
+        with pytest.raises(UserError, match=f"^--compile needs {missing} python3-dev"):
+            device.check_compiler("--compile", device_type)
+        monkeypatch.setenv(variable, "/opt/gcc-13/bin/compiler")
+        assert device.check_compiler("--compile", device_type) is None

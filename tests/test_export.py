@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from dreambooth.cli import UserError
 from dreambooth.files import pipeline_dir
 from dreambooth.run import export, training_log
-from dreambooth.run.plan import check_flags, make_plan, report_dir
+from dreambooth.run.plan import check_flags, make_plan
+from dreambooth.run.training_log import report_dir
 from tests.test_pipeline_dir import set_json
 
 

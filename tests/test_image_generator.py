@@ -437,6 +437,14 @@ def test_on_a_gpu_compilation_needs_a_compiler(generate_args, on_a_gpu, monkeypa
     assert not on_a_gpu.load.called
 
 
+def test_on_a_cpu_compilation_needs_a_compiler(generate_args, monkeypatch):
+    """It is looked for before the model is loaded."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"^--compile needs a C\+\+ compiler"):
+        ImageGenerator(generate_args("out", compile=True))
+
+
 def test_an_image_starts_from_the_noise_of_earlier_versions():
     """Else a folder that is completed after an update would mix two versions' images."""
     record = {"prompt": "photo of a car", "seed": 3, "index": 5}

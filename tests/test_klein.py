@@ -284,6 +284,20 @@ def test_compared_models_have_their_own_defaults(
         generate.check_args(generate_args("out", model_dir=klein_dir, resolution=68))
 
 
+def test_guidance_that_a_distilled_model_does_without_is_a_warning(
+    sampling_args, klein_dir, tmp_path, capsys
+):
+    """diffusers switches it off, and the images' records would say otherwise."""
+    distilled = copy_as_distilled(klein_dir, tmp_path / "distilled")
+    for model_dir, scale, is_warned in (
+        (distilled, 4, True),
+        (distilled, 1, False),
+        (klein_dir, 4, False),
+    ):
+        generate.check_args(sampling_args("out", model_dir=model_dir, guidance_scale=scale))
+        assert ("--guidance_scale changes nothing" in capsys.readouterr().err) == is_warned
+
+
 def copy_as_distilled(pipeline, folder):
     shutil.copytree(pipeline, folder)
     set_json(folder / "model_index.json", is_distilled=True)

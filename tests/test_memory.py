@@ -164,6 +164,19 @@ def test_a_preview_between_two_steps_needs_no_less_than_an_image():
     assert needed(flags, Job(pairs=1, has_previews=False)) < one
 
 
+def test_flags_that_change_the_need_change_what_is_printed(sd14_dir, capsys):
+    """20.2 GiB of 19 are needed without them, and a captured step takes more."""
+
+    def line(gib, flags=""):
+        main_flags = ["--model_dir", str(sd14_dir), "--gib", str(gib), *flags.split()]
+        memory.main(memory.parse_args(main_flags))
+        return capsys.readouterr().out.strip()
+
+    assert line(19) == CHECKPOINTING
+    assert line(19, "--no-train_text_encoder") == line(19, "--prior_loss_weight 0") == ""
+    assert (line(20.8), line(20.8, "--cuda_graph")) == ("", CHECKPOINTING)
+
+
 def test_stable_diffusion_is_as_large_as_counted(sd14_dir):
     assert memory.relative(sd14_dir, pipeline_dir.num_parameters(sd14_dir), True) == {
         "backbone_ratio": pytest.approx(1, rel=0.01),
@@ -241,6 +254,7 @@ def test_of_what_fits_nothing_is_said(check, model_dir):
 def test_without_a_gpu_time_is_what_is_said_and_without_bfloat16_nothing_trains(check):
     """Whatever its memory."""
     assert check(0, torch_device="cpu").startswith("warning: no GPU: a step takes minutes")
+    assert "--cuda_graph is for GPUs" in check(0, torch_device="cpu", cuda_graph=True)
     with pytest.raises(UserError, match="^Tesla T4 .* has no bfloat16"):
         check(80, capability=7)
 

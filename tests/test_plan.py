@@ -15,10 +15,10 @@ from dreambooth.run.plan import (
     check_flags,
     check_space_for_checkpoints,
     make_plan,
-    report_dir,
     run_dir,
     worker_range,
 )
+from dreambooth.run.training_log import report_dir
 
 
 @pytest.fixture
@@ -321,6 +321,43 @@ def test_checkpoints_on_another_disk_are_not_forgotten(check_and_plan, refusal, 
     check_and_plan(**flags)
 
 
+def test_checkpoints_on_another_disk_are_looked_for_where_the_run_had_them(
+    check_and_plan, refusal, tmp_path
+):
+    """--storage_path left out, or changed, when the command is given again: the run would begin
+    anew, without a word."""
+    out = tmp_path / "out"
+    flags = {"output_dir": str(out), "storage_path": str(tmp_path / "disk")}
+    there = run_dir(**flags)
+    (there / "step_000010").mkdir(parents=True)
+    (there / "step_000010" / "complete.json").touch()
+    (there / "lock").touch()
+    report_dir(out).mkdir()
+    record = {"status": "stopped", "flags": flags}
+    (report_dir(out) / "run.json").write_text(json.dumps(record))
+    check_and_plan(**flags)
+    for other in ({}, {"storage_path": str(tmp_path / "third")}):
+        message = refusal(output_dir=str(out), **other)
+        assert message.startswith(
+            f"{there} holds checkpoints of --output_dir: move it to {tmp_path}"
+        )
+        check_and_plan(output_dir=str(out), **other, restart=True)
+
+
+def test_a_folder_that_holds_only_the_users_readme_is_not_replaced(refusal, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("my notes")
+    message = refusal(output_dir=tmp_path / "out")
+    assert "holds other files (README.md), which would be lost" in message
+
+
+def test_the_flags_of_lora_are_not_ignored_without_it(check_and_plan, refusal):
+    """A LoRA's recipe in full fine-tuning spoils the model."""
+    for flags in ({"lora_rank": 16}, {"lora_layers": "all"}):
+        assert "they need --use_lora" in refusal(**flags)
+        check_and_plan(**flags, use_lora=True)
+
+
 def test_a_result_that_will_be_replaced_is_named(check_and_plan, tmp_path, capsys):
     """As a finished run does not resume when its command is given again."""
     (tmp_path / "out.report").mkdir()
@@ -479,7 +516,7 @@ def test_a_path_that_is_not_utf_8_is_refused(train_args, tmp_path):
 def test_results_whose_names_differ_after_a_dot_share_nothing(train_args, tmp_path):
     outs = [tmp_path / "dog-v1.0", tmp_path / "dog-v1.5"]
     assert [report_dir(out).name for out in outs] == ["dog-v1.0.report", "dog-v1.5.report"]
-    found = [run_dir(train_args(out)).name for out in outs]
+    found = [run_dir(out, train_args(out).storage_path).name for out in outs]
     assert found == ["dog-v1.0.checkpoints", "dog-v1.5.checkpoints"]
 
 

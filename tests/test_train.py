@@ -23,8 +23,7 @@ from dreambooth.files import pipeline_dir
 from dreambooth.files.atomic import append_line
 from dreambooth.machines import cluster, device
 from dreambooth.run import checkpoints, export
-from dreambooth.run.plan import report_dir
-from dreambooth.run.training_log import METRICS, read_metrics, read_run_record
+from dreambooth.run.training_log import METRICS, read_metrics, read_run_record, report_dir
 from tests.by_hand import ByHand
 from tests.without_ray import Rows, call_train_fn
 

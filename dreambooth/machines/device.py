@@ -72,13 +72,21 @@ def check_kernels(gpu):
         )
 
 
-def check_compiler(flag):
-    """UserError: `flag` makes Triton build kernels, and there is no C compiler, or no Python.h."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
+# By the device for which kernels are built: the variable that names a compiler, compilers, and the
+# language. On a CPU they are C++, for which PyTorch looks for g++ alone.
+COMPILERS = {"cuda": ("CC", ("gcc", "clang", "cc"), "C"), "cpu": ("CXX", ("g++",), "C++")}
+
+
+def check_compiler(flag, device_type="cuda"):
+    """UserError: `flag` builds kernels, and there is no compiler for them, or no Python.h."""
+    variable, names, language = COMPILERS[device_type]
+    compiler = os.environ.get(variable) or next(filter(shutil.which, names), None)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if compiler is None or not header.exists():
-        missing = "a C compiler" if compiler is None else f"Python's headers ({header})"
-        raise UserError(f"{flag} needs {missing}: apt install gcc python3-dev, or leave it out")
+        missing = f"a {language} compiler" if compiler is None else f"Python's headers ({header})"
+        raise UserError(
+            f"{flag} needs {missing}: apt install {names[0]} python3-dev, or leave it out"
+        )
 
 
 def host_memory():

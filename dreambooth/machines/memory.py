@@ -133,6 +133,10 @@ def check_device(args, plan, num_workers, torch_device):
     compiler for what needs one."""
     sizes = pipeline_dir.num_parameters(args.model_dir)
     if torch_device.type == "cpu":
+        if args.compile:
+            device.check_compiler("--compile", "cpu")
+        if args.cuda_graph:
+            warn("--cuda_graph is for GPUs: no step is captured")
         device.warn_if_slow(sizes, "a step")
         return
     device.check_bfloat16(torch_device)

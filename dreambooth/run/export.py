@@ -18,7 +18,7 @@ from dreambooth.cli import ArgumentParser, UserError, absolute_path, run_main, w
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.files.pipeline_dir import CARD_FILES, LORA_FILE
 from dreambooth.run import training_log
-from dreambooth.run.plan import report_dir
+from dreambooth.run.training_log import report_dir
 
 # The licences of the base models that these scripts are used with most, by the Hub's names.
 LICENCES = {

@@ -13,11 +13,14 @@ from dreambooth import images
 from dreambooth.cli import UserError, check_at_least, warn, words
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.files.photos import find_images, read_captions, warn_if_few
+from dreambooth.run import training_log
+from dreambooth.run.training_log import report_dir
 
 LR_SCHEDULERS = [
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
 ]  # fmt: skip
 POLYNOMIAL_END = 1e-7  # diffusers' last learning rate of that schedule
+LORA_DEFAULTS = (4, "attention")  # of --lora_rank and --lora_layers in train.py
 # The flags that may change when a run is resumed. All others are part of its fingerprint.
 PATHS = {"model_dir", "output_dir", "instance_images_dir", "class_images_dir", "storage_path"}
 FACTORS = {  # only their products, pairs per step and number of steps, are in the fingerprint
@@ -142,7 +145,7 @@ def make_plan(args):
         max_pairs_per_pass=args.train_batch_size,
         num_workers=args.num_workers,
         checkpointing_steps=checkpointing_steps,
-        run_dir=run_dir(args),
+        run_dir=run_dir(args.output_dir, args.storage_path),
         report_dir=report_dir(args.output_dir),
     )
 
@@ -174,23 +177,14 @@ def number_captions(args, prompts, instance_paths, class_paths):
     return prompts, captions
 
 
-def run_dir(args):
-    """Beside the result, or in --storage_path, where other results may have the same name."""
-    output_dir = Path(args.output_dir)
-    if args.storage_path:
-        path_hash = f"{zlib.crc32(str(output_dir).encode()):08x}"
-        return Path(args.storage_path) / f"{output_dir.name}-{path_hash}.checkpoints"
-    return usual_run_dir(output_dir)
-
-
-def usual_run_dir(output_dir):
-    return output_dir.with_name(f"{output_dir.name}.checkpoints")
-
-
-def report_dir(output_dir):
-    """Where what a run logs goes: beside its result."""
+def run_dir(output_dir, storage_path=None):
+    """Where the run of a result has its checkpoints: beside it, or in --storage_path, where other
+    results may have the same name."""
     output_dir = Path(output_dir)
-    return output_dir.with_name(f"{output_dir.name}.report")
+    if storage_path:
+        path_hash = f"{zlib.crc32(str(output_dir).encode()):08x}"
+        return Path(storage_path) / f"{output_dir.name}-{path_hash}.checkpoints"
+    return output_dir.with_name(f"{output_dir.name}.checkpoints")
 
 
 def check_flags(args):
@@ -276,6 +270,10 @@ def check_numbers(args):
             )
     if args.param_dtype == "bf16" and args.use_lora:
         raise UserError("--param_dtype bf16 is for full fine-tuning: leave it out with --use_lora")
+    if (args.lora_rank, args.lora_layers) != LORA_DEFAULTS and not args.use_lora:
+        raise UserError(
+            "--lora_rank, --lora_layers: they need --use_lora; add it or leave them out"
+        )
 
 
 def can_capture(args):
@@ -296,8 +294,9 @@ def check_output_dir(args):
     if Path(args.output_dir).resolve() == Path(args.model_dir).resolve():
         raise UserError("--output_dir is --model_dir: name another directory")
     names = [pipeline_dir.LORA_FILE] if args.use_lora else pipeline_dir.PIPELINE_NAMES
-    atomic.check_replaceable(args.output_dir, [*names, *pipeline_dir.CARD_FILES])
     is_there = any((Path(args.output_dir) / name).exists() for name in names)
+    card_files = pipeline_dir.CARD_FILES if is_there else ()  # without a result they are the user's
+    atomic.check_replaceable(args.output_dir, [*names, *card_files])
     if is_there and not report_dir(args.output_dir).is_dir():
         raise UserError(
             f"--output_dir {args.output_dir} holds a model that train.py has not made, as"
@@ -317,20 +316,23 @@ def check_output_dir(args):
 
 def check_run_dir(args):
     """Where checkpoints go there must be those of a run, or nothing; and no run that goes on."""
-    folder, output_dir = run_dir(args), Path(args.output_dir)
+    folder, output_dir = run_dir(args.output_dir, args.storage_path), Path(args.output_dir)
     atomic.check_writable(folder, "the checkpoints' directory")
     if output_dir.resolve() in folder.resolve().parents:
         raise UserError("--storage_path is inside --output_dir, which is replaced: name another")
     for place in (folder, report_dir(output_dir)):
         if (place / "lock").exists():  # of another run, perhaps one that has ended
             atomic.lock(place / "lock", output_dir)
-    usual = usual_run_dir(output_dir)
-    begun = [any(place.glob("step_*/complete.json")) for place in (usual, folder)]
-    if begun == [True, False] and not args.restart:
-        raise UserError(
-            f"{usual} holds checkpoints of --output_dir: move it to {folder} to resume from them,"
-            " or delete it"
-        )
+    # Checkpoints of an unfinished run that this one, with another --storage_path, would not find.
+    record = training_log.read_run_record(report_dir(output_dir))
+    recorded = run_dir(output_dir, record["flags"].get("storage_path")) if record else folder
+    for place in (run_dir(output_dir), recorded):
+        begun = [any(path.glob("step_*/complete.json")) for path in (place, folder)]
+        if begun == [True, False] and not args.restart:
+            raise UserError(
+                f"{place} holds checkpoints of --output_dir: move it to {folder} to resume from"
+                " them, or delete it"
+            )
     if not (folder / "lock").exists() and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"{folder}, where checkpoints would go, holds other files, which would be lost: rename"
@@ -349,6 +351,7 @@ def check_space_for_checkpoints(args, num_steps, checkpointing_steps):
     """The disk must have room for the checkpoints of full fine-tuning, and for one more while that
     is written, beside those that are there. Trained weights and optimizer take 12 bytes per weight;
     8 in bfloat16. The last step has none."""
+    folder = run_dir(args.output_dir, args.storage_path)
     written = (num_steps - 1) // (checkpointing_steps or num_steps)
     count = min(args.checkpoints_total_limit + 1, written)
     trained = pipeline_dir.num_trained(
@@ -358,9 +361,9 @@ def check_space_for_checkpoints(args, num_steps, checkpointing_steps):
     )
     num_bytes = {"fp32": 12, "bf16": 8}[args.param_dtype] * trained
     what = f"{count} checkpoints at a time (none with --checkpointing_steps 0)"
-    existing = run_dir(args).glob("*step_*/state.pt")  # also unfinished ones
+    existing = folder.glob("*step_*/state.pt")  # also unfinished ones
     if count:
-        atomic.check_space(run_dir(args), count * num_bytes, what, existing)
+        atomic.check_space(folder, count * num_bytes, what, existing)
 
 
 def warn_of_likely_mistakes(prompts, instance_paths):

@@ -246,6 +246,12 @@ def prepare(folder, first_step):
         (folder / "report.html").unlink(missing_ok=True)
 
 
+def report_dir(output_dir):
+    """Where what a run logs goes: beside its result."""
+    output_dir = Path(output_dir)
+    return output_dir.with_name(f"{output_dir.name}.report")
+
+
 def previous(folder):
     """Where the report of an earlier run is kept until its result is replaced."""
     return folder.with_name(f"{folder.name}.previous")

@@ -51,7 +51,7 @@ class Run:
     def __init__(self, folder, num_workers=1, storage_path=None, env=None):
         self.output_dir = folder / "tuned"
         paths = SimpleNamespace(output_dir=self.output_dir, storage_path=storage_path)
-        self.storage = run_dir(paths)
+        self.storage = run_dir(paths.output_dir, paths.storage_path)
         self.log = folder / "log"
         self.env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         self.command = [
