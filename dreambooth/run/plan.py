@@ -327,8 +327,8 @@ def check_run_dir(args):
     record = training_log.read_run_record(report_dir(output_dir))
     recorded = run_dir(output_dir, record["flags"].get("storage_path")) if record else folder
     for place in (run_dir(output_dir), recorded):
-        begun = [any(path.glob("step_*/complete.json")) for path in (place, folder)]
-        if begun == [True, False] and not args.restart:
+        begun_there, begun_here = (any(p.glob("step_*/complete.json")) for p in (place, folder))
+        if begun_there and not begun_here and not args.restart:
             raise UserError(
                 f"{place} holds checkpoints of --output_dir: move it to {folder} to resume from"
                 " them, or delete it"

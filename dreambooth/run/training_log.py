@@ -326,4 +326,5 @@ def read_run_record(folder):
         facts = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) and {"status", "flags"} <= facts.keys() else {}
+    is_record = isinstance(facts, dict) and "status" in facts
+    return facts if is_record and isinstance(facts.get("flags"), dict) else {}
