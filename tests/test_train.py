@@ -581,7 +581,7 @@ def test_a_result_that_cannot_be_saved_is_not_lost(one_worker, train_here, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(train.export, "save", fail)
-        with pytest.raises(UserError, match=r"could not be saved .*Input/output error.*again to save it"):
+        with pytest.raises(UserError, match=r"saved .*Input/output error.*again to save it"):
             train_here(tmp_path / "out")
     assert read_run_record(tmp_path / "out.report")["status"] == "failed"
     again = train_here(tmp_path / "out")
