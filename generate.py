@@ -108,9 +108,10 @@ def check_args(args):
         pipeline_dir.check_model_dir(args.compare_to, "--compare_to")
     side = args.resolution  # else the first model's own, which the second must take as well
     for model_dir in filter(None, (args.model_dir, args.compare_to)):
-        if args.scheduler == "dpm" and pipeline_dir.read_facts(model_dir).is_flow:
+        facts = pipeline_dir.read_facts(model_dir)
+        if args.scheduler == "dpm" and facts.is_flow:
             raise UserError("--scheduler dpm is for diffusion models: leave it out")
-        if pipeline_dir.read_facts(model_dir).is_distilled and (args.guidance_scale or 0) > 1:
+        if facts.is_distilled and (args.guidance_scale or 0) > 1:
             warn(f"--guidance_scale changes nothing: {model_dir} is distilled to do without it")
         side = pipeline_dir.check_resolution(model_dir, side, PIPELINE_PIXELS)
     if args.lora_weights_dir:

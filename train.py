@@ -56,13 +56,13 @@ def build_parser():
     add("--train_batch_size", type=int, default=1, help="pairs per worker per forward pass")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step")
     add("--num_epochs", type=int, default=4, help="maximum passes over the class images")
-    add("--max_train_steps", type=int, default=800, help="maximum steps; both limits hold")
+    add("--max_train_steps", type=int, default=800, help="maximum steps, if reached first")
     add("--lr", type=float, help="learning rate of AdamW (default: 5e-6; of LoRA: 1e-4)")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
     weight_help = "weight of the class loss; 0: no class images, epochs count instance images"
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
-    target_help = "of the class loss: the usual target (noise), or the original model's prediction"
+    target_help = "class loss's target: the usual one (noise) or the original model's prediction"
     add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
     noise_help = "fraction of the timesteps, the least noisy, at which photos are trained (1: all)"
     add("--max_instance_noise", type=float, default=1.0, help=noise_help)
@@ -77,7 +77,7 @@ def build_parser():
     add = parser.add_argument_group("run").add_argument
     workers_help = "training workers, one GPU each if there are GPUs; 2:4 means two to four"
     add("--num_workers", type=worker_range, default="1", help=workers_help)
-    dtype_help = "of trained weights; bf16 (with Kahan summation): 10 bytes per weight, not 16"
+    dtype_help = "type of trained weights; bf16 (Kahan summation): 10 bytes per weight, not 16"
     add("--param_dtype", choices=["fp32", "bf16"], default="fp32", help=dtype_help)
     add("--gradient_checkpointing", action="store_true", help="less memory, more time per step")
     add("--compile", action="store_true", help="compile the model's repeated blocks")

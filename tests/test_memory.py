@@ -175,6 +175,10 @@ def test_flags_that_change_the_need_change_what_is_printed(sd14_dir, capsys):
     assert line(19) == CHECKPOINTING
     assert line(19, "--no-train_text_encoder") == line(19, "--prior_loss_weight 0") == ""
     assert (line(20.8), line(20.8, "--cuda_graph")) == ("", CHECKPOINTING)
+    # Where train.py captures no step, nothing more is needed.
+    assert line(24.5, "--num_workers 2 --cuda_graph") == line(24.5, "--num_workers 2") == ""
+    both = f"--cuda_graph {CHECKPOINTING}"
+    assert line(17.6, both) == line(17.6, CHECKPOINTING) == CHECKPOINTING
 
 
 def test_stable_diffusion_is_as_large_as_counted(sd14_dir):

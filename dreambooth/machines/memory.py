@@ -107,7 +107,7 @@ def needed(flags, job):
     size = text + (1 - text) * (job.resolution / job.reference.resolution) ** 2
     activations = job.pairs * counted.per_pair * size
     preview = PREVIEW * job.resolution**2 if job.has_previews else 0.0  # between two steps
-    if job.is_captured:  # the graph keeps what its activations take
+    if job.is_captured and CHECKPOINTING not in flags:  # the graph keeps what activations take
         activations += preview + CUDA_GRAPHS
     else:
         activations = max(activations, preview)
@@ -169,7 +169,7 @@ def make_job(args, sizes, pairs, keeps_gradients, resolution):
     return Job(
         pairs=pairs if has_class_images else pairs / 2,  # one image in each
         keeps_gradients=keeps_gradients,
-        is_captured=args.cuda_graph,
+        is_captured=args.cuda_graph and not keeps_gradients,  # as plan.can_capture has it
         resolution=resolution,
         original=original if has_original else 0.0,
         **relative(args.model_dir, sizes, trains_text),

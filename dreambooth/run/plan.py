@@ -13,8 +13,7 @@ from dreambooth import images
 from dreambooth.cli import UserError, check_at_least, warn, words
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.files.photos import find_images, read_captions, warn_if_few
-from dreambooth.run import training_log
-from dreambooth.run.training_log import report_dir
+from dreambooth.run.training_log import read_run_record, report_dir
 
 LR_SCHEDULERS = [
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -324,7 +323,7 @@ def check_run_dir(args):
         if (place / "lock").exists():  # of another run, perhaps one that has ended
             atomic.lock(place / "lock", output_dir)
     # Checkpoints of an unfinished run that this one, with another --storage_path, would not find.
-    record = training_log.read_run_record(report_dir(output_dir))
+    record = read_run_record(report_dir(output_dir))
     recorded = run_dir(output_dir, record["flags"].get("storage_path")) if record else folder
     for place in (run_dir(output_dir), recorded):
         begun_there, begun_here = (any(p.glob("step_*/complete.json")) for p in (place, folder))
