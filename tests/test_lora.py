@@ -139,6 +139,17 @@ def test_a_lora_that_is_not_loaded_whole_is_warned_of(pipeline_with, load_models
     assert "some of its matrices were not loaded" in capsys.readouterr().err
 
 
+def test_a_layer_that_the_model_lacks_is_warned_of(pipeline_with, lora_dir, tmp_path, capsys):
+    weights = load_file(lora_dir / pipeline_dir.LORA_FILE)
+    down = next(name for name in weights if name.startswith("unet.") and ".down." in name)
+    for name in (down, down.replace(".down.", ".up.")):
+        weights[name.replace("down_blocks.", "down_blocks.7")] = weights[name].clone()
+    save_file(weights, tmp_path / pipeline_dir.LORA_FILE, metadata={"format": "pt"})
+    pipeline_with(tmp_path)
+    count = f"{len(weights) - 2} of {len(weights)} were"
+    assert f"as they fit no layer ({count})" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 @pytest.mark.parametrize("matrix", ["up", "down"])
 def test_a_lora_that_lacks_a_matrix_of_a_pair_is_refused(
