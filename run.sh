@@ -13,7 +13,6 @@
 # SCENES is a list: SCENES="in the snow|at night" ./run.sh
 set -euo pipefail
 unset CDPATH PYTHONSAFEPATH  # with them, cd prints, and Python does not find dreambooth/
-EPOCHS=1000000  # more than any run takes: its steps decide
 
 # The recipes: what is learned, and how.
 use_pocket() {
@@ -96,8 +95,8 @@ set_paths() {
   IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$SUBJECT_DIR/images-new}
 }
 
-# Complete TRAIN_FLAGS (not called if it is set from outside): the recipe, LoRA's if LORA is set; batch size,
-# epochs and steps; and flags that make it fit the GPUs' memory. Several GPUs share the pairs of a step, at
+# Complete TRAIN_FLAGS (not called if it is set from outside): the recipe, LoRA's if LORA is set; batch size
+# and steps; and flags that make it fit the GPUs' memory. Several GPUs share the pairs of a step, at
 # least one each. The number of steps stays the same: in far fewer, the subject is learned worse at any
 # learning rate.
 choose_train_flags() {
@@ -109,7 +108,7 @@ choose_train_flags() {
       --pairs "$pairs" $added $full ${MORE_FLAGS:-})
   fi
   if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
-  TRAIN_FLAGS="--train_batch_size $pairs --num_epochs $EPOCHS --max_train_steps $STEPS $TRAIN_FLAGS $added"
+  TRAIN_FLAGS="--train_batch_size $pairs --max_train_steps $STEPS $TRAIN_FLAGS $added"
 }
 
 # All variables that are not set from outside, and the caller's prompts, scenes and all_scenes; refuses what
@@ -212,10 +211,10 @@ main() {
 
   step 2 "get the photos of the subject (seconds)"
   if is_example; then "$PYTHON" download_example_dataset.py images/dog; fi
-  # A mistake of step 4 is found now, except in class images: there are none yet.
+  # A mistake of step 4 is found now, except in class images: there are none yet, so epochs do not count.
   "$PYTHON" train.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$RESULT_DIR" \
     --instance_images_dir "$INSTANCE_DIR" --instance_prompt "$INSTANCE_PROMPT" --num_workers "$NUM_WORKERS" \
-    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs $EPOCHS --restart --dry_run >/dev/null
+    $TRAIN_FLAGS --prior_loss_weight 0 --num_epochs 1000000 --restart --dry_run >/dev/null
   "$PYTHON" -m dreambooth.files.photos "$INSTANCE_DIR" "$IMAGES_OWN_DIR"
 
   step 3 "generate class images with the original model (minutes; only what is missing)"

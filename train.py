@@ -41,7 +41,8 @@ def build_parser():
     add("--use_lora", action="store_true", help="train LoRA matrices only: less memory, small file")
     add("--lora_rank", type=int, default=4, help="rank of the LoRA matrices")
     layers = ["attention", "all"]
-    add("--lora_layers", choices=layers, default=layers[0], help="layers to adapt")
+    layers_help = "layers to adapt: attention's, or feed-forward layers and convolutions as well"
+    add("--lora_layers", choices=layers, default=layers[0], help=layers_help)
     text_help = "train the text encoder, too (default: only for Stable Diffusion 1.x and 2.x)"
     add("--train_text_encoder", action=on_off, help=text_help)
 
@@ -55,16 +56,16 @@ def build_parser():
     add = parser.add_argument_group("recipe").add_argument
     add("--train_batch_size", type=int, default=1, help="pairs per worker per forward pass")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step")
-    add("--num_epochs", type=int, default=4, help="maximum passes over the class images")
-    add("--max_train_steps", type=int, default=800, help="maximum steps, if reached first")
+    add("--max_train_steps", type=int, default=800, help="steps of the run")
+    add("--num_epochs", type=int, help="end after so many passes over the class images")
     add("--lr", type=float, help="learning rate of AdamW (default: 5e-6; of LoRA: 1e-4)")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")
     weight_help = "weight of the class loss; 0: no class images, epochs count instance images"
     add("--prior_loss_weight", type=float, default=1.0, help=weight_help)
-    target_help = "class loss's target: the usual one (noise) or the original model's prediction"
+    target_help = "class loss's target: noise (v, velocity) or the original model's prediction"
     add("--prior_target", choices=["noise", "original"], default="noise", help=target_help)
-    noise_help = "fraction of the timesteps, the least noisy, at which photos are trained (1: all)"
+    noise_help = "train photos only at this fraction of the timesteps, the least noisy"
     add("--max_instance_noise", type=float, default=1.0, help=noise_help)
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual (default: off)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
@@ -118,7 +119,8 @@ def batch_loss(denoiser, scheduler, batch, args):
     n = len(posteriors)  # 2B; B without a class half, whose random numbers go unused
     return training_loss(
         denoiser, scheduler, posteriors, batch["conditions"], posterior_noise[:n], noise[:n],
-        timesteps[:n], args.prior_loss_weight, args.snr_gamma, batch["original"],
+        timesteps[:n], prior_loss_weight=args.prior_loss_weight, snr_gamma=args.snr_gamma,
+        predict_original=batch["predict_original"],
     )  # fmt: skip
 
 
@@ -153,7 +155,7 @@ def train_fn(config):
     configure_torch(device, context.get_local_world_size())
 
     # Set up the data: this worker's pairs, read while the models load, and the encoded prompts.
-    crops = dataset.read(ray.train.get_dataset_shard("train"), pairs_per_pass)  # [2]
+    pixels = dataset.read_batches(ray.train.get_dataset_shard("train"), pairs_per_pass)  # [2]
     family = models.family_of(args.model_dir)
     encoded_prompts = family.encode_prompts(args, plan.prompts, device)
 
@@ -169,7 +171,7 @@ def train_fn(config):
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = models.build_optimizer(parameters, args)
     lr_schedule = models.build_lr_schedule(optimizer, plan.num_steps, args)
-    original = models.load_original(args, denoiser, device)
+    predict_original = models.load_original(args, denoiser, device)
     log.on_models_loaded(parameters, num_workers)
 
     # Set up what happens once in a while. `build_trainer` has left out the pairs of steps that are
@@ -177,12 +179,12 @@ def train_fn(config):
     stateful = {"optimizer": optimizer, "lr_schedule": lr_schedule}
     saver = checkpoints.Checkpointer(args, plan, denoiser, stateful, rank)
     callbacks = [log, saver, previews.Previews(args, plan, vae, denoiser, encoded_prompts, log)]
-    first_step = plan.step_of(crops.first_position())
+    first_step = plan.step_of(pixels.first_position())
     for callback in callbacks:
         callback.on_train_begin(first_step)
 
     # Encode each crop once, when a step first needs it.
-    batches = latents.encode_batches(vae, crops, family, encoded_prompts, device, original)
+    batches = latents.encode_batches(vae, pixels, family, encoded_prompts, device, predict_original)
     for step in range(first_step, plan.num_steps):
         losses = forward_backward(wrapped, scheduler, batches, accumulation_steps, args)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

@@ -4,9 +4,9 @@
                             |  |  |  |  |    |  |  |
     class images (200)     c7 c0 c5 c2 c9   c3 c8 c1 ...    each epoch shuffles the folder anew
 
-A column is a pair, and a row of the dataset. Every class image is used exactly once per epoch,
-however many instance images there are, and the instance images take turns: over a whole run, the
-numbers of times that any two of them are used differ by at most one.
+Each column of this picture is a pair, a row of the dataset. Every class image is used exactly once
+per epoch, however many instance images there are, and the instance images take turns: over a whole
+run, the numbers of times that any two of them are used differ by at most one.
 
 Letters: B pairs in a batch, R resolution in pixels.
 """
@@ -117,7 +117,7 @@ def collate(batch):
     }
 
 
-def read(shard, batch_size):
+def read_batches(shard, batch_size):
     """The pairs of one worker's `shard` in batches of `batch_size`, a `Prefetched`."""
     batches = shard.iter_torch_batches(
         batch_size=batch_size, collate_fn=collate, prefetch_batches=4
@@ -135,7 +135,7 @@ class Prefetched:
     def first_position(self):
         """The position in the run of the first pair; None if there is none. Waits for it."""
         first = self.first.result()
-        return first and first["positions"][0]
+        return None if first is None else first["positions"][0]
 
     def __iter__(self):
         if self.first.result() is not None:

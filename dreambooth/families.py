@@ -83,26 +83,26 @@ class StableDiffusion(Family):
         tokenizer = pipeline_dir.load_tokenizer(args.model_dir)
         length = {"padding": "max_length", "max_length": tokenizer.model_max_length}
         ids = tokenizer(prompts, **length).input_ids
-        return {"prompt_ids": torch.tensor(ids, device=device)}  # (P, L)
+        return {"input_ids": torch.tensor(ids, device=device)}  # (P, L)
 
     def conditions(self, encoded_prompts, batch):
         """Consecutive images with one prompt are a group: the token ids (G, L) of each group, and
         the groups' sizes."""
         numbers = batch["prompt_numbers"]
         groups = [(number, len(list(images))) for number, images in itertools.groupby(numbers)]
-        ids = select(encoded_prompts["prompt_ids"], [number for number, _ in groups])  # (G, L)
-        return {"prompt_ids": ids, "counts": [count for _, count in groups]}
+        ids = select(encoded_prompts["input_ids"], [number for number, _ in groups])  # (G, L)
+        return {"input_ids": ids, "counts": [count for _, count in groups]}
 
     def one_per_image(self, conditions):
         if "counts" not in conditions:  # they are
             return conditions
-        return {"prompt_ids": repeat(conditions["prompt_ids"], conditions["counts"])}
+        return {"input_ids": repeat(conditions["input_ids"], conditions["counts"])}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
-        states = denoiser.text_encoder(conditions["prompt_ids"])[0]  # (G, L, D)
+        hidden_states = denoiser.text_encoder(conditions["input_ids"])[0]  # (G, L, D)
         if "counts" in conditions:
-            states = repeat(states, conditions["counts"])  # (2B, L, D)
-        return denoiser.unet(noisy_latents, timesteps, states).sample
+            hidden_states = repeat(hidden_states, conditions["counts"])  # (2B, L, D)
+        return denoiser.unet(noisy_latents, timesteps, hidden_states).sample
 
     def sampler_inputs(self, pipeline, prompt, device):
         embeds, negative = pipeline.encode_prompt(
@@ -140,25 +140,26 @@ class StableDiffusionXL(Family):
         with torch.no_grad():
             inputs = [self.sampler_inputs(pipeline, prompt, device) for prompt in prompts]
             previews = {p: self.sampler_inputs(pipeline, p, device) for p in args.preview_prompts}
-        return {
-            "states": torch.cat([i["prompt_embeds"] for i in inputs]).float(),  # (P, L, D)
-            "pooled": torch.cat([i["pooled_prompt_embeds"] for i in inputs]).float(),  # (P, D)
-            "previews": previews,
-        }
+        names = "prompt_embeds", "pooled_prompt_embeds"  # (P, L, D), (P, D)
+        encoded = {name: torch.cat([i[name] for i in inputs]).float() for name in names}
+        return {**encoded, "previews": previews}
 
     def conditions(self, encoded_prompts, batch):
-        """The embeddings, and per image: height and width of the original, top and left of the
-        crop, height and width of the crop."""
+        """The embeddings, and per image the size conditioning: height and width of the original,
+        top and left of the crop, height and width of the crop (section 2.2 of the paper)."""
         numbers = batch["prompt_numbers"]
-        states, pooled = (select(encoded_prompts[name], numbers) for name in ("states", "pooled"))
-        target = torch.full((len(states), 2), batch["images"].shape[-1])
+        prompt_embeds = select(encoded_prompts["prompt_embeds"], numbers)  # (2B, L, D)
+        text_embeds = select(encoded_prompts["pooled_prompt_embeds"], numbers)  # (2B, D)
+        target = torch.full((len(numbers), 2), batch["images"].shape[-1])
         time_ids = torch.cat([batch["sizes"], target], 1)  # (2B, 6)
-        time_ids = time_ids.float().to(states.device, non_blocking=True)
-        return {"states": states, "added": {"text_embeds": pooled, "time_ids": time_ids}}
+        time_ids = time_ids.float().to(prompt_embeds.device, non_blocking=True)
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        return {"prompt_embeds": prompt_embeds, "added_cond_kwargs": added}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
-        states, added = conditions["states"], conditions["added"]
-        return denoiser.unet(noisy_latents, timesteps, states, added_cond_kwargs=added).sample
+        prompt_embeds, added = conditions["prompt_embeds"], conditions["added_cond_kwargs"]
+        predicted = denoiser.unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=added)
+        return predicted.sample
 
     def sampler_inputs(self, pipeline, prompt, device):
         names = ["prompt_embeds", "negative_prompt_embeds"]
@@ -202,33 +203,33 @@ class Flux2Klein(Family):
         parts = {"transformer": None, "vae": None}
         pipeline = pipeline_dir.load_pipeline(args.model_dir, dtype, **parts).to(device)
         with torch.no_grad():
-            states = [pipeline.encode_prompt(prompt, device)[0].cpu() for prompt in prompts]
+            embeds = [pipeline.encode_prompt(prompt, device)[0].cpu() for prompt in prompts]
             previews = {p: self.sampler_inputs(pipeline, p, device) for p in args.preview_prompts}
         if device.type == "cuda":
-            states = [state.pin_memory() for state in states]
-        return {"states": states, "previews": previews, "device": device}  # P of (1, L, D)
+            embeds = [one.pin_memory() for one in embeds]
+        return {"prompt_embeds": embeds, "previews": previews, "device": device}  # P of (1, L, D)
 
     def conditions(self, encoded_prompts, batch):
         numbers, device = batch["prompt_numbers"], encoded_prompts["device"]
-        states = {
-            n: encoded_prompts["states"][n].to(device, non_blocking=True) for n in set(numbers)
-        }
-        return {"states": torch.cat([states[n] for n in numbers])}  # (2B, L, D)
+        embeds = encoded_prompts["prompt_embeds"]
+        moved = {n: embeds[n].to(device, non_blocking=True) for n in set(numbers)}
+        return {"prompt_embeds": torch.cat([moved[n] for n in numbers])}  # (2B, L, D)
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
         """`timesteps` are sigmas, which the transformer itself multiplies by 1000. Each latent has
         its row and column as its position, each token of the prompt its number; text that pads a
         prompt is attended to as well."""
         height, width = noisy_latents.shape[2:]
-        model, states = denoiser.transformer, conditions["states"]
+        model, prompt_embeds = denoiser.transformer, conditions["prompt_embeds"]
         rows, columns, tokens, zero = (
-            torch.arange(n, device=states.device) for n in (height, width, states.shape[1], 1)
+            torch.arange(n, device=noisy_latents.device)
+            for n in (height, width, prompt_embeds.shape[1], 1)
         )
         latent_ids = torch.cartesian_prod(zero, rows, columns, zero)  # (hw, 4)
         text_ids = torch.cartesian_prod(zero, zero, zero, tokens)  # (L, 4)
         velocity = model(
             hidden_states=noisy_latents.flatten(2).transpose(1, 2),  # (2B, hw, C), row by row
-            encoder_hidden_states=states,
+            encoder_hidden_states=prompt_embeds,
             timestep=timesteps,
             img_ids=latent_ids[None],
             txt_ids=text_ids[None],

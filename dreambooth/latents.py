@@ -14,7 +14,7 @@ import torch
 from dreambooth.seeds import seed_for
 
 INVERSE_GOLDEN_RATIO = (5**0.5 - 1) / 2
-MAX_BYTES_ON_DEVICE = 2**28  # of posteriors; a crop of FLUX.2-klein's at 1024 px takes 4 MiB
+MAX_BYTES_ON_DEVICE = 2**28  # of posteriors: Stable Diffusion's 128 KiB at 512 px, klein's 4 MiB
 PIXELS_PER_PASS = 512 * 512  # through the VAE: more would need more memory than a LoRA's step
 
 
@@ -46,17 +46,17 @@ def all_finite(tensors):
     return bool(torch.cat(tensors).isfinite().all())
 
 
-def encode_batches(vae, batches, family, encoded_prompts, device, original=None):
+def encode_batches(vae, batches, family, encoded_prompts, device, predict_original=None):
     """Encode the images of `batches`, dicts as `dataset.collate` returns them. Each crop is encoded
-    once, when the first step that trains on it asks for its batch.
+    once, when the first step that trains on it asks for its batch, and kept to the run's end.
 
-    `encoded_prompts`: what `family.encode_prompts` returned. `original`: None, or what
-    `models.load_original` returned. Yields dicts of
+    `encoded_prompts`: what `family.encode_prompts` returned. `predict_original`: None, or
+    what `models.load_original` returned. Yields dicts of
 
         posteriors  (2B, 2, C, h, w), on `device`
         conditions  what `family.predict` needs beside noisy latents and timesteps
         positions   B integers
-        original    None, or a function of the class half's noisy latents and timesteps
+        predict_original  None, or a function of the class half's noisy latents and timesteps
     """
     posterior_of = {}  # by crop
     for batch in batches:
@@ -68,15 +68,15 @@ def encode_batches(vae, batches, family, encoded_prompts, device, original=None)
                 encoded = encoded.cpu()
             posterior_of.update(zip(new, encoded, strict=True))
         posteriors = torch.stack([posterior_of[key].to(device) for key in batch["keys"]])
-        of_class = None
-        if original:
+        predict_class = None
+        if predict_original:
             names, half = ("images", "prompt_numbers", "sizes"), len(posteriors) // 2
-            class_half = {name: batch[name][half:] for name in names}
-            of_class = partial(original, conditions=family.conditions(encoded_prompts, class_half))
+            of_class = family.conditions(encoded_prompts, {n: batch[n][half:] for n in names})
+            predict_class = partial(predict_original, conditions=of_class)
         yield {
             "posteriors": posteriors,
             "conditions": family.conditions(encoded_prompts, batch),
-            "original": of_class,
+            "predict_original": predict_class,
             "positions": batch["positions"],
         }
 
@@ -93,8 +93,7 @@ def sample_noise(seed, positions, latent_shape, device):
     noise = []
     for position in positions:
         generator.manual_seed(seed_for("noise", seed, position))
-        shape = (2, 2, *latent_shape)  # two kinds of noise for each of two images
-        noise.append(torch.randn(shape, generator=generator))
+        noise.append(torch.randn((2, 2, *latent_shape), generator=generator))  # kinds, images
     noise = torch.stack(noise, dim=2).flatten(1, 2).to(device, non_blocking=True)
     return tuple(noise)  # posterior noise, latent noise
 
@@ -120,7 +119,7 @@ def sample_fractions(seed, positions):
     Each half walks through the schedule by the golden ratio from a random start: consecutive pairs
     have theirs spread evenly, high and low noise in every step, where independent samples cluster.
     The gradient is the same on average and less noisy (a low-discrepancy sampler, as in Kingma et
-    al. 2021, arXiv 2107.00630).
+    al. 2021, arXiv 2107.00630). The two halves keep the distance of their starts.
     """
     generator = torch.Generator().manual_seed(seed_for("timesteps", seed))
     starts = torch.rand(2, 1, generator=generator, dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 
 def training_loss(
     denoiser, scheduler, posteriors, conditions, posterior_noise, noise, timesteps,
-    prior_loss_weight, snr_gamma=None, original=None,
+    prior_loss_weight, snr_gamma=None, predict_original=None,
 ):  # fmt: skip
     """The loss of one batch, a scalar, and its halves, as in `prior_preserving_loss`.
 
@@ -19,7 +19,7 @@ def training_loss(
     posterior_noise and noise (2B, C, h, w); timesteps (2B,). `conditions`: what the family's
     `conditions` returns, which only the denoiser looks into.
 
-    `original`: None, or the original model as a function of noisy latents (B, C, h, w) and
+    `predict_original`: None, or the original model as a function of noisy latents (B, C, h, w) and
     timesteps (B,): its prediction is then the class half's target in place of the usual one.
     """
     # Sample each image's latents from its posterior.
@@ -35,8 +35,8 @@ def training_loss(
     prediction_type = scheduler.config.prediction_type
     alphas_cumprod = scheduler.alphas_cumprod
     target = get_target(prediction_type, latents, noise, timesteps, alphas_cumprod)
-    if original is not None:
-        original_pred = original(noisy_latents.chunk(2)[1], timesteps.chunk(2)[1])
+    if predict_original is not None:
+        original_pred = predict_original(noisy_latents.chunk(2)[1], timesteps.chunk(2)[1])
         target = torch.cat([target.chunk(2)[0], original_pred])
     weights = None
     if snr_gamma is not None:
@@ -56,7 +56,7 @@ def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
     "epsilon": the noise itself (Ho et al. 2020, arXiv 2006.11239, eq. 14).
     "v_prediction": sqrt(a) noise - sqrt(1 - a) latents, where a is the timestep's cumulative alpha
     (Salimans and Ho 2022, arXiv 2202.00512, appendix D).
-    "flow": noise - latents, the velocity from image to noise (Esser et al. 2024, arXiv 2403.03206).
+    "flow_prediction": noise - latents, the velocity (Esser et al. 2024, arXiv 2403.03206).
 
     Shapes: latents and noise (2B, C, h, w); timesteps (2B,), integers below T, and alphas_cumprod
     (T,), float32, neither of which a flow has a use for. Returns (2B, C, h, w). ValueError: there
@@ -67,9 +67,9 @@ def get_target(prediction_type, latents, noise, timesteps, alphas_cumprod):
     if prediction_type == "v_prediction":
         a = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return a.sqrt() * noise - (1 - a).sqrt() * latents
-    if prediction_type == "flow":
+    if prediction_type == "flow_prediction":
         return noise - latents
-    raise ValueError(f"prediction type {prediction_type!r}: must be epsilon, v_prediction or flow")
+    raise ValueError(f"{prediction_type!r}: must be epsilon, v_prediction or flow_prediction")
 
 
 def min_snr_weights(prediction_type, timesteps, alphas_cumprod, gamma):

@@ -92,9 +92,8 @@ def load_models(args, device, autocast=None):
     """The frozen VAE, the denoiser (U-Net and text encoder) and the noise schedule of
     `args.model_dir`.
 
-    All on `device`, straight from the file; what `args` says is trained requires gradients. Reads
-    safetensors, or pickles with weights-only loading (torch's default for diffusers and
-    transformers).
+    All on `device`, straight from the file: safetensors, or pickles with weights-only loading. What
+    `args` says is trained requires gradients.
 
     `autocast`: whether the forward pass is in bfloat16; by default on a GPU, and for bfloat16
     weights. On a CPU it gains nothing: the backward pass of attention takes five times as long as
@@ -163,17 +162,17 @@ def load_original(args, denoiser, device):
         return None
     if args.use_lora:
         layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
-        return partial(predict_without_lora, denoiser, layers)
+        return partial(predict_original, denoiser, layers)
     original = load_denoiser(args, device, denoiser.autocast).requires_grad_(False)
     if denoiser.autocast:
         cast_frozen_to_bf16(original)
-    return partial(predict_without_lora, original, [])
+    return partial(predict_original, original, [])
 
 
 @torch.no_grad()
-def predict_without_lora(denoiser, lora_layers, noisy_latents, timesteps, conditions):
-    """A denoiser's prediction with its `lora_layers` switched off; they are on afterwards, and
-    their matrices require gradients as before."""
+def predict_original(denoiser, lora_layers, noisy_latents, timesteps, conditions):
+    """The prediction of a denoiser with its `lora_layers`, if any, switched off; they are on
+    afterwards, and their matrices require gradients as before."""
     try:
         for layer in lora_layers:
             layer.enable_adapters(False)

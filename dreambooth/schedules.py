@@ -13,7 +13,7 @@ class DiffusionSchedule(DDPMScheduler):
     """Discrete timesteps, at each of which latents are scaled and noise is added (Ho et al. 2020,
     arXiv 2006.11239, eq. 4)."""
 
-    def timesteps_at(self, fractions, share=1.0):
+    def timesteps_at(self, fractions, share):
         """Integer timesteps (N,), each at its place `fractions` (N,) in [0, 1) of the least noisy
         `share` (N,), in (0, 1], of the schedule. A fraction of 0 is the least noise."""
         return (fractions * share * len(self.alphas_cumprod)).long()
@@ -30,7 +30,7 @@ class FlowSchedule:
     direction and with the shift of Esser et al. 2024, arXiv 2403.03206): a timestep is sigma, in
     (0, 1], the share of noise."""
 
-    config = SimpleNamespace(prediction_type="flow")
+    config = SimpleNamespace(prediction_type="flow_prediction")
     alphas_cumprod = None
 
     def __init__(self, shift=1.0):
@@ -44,10 +44,11 @@ class FlowSchedule:
         ).config
         return cls(1.0 if config.use_dynamic_shifting else config.shift)
 
-    def timesteps_at(self, fractions, share=1.0):
+    def timesteps_at(self, fractions, share):
         """Sigmas (N,), float32, each at its place `fractions` (N,) in [0, 1) of the least noisy
         `share` (N,), in (0, 1], of the schedule. A fraction of 0 is the most noise, which keeps
-        sigma above 0."""
+        sigma above 0. The shift, of Esser et al.'s eq. 23, comes last:
+        shift sigma / (1 + (shift - 1) sigma)."""
         sigmas = (1 - fractions) * share
         return (self.shift * sigmas / (1 + (self.shift - 1) * sigmas)).float()
 

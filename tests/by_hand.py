@@ -59,7 +59,7 @@ class ByHand:
         self.grad_norms = []
         self.learning_rates = []
         plan = make_plan(args)
-        self.prompt_ids = self.tokenize()
+        self.input_ids = self.tokenize()
         pairs = dataset.pair_images(
             plan.instance_paths, plan.class_paths, plan.num_steps * plan.pairs_per_step, args.seed
         )
@@ -111,7 +111,7 @@ class ByHand:
         x = x * self.vae.config.scaling_factor
         a = self.scheduler.alphas_cumprod.double()[timesteps]
         noisy = a.sqrt().view(-1, 1, 1, 1) * x + (1 - a).sqrt().view(-1, 1, 1, 1) * noise
-        hidden_states = self.denoiser.text_encoder(self.prompt_ids)[0]
+        hidden_states = self.denoiser.text_encoder(self.input_ids)[0]
         hidden_states = torch.cat(
             [prompt.expand(len(pairs), -1, -1) for prompt in hidden_states.split(1)]
         )

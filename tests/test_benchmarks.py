@@ -66,7 +66,7 @@ def test_a_candidate_trains_another_model_and_leaves_nothing_behind(
 
     def training_loss(denoiser, scheduler, posteriors, conditions, *rest):
         counts = torch.tensor(conditions["counts"])
-        prompts.append(conditions["prompt_ids"].repeat_interleave(counts, 0))
+        prompts.append(conditions["input_ids"].repeat_interleave(counts, 0))
         return loss(denoiser, scheduler, posteriors, conditions, *rest)
 
     def train():

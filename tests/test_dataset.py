@@ -162,7 +162,7 @@ def batches_of_workers(pairs, world_size, batch_size):
     config = dataset.PairDataConfig(PAIRS_PER_STEP, resolution=32, seed=5)
     rows = {"train": dataset.build_dataset(pairs)}
     shards = config.configure(rows, world_size, worker_handles=None, worker_node_ids=None)
-    return [list(dataset.read(shard["train"], batch_size)) for shard in shards]
+    return [list(dataset.read_batches(shard["train"], batch_size)) for shard in shards]
 
 
 def positions_of_steps(pairs, world_size):

@@ -108,7 +108,7 @@ def use(folder, tmp_path):
     with torch.no_grad():
         latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
         noisy = scheduler.add_noise(latents, torch.ones_like(latents), torch.tensor([500]))
-        conditions = {"prompt_ids": torch.zeros(1, 48, dtype=torch.long), "counts": [1]}
+        conditions = {"input_ids": torch.zeros(1, 48, dtype=torch.long), "counts": [1]}
         denoiser(noisy, torch.tensor([500]), conditions)
     record = {"prompt": "photo of a car", "seed": 0, "index": 0, "file": "a.png"}
     return [image for _, image in ImageGenerator(args).sample_all([record], 0)]

@@ -33,9 +33,9 @@ def predict(model):
     """What the U-Net and text encoder of a denoiser or pipeline predict for fixed inputs."""
     generator = torch.Generator().manual_seed(0)
     noisy_latents = torch.randn(2, 4, 16, 16, generator=generator)
-    prompt_ids = torch.randint(0, 500, (2, 48), generator=generator)
+    input_ids = torch.randint(0, 500, (2, 48), generator=generator)
     with torch.no_grad():
-        hidden_states = model.text_encoder(prompt_ids)[0]
+        hidden_states = model.text_encoder(input_ids)[0]
         return model.unet(noisy_latents, torch.tensor([10, 900]), hidden_states).sample
 
 

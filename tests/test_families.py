@@ -102,7 +102,7 @@ def test_time_ids_are_those_of_each_image_rows_before_columns(step, photo):
     """Its own height and width; top and left of the crop in the resized image, 64 by 98; and the
     crop's size. Class images have their own, not their instance image's."""
     *_, images, batch, _ = step
-    time_ids = batch["conditions"]["added"]["time_ids"]
+    time_ids = batch["conditions"]["added_cond_kwargs"]["time_ids"]
     assert time_ids.dtype == torch.float32
     assert time_ids[:, :2].tolist() == [[130, 200]] * 4
     assert time_ids[:, 4:].tolist() == [[64, 64]] * 4
@@ -184,8 +184,8 @@ def test_the_steps_prediction_is_the_pipelines_own_at_its_first_step(step):
 def test_prompts_are_encoded_as_the_pipeline_does_the_empty_one_as_zeros(step):
     """Hidden states of both encoders side by side, and the second one's projection."""
     *_, encoded = step
-    assert encoded["states"].shape == (2, 48, sum(WIDTHS))
-    assert encoded["pooled"].shape == (2, WIDTHS[1])
+    assert encoded["prompt_embeds"].shape == (2, 48, sum(WIDTHS))
+    assert encoded["pooled_prompt_embeds"].shape == (2, WIDTHS[1])
     preview = encoded["previews"]["a house"]
     assert preview["prompt_embeds"].shape == (1, 48, sum(WIDTHS))
     assert not preview["negative_prompt_embeds"].any()
@@ -259,14 +259,14 @@ def test_what_this_family_does_not_take_is_one_line(train_args, xl_dir, tmp_path
 
 def test_runs_of_images_with_the_same_prompt_share_its_encoding():
     """Captions: the index of each image's prompt, in the order of the batch."""
-    prompts = {"prompt_ids": torch.arange(8).view(4, 2)}
+    prompts = {"input_ids": torch.arange(8).view(4, 2)}
     found = StableDiffusion().conditions(prompts, {"prompt_numbers": [0, 0, 3, 1, 1, 1]})
-    assert found["prompt_ids"].tolist() == [[0, 1], [6, 7], [2, 3]]
+    assert found["input_ids"].tolist() == [[0, 1], [6, 7], [2, 3]]
     assert found["counts"] == [2, 1, 3]
     one = StableDiffusion().one_per_image(found)
-    assert one["prompt_ids"][:, 0].tolist() == [0, 0, 6, 2, 2, 2]
-    assert one.keys() == {"prompt_ids"} and StableDiffusionXL().one_per_image(one) is one
-    assert repeat(found["prompt_ids"], found["counts"])[:, 0].tolist() == [0, 0, 6, 2, 2, 2]
+    assert one["input_ids"][:, 0].tolist() == [0, 0, 6, 2, 2, 2]
+    assert one.keys() == {"input_ids"} and StableDiffusionXL().one_per_image(one) is one
+    assert repeat(found["input_ids"], found["counts"])[:, 0].tolist() == [0, 0, 6, 2, 2, 2]
 
 
 def test_text_encoders_that_are_not_trained_are_saved_in_float32(load_models, xl_dir, tmp_path):

@@ -179,12 +179,13 @@ def test_the_sampler_recovers_what_was_overfitted(klein_dir, train_args, step):
     args = train_args("out", model_dir=klein_dir)
     _, denoiser, _ = models.load_models(args, CPU)
     target = torch.randn((1, 16, 4, 6), generator=torch.Generator().manual_seed(1))
-    conditions = {"states": batch["conditions"]["states"][:1, :8].expand(16, -1, -1)}  # quicker
+    prompt_embeds = batch["conditions"]["prompt_embeds"][:1, :8]  # quicker
+    conditions = {"prompt_embeds": prompt_embeds.expand(16, -1, -1)}
     optimizer = torch.optim.AdamW(denoiser.transformer.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(2)
     for _ in range(200):
         noise = torch.randn((16, 16, 4, 6), generator=generator)
-        sigmas = schedule.timesteps_at(torch.rand(16, generator=generator))
+        sigmas = schedule.timesteps_at(torch.rand(16, generator=generator), 1.0)
         noisy = schedule.add_noise(target.expand_as(noise), noise, sigmas)
         loss = (denoiser(noisy, sigmas, conditions) - (noise - target)).square().mean()
         loss.backward()
@@ -193,7 +194,7 @@ def test_the_sampler_recovers_what_was_overfitted(klein_dir, train_args, step):
     pipeline = load_sampling_pipeline(
         klein_dir, scheduler="model", transformer=denoiser.transformer
     )
-    inputs = {"prompt_embeds": conditions["states"][:1], "guidance_scale": 1}
+    inputs = {"prompt_embeds": conditions["prompt_embeds"][:1], "guidance_scale": 1}
     sampled = pipeline(
         **inputs, height=16, width=24, num_inference_steps=20, output_type="latent",
         generator=torch.Generator().manual_seed(3),
@@ -323,11 +324,11 @@ def test_a_saved_lora_does_in_the_plain_pipeline_what_it_did_in_training(
     states = plain.encode_prompt(PROMPTS[0])[0]
     noise = torch.randn((1, 16, 4, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = denoiser(noise, torch.tensor([0.5]), {"states": states})
+        ours = denoiser(noise, torch.tensor([0.5]), {"prompt_embeds": states})
         denoiser.add_module("transformer", pipeline.transformer)
-        theirs = denoiser(noise, torch.tensor([0.5]), {"states": states})
+        theirs = denoiser(noise, torch.tensor([0.5]), {"prompt_embeds": states})
         denoiser.add_module("transformer", plain.transformer)
-        without = denoiser(noise, torch.tensor([0.5]), {"states": states})
+        without = denoiser(noise, torch.tensor([0.5]), {"prompt_embeds": states})
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (ours - without).abs().max() > 0.01
 
@@ -335,11 +336,11 @@ def test_a_saved_lora_does_in_the_plain_pipeline_what_it_did_in_training(
 def test_sigmas_are_shifted_as_the_sampler_shifts_them(klein_dir, tmp_path):
     """A static shift; a dynamic one, which depends on the number of steps, is for sampling."""
     fractions = torch.tensor([0.0, 0.25, 0.5, 0.999], dtype=torch.float64)
-    dynamic = FlowSchedule.from_pretrained(klein_dir, "scheduler").timesteps_at(fractions)
+    dynamic = FlowSchedule.from_pretrained(klein_dir, "scheduler").timesteps_at(fractions, 1.0)
     torch.testing.assert_close(dynamic, torch.tensor([1, 0.75, 0.5, 0.001]))
     sampler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     sampler.save_pretrained(tmp_path / "scheduler")
-    shifted = FlowSchedule.from_pretrained(tmp_path, "scheduler").timesteps_at(fractions)
+    shifted = FlowSchedule.from_pretrained(tmp_path, "scheduler").timesteps_at(fractions, 1.0)
     sampler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.001])
     torch.testing.assert_close(shifted, sampler.sigmas[:-1])
 

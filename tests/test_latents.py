@@ -93,7 +93,7 @@ def test_photos_may_be_kept_from_the_most_noise():
 def test_each_timestep_has_an_equal_part_of_the_schedule():
     """The last one as well: what is just below 1 does not become the timestep behind it."""
     fractions = torch.tensor([0, 0.0009, 0.001, 0.4999, 0.9999], dtype=torch.float64)
-    assert DiffusionSchedule().timesteps_at(fractions).tolist() == [0, 0, 1, 499, 999]
+    assert DiffusionSchedule().timesteps_at(fractions, 1.0).tolist() == [0, 0, 1, 499, 999]
     assert DiffusionSchedule().timesteps_at(fractions, 0.5).tolist() == [0, 0, 0, 249, 499]
 
 

@@ -143,7 +143,7 @@ def test_a_step_by_hand(scheduler, prediction_type, snr_gamma):
     posterior_noise, noise = latents.sample_noise(0, range(32), (4, 8, 8), "cpu")
     timesteps = (latents.sample_fractions(0, range(32)) * 1000).long()
     timesteps[0] = 0
-    conditions = {"prompt_ids": torch.arange(6).view(2, 3)}
+    conditions = {"input_ids": torch.arange(6).view(2, 3)}
     spy = Spy()
     loss, halves = training_loss(
         spy, scheduler, posteriors, conditions, posterior_noise, noise, timesteps, 0.25, snr_gamma

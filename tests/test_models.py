@@ -21,8 +21,8 @@ def random_inputs(num_images=2):
     generator = torch.Generator().manual_seed(0)
     noisy_latents = torch.randn(num_images, 4, 16, 16, generator=generator)
     timesteps = torch.linspace(10, 900, num_images).long()
-    prompt_ids = torch.randint(0, 500, (2, 48), generator=generator)
-    return noisy_latents, timesteps, {"prompt_ids": prompt_ids, "counts": [num_images // 2] * 2}
+    input_ids = torch.randint(0, 500, (2, 48), generator=generator)
+    return noisy_latents, timesteps, {"input_ids": input_ids, "counts": [num_images // 2] * 2}
 
 
 def set_second_matrices(denoiser):
@@ -136,7 +136,7 @@ def test_a_captured_step_computes_what_the_denoiser_does(load_models, monkeypatc
     noisy_latents, timesteps, conditions = random_inputs(num_images=6)
     for rows, counts in (([0, 1], [3, 3]), ([1, 0], [2, 4]), ([0, 1, 0], [3, 1, 2])):
         found = []
-        given = {"prompt_ids": conditions["prompt_ids"][rows], "counts": counts}
+        given = {"input_ids": conditions["input_ids"][rows], "counts": counts}
         for model in (denoiser, captured):
             denoiser.zero_grad()
             prediction = model(noisy_latents, timesteps, given)
@@ -147,22 +147,22 @@ def test_a_captured_step_computes_what_the_denoiser_does(load_models, monkeypatc
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6)
         noisy_latents, timesteps = noisy_latents.flip(0), timesteps.flip(0)
     assert len(replayed) == 3
-    models.predict_without_lora(denoiser, [], noisy_latents, timesteps, conditions)
+    models.predict_original(denoiser, [], noisy_latents, timesteps, conditions)
     assert len(replayed) == 3
 
 
 def test_each_prompt_is_encoded_once_however_many_images_share_it(load_models):
     """Six images and two prompts: prediction and gradients as with one prompt for each image."""
     noisy_latents, timesteps, together = random_inputs(num_images=6)
-    ids = together["prompt_ids"].repeat_interleave(3, 0)
-    uneven = {"prompt_ids": together["prompt_ids"][[0, 1, 1]], "counts": [3, 1, 2]}
+    ids = together["input_ids"].repeat_interleave(3, 0)
+    uneven = {"input_ids": together["input_ids"][[0, 1, 1]], "counts": [3, 1, 2]}
     _, denoiser, _ = load_models()
     encoded = []
     denoiser.text_encoder.register_forward_pre_hook(
         lambda module, inputs: encoded.append(len(inputs[0]))
     )
     results = []
-    for conditions in (together, uneven, {"prompt_ids": ids, "counts": [1] * 6}):
+    for conditions in (together, uneven, {"input_ids": ids, "counts": [1] * 6}):
         prediction = denoiser(noisy_latents, timesteps, conditions)
         (prediction * torch.linspace(-1, 1, 6).view(6, 1, 1, 1)).sum().backward()
         gradient = [p.grad.flatten() for p in denoiser.text_encoder.encoder.parameters()]
@@ -283,7 +283,7 @@ def test_frozen_layers_in_bfloat16_change_no_bit_of_the_loss(load_models):
             denoiser,
             scheduler,
             posteriors=torch.ones(2, 2, 4, 16, 16),
-            conditions={"prompt_ids": torch.arange(96).view(2, 48), "counts": [1, 1]},
+            conditions={"input_ids": torch.arange(96).view(2, 48), "counts": [1, 1]},
             posterior_noise=noise,
             noise=noise.flip(0),
             timesteps=torch.tensor([10, 900]),
@@ -345,7 +345,7 @@ def test_with_several_workers_a_block_is_compiled_as_one_graph(
     monkeypatch.setattr(UNet2DConditionModel, "compile_repeated_blocks", compile_blocks)
     _, denoiser, _ = load_models(compile=True)
     ddp = DistributedDataParallel(denoiser, bucket_cap_mb=0.5)
-    conditions = {"prompt_ids": torch.zeros(2, 48, dtype=torch.long), "counts": [1, 1]}
+    conditions = {"input_ids": torch.zeros(2, 48, dtype=torch.long), "counts": [1, 1]}
     ddp(torch.zeros(2, 4, 16, 16), torch.zeros(2), conditions)
     assert len(graphs) == 3
     torch._dynamo.reset()

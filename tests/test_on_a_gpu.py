@@ -60,7 +60,7 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
         move_to_gpu(denoiser, mode)
         scheduler.alphas_cumprod = mode.from_tensor(scheduler.alphas_cumprod).to("cuda")
         device = torch.device("cuda")
-        prompts = {"prompt_ids": torch.zeros(2, 48, dtype=torch.long, device=device)}
+        prompts = {"input_ids": torch.zeros(2, 48, dtype=torch.long, device=device)}
         (batch,) = latents.encode_batches(vae, [images], denoiser.family, prompts, device)
         assert batch["posteriors"].device.type == "cuda"
         assert batch["posteriors"].dtype == torch.float32

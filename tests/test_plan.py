@@ -74,7 +74,8 @@ def test_without_prior_preservation_there_is_no_class_half(check_and_plan):
     """Nor a need for class images and prompt: what is given of them is not looked at. Four epochs
     of five photos, two in each step."""
     flags = {"prior_loss_weight": 0, "class_images_dir": "/nowhere", "class_prompt": False}
-    found = check_and_plan(**flags, max_train_steps=100, train_batch_size=2)
+    flags |= {"num_epochs": 4, "max_train_steps": 100}
+    found = check_and_plan(**flags, train_batch_size=2)
     assert found.images_per_pair == 1
     assert found.class_paths == []
     assert found.prompts == ["photo of unqtkn car"]
@@ -87,6 +88,8 @@ def test_every_class_image_is_used_num_epochs_times_within_the_maximum(check_and
     assert check_and_plan(**flags, lr_warmup_steps=7).num_steps == 8
     assert check_and_plan(**flags, train_batch_size=3).num_steps == 3
     assert check_and_plan(num_epochs=2, max_train_steps=5).num_steps == 5
+    assert check_and_plan(num_epochs=10**400, max_train_steps=50).num_steps == 50
+    assert check_and_plan(max_train_steps=50).num_steps == 50
     message = refusal(**flags, lr_warmup_steps=8)
     assert "--lr_warmup_steps 8: give fewer, the run has 8 steps" in message
 

@@ -25,7 +25,7 @@ def make(train_args, load_models):
         original = models.load_original(args, denoiser, CPU)
         images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
         batch = {**BATCH, "images": images, "sizes": torch.zeros(4, 4), "positions": [5, 6]}
-        prompts = {"prompt_ids": torch.arange(144).view(3, 48) % 61}
+        prompts = {"input_ids": torch.arange(144).view(3, 48) % 61}
 
         def batches():
             return latents.encode_batches(vae, [batch], denoiser.family, prompts, CPU, original)
@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_the_formula(make, load_models):
     x = batch["posteriors"].double()
     posterior_noise, noise = (n.double() for n in latents.sample_noise(3, [5, 6], (4, 16, 16), CPU))
     timesteps = (latents.sample_fractions(3, [5, 6]) * 1000).long()
-    of_class = {"prompt_ids": batch["conditions"]["prompt_ids"][1:], "counts": [1, 1]}
+    of_class = {"input_ids": batch["conditions"]["input_ids"][1:], "counts": [1, 1]}
     loss, halves = training_loss(
         made.denoiser, made.scheduler, x, batch["conditions"], posterior_noise, noise, timesteps,
         0.7, None, lambda *inputs: apart(*inputs, of_class).detach(),
@@ -105,7 +105,7 @@ def test_training_changes_nothing_of_the_original(make, use_lora):
     did, also if a prediction fails."""
     made = make(use_lora=use_lora)
     inputs = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
-    conditions = {"prompt_ids": torch.arange(48)[None] % 60, "counts": [2]}
+    conditions = {"input_ids": torch.arange(48)[None] % 60, "counts": [2]}
     before = made.original(*inputs, conditions)
     trained = [name for name, p in made.denoiser.named_parameters() if p.requires_grad]
     parameters = [p for p in made.denoiser.parameters() if p.requires_grad]

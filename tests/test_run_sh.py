@@ -153,7 +153,7 @@ def test_train_flags_from_outside_stay_as_they_are(run_story):
 
 
 POCKET_LORA = (
-    "--train_batch_size 8 --num_epochs 1000000 --max_train_steps 300"
+    "--train_batch_size 8 --max_train_steps 300"
     " --lora_layers all --lora_rank 16 --lr 1.5e-3 --lr_scheduler cosine --prior_loss_weight 3"
     " --prior_target original --max_instance_noise 0.75 --use_lora"
 )
@@ -185,7 +185,7 @@ def test_however_lora_is_asked_for_the_result_is_one(run_story, variables, flags
 def test_several_gpus_make_as_many_steps_as_one(run_story, num_gpus, pairs):
     """RESULTS.md has what fewer steps lose. They share the pairs of a step, at least one each."""
     _, commands = run_story(num_gpus)
-    numbers = f"--train_batch_size {pairs} --num_epochs 1000000 --max_train_steps 200"
+    numbers = f"--train_batch_size {pairs} --max_train_steps 200"
     assert commands["train.py"][0].endswith(f" --num_workers {num_gpus} {numbers} --lr 5e-6")
 
 
@@ -193,7 +193,7 @@ def test_more_steps_take_more_epochs_and_more_flags_follow_the_recipe(run_story)
     """Epochs never end a run before its steps, whatever flags follow; the last of a flag counts."""
     _, commands = run_story(1, STEPS="500", MORE_FLAGS="--lr 1e-5 --restart")
     (train,) = commands["train.py"]
-    assert "--train_batch_size 2 --num_epochs 1000000 --max_train_steps 500 " in train
+    assert "--train_batch_size 2 --max_train_steps 500 " in train
     assert train.endswith(" --lr 5e-6 --lr 1e-5 --restart")
 
 
@@ -240,7 +240,7 @@ def test_each_variable_can_be_set_from_outside(run_story):
         "--model_dir /given/ORIG_MODEL_DIR/its/snapshot --output_dir /given/TUNED_MODEL_DIR"
         " --instance_images_dir /given/IMAGES_OWN_DIR --instance_prompt photo of zwx owl"
         " --class_images_dir /given/IMAGES_REG_DIR --class_prompt photo of an owl --num_workers 3"
-        " --train_batch_size 2 --num_epochs 1000000 --max_train_steps 70 "
+        " --train_batch_size 2 --max_train_steps 70 "
     )
     class_images, sample = commands["generate.py"]
     assert "--num_samples_per_prompt 50 " in class_images
@@ -442,9 +442,9 @@ def test_each_model_has_a_short_name_and_its_recipe(run_story):
     klein = f"black-forest-labs/FLUX.2-klein-base-4B --revision {COMMIT}"
     lora = "--max_train_steps 500 --lora_rank 16 --lr 1e-4 --use_lora"
     for variables, name, count, flags in (
-        ({"MODEL": "sdxl"}, xl, 200, "--num_epochs 1000000 --max_train_steps 500 --lr 2e-6"),
-        ({"MODEL": "sdxl", "LORA": "1"}, xl, 200, f"--num_epochs 1000000 {lora}"),
-        ({"MODEL": "klein", "ORIG_MODEL_HASH": COMMIT}, klein, 48, f"--num_epochs 1000000 {lora}"),
+        ({"MODEL": "sdxl"}, xl, 200, "--max_train_steps 500 --lr 2e-6"),
+        ({"MODEL": "sdxl", "LORA": "1"}, xl, 200, lora),
+        ({"MODEL": "klein", "ORIG_MODEL_HASH": COMMIT}, klein, 48, lora),
     ):
         _, commands = run_story(1, **variables)
         assert f"--model_name {name}" in commands["cache_model.py"][-1]

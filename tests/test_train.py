@@ -281,8 +281,8 @@ def test_the_learning_rate_is_that_of_what_is_trained(train_argv, tmp_path):
         assert train.parse_args(train_argv(tmp_path / "out", **flags)).lr == lr
 
 
-def test_without_flags_the_recipe_is_that_of_diffusers_script(train_argv, tmp_path):
-    """And a run logs, keeps and retries as its --help says."""
+def test_no_default_of_train_py_changes_unnoticed(train_argv, tmp_path):
+    """Users' results depend on them, and what they have read elsewhere says so."""
     args = vars(train.parse_args(train_argv(tmp_path / "out")))
     expected = {
         "adam_beta1": 0.9, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
@@ -510,7 +510,7 @@ def step(load_models):
     the given sizes: step([2, 2])."""
     generator = torch.Generator().manual_seed(0)
     posteriors = torch.randn(8, 2, 4, 16, 16, generator=generator).abs()
-    prompt_ids = torch.randint(0, 500, (2, 48), generator=generator)
+    input_ids = torch.randint(0, 500, (2, 48), generator=generator)
     _, denoiser, scheduler = load_models()
 
     def take(sizes, wrapped=denoiser):
@@ -519,9 +519,9 @@ def step(load_models):
         for size in sizes:
             positions = list(range(start, start + size))
             rows = positions + [4 + i for i in positions]  # instance half first
-            conditions = {"prompt_ids": prompt_ids, "counts": [size] * 2}
+            conditions = {"input_ids": input_ids, "counts": [size] * 2}
             batch = {"posteriors": posteriors[rows], "positions": positions}
-            batches.append({**batch, "conditions": conditions, "original": None})
+            batches.append({**batch, "conditions": conditions, "predict_original": None})
             start += size
         args = SimpleNamespace(seed=3, prior_loss_weight=0.7, snr_gamma=5.0, max_instance_noise=0.9)
         denoiser.zero_grad()

@@ -124,8 +124,10 @@ def make_plan(args):
     # Each step takes the next pairs: one stream, which goes on from epoch to epoch.
     _, most = args.num_workers
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
-    num_steps = math.ceil(args.num_epochs * len(class_paths or instance_paths) / pairs_per_step)
-    num_steps = min(args.max_train_steps, num_steps)
+    num_steps = args.max_train_steps
+    if args.num_epochs:
+        num_pairs = args.num_epochs * len(class_paths or instance_paths)
+        num_steps = min(num_steps, -(-num_pairs // pairs_per_step))  # rounded up
     if args.lr_warmup_steps >= num_steps:
         raise UserError(
             f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer, the run has {num_steps} steps"

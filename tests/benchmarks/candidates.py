@@ -50,8 +50,8 @@ OTHER_EVERY = 10  # pairs
 NUM_OTHER_IMAGES = 40
 FLAGS = {
     "min_snr": "--snr_gamma 5",
-    "fewer_steps": "--max_train_steps 200 --num_epochs 16",
-    "faster": "--max_train_steps 200 --num_epochs 16 --lr 4.5e-4",
+    "fewer_steps": "--max_train_steps 200",
+    "faster": "--max_train_steps 200 --lr 4.5e-4",
     "noise_target": "--prior_target noise",
     "all_noise": "--max_instance_noise 1 --lr 2e-4",
     "frozen_text": "--no-train_text_encoder",

@@ -61,7 +61,7 @@ class Run:
             "--class_images_dir", folder.parent / "class", "--log_every", 1,
             "--num_workers", num_workers,
             "--train_batch_size", 2 // num_workers, "--max_train_steps", STEPS,
-            "--checkpointing_steps", 3, "--num_epochs", 100,
+            "--checkpointing_steps", 3,
         ]  # fmt: skip
         if storage_path:
             self.command += ["--storage_path", storage_path]

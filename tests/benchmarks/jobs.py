@@ -10,7 +10,6 @@ without its report at every step, train.py with each of --workers, diffusers' sc
 seconds went.
 """
 
-import math
 import re
 import subprocess
 import sys
@@ -113,11 +112,9 @@ def list_jobs(args, folders, num_steps, with_report):
         ]
     for n in args.workers:
         if n <= (torch.cuda.device_count() or 2):
-            num_epochs = math.ceil(num_steps * args.batch_size * n / NUM_CLASS_IMAGES)
             jobs[f"train.py, {n} worker{'s' if n > 1 else ''}"] = [
                 *our_command(ROOT / "train.py", *common),
                 "--num_workers", n,
-                "--num_epochs", num_epochs,
             ]  # fmt: skip
     if args.diffusers_script:
         command = diffusers_command(args.diffusers_script, *common)

@@ -70,7 +70,7 @@ def conditions_of(pipeline_dir, num_images):
     tokenizer = directory.load_tokenizer(pipeline_dir)
     length = tokenizer.model_max_length
     ids = tokenizer(list(PROMPTS), padding="max_length", max_length=length).input_ids
-    return {"prompt_ids": torch.tensor(ids), "counts": [num_images // 2] * 2}
+    return {"input_ids": torch.tensor(ids), "counts": [num_images // 2] * 2}
 
 
 class Plain:
@@ -83,7 +83,7 @@ class Plain:
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), settings.lr)
         self.pixels = pixels.to(device, torch.bfloat16)
         self.conditions = families.StableDiffusion().one_per_image(conditions)
-        self.conditions["prompt_ids"] = self.conditions["prompt_ids"].to(device)
+        self.conditions["input_ids"] = self.conditions["input_ids"].to(device)
 
     def step(self):
         posterior = self.vae.encode(self.pixels).latent_dist

@@ -38,7 +38,7 @@ from dreambooth.run import export
 from dreambooth.run.plan import make_plan
 from tests.benchmarks import fidelity
 
-STEPS = "--train_batch_size 8 --num_epochs 24 --max_train_steps 300"
+STEPS = "--train_batch_size 8 --max_train_steps 300"
 SHARED = "--lr_scheduler cosine --prior_loss_weight 3 --prior_target original"
 FULL = f"--lr 3e-4 {SHARED} --max_instance_noise 0.85"
 LORA = f"--lora_layers all --lora_rank 16 --lr 1.5e-3 {SHARED} --max_instance_noise 0.75"

@@ -114,17 +114,19 @@ def new_klein_models():
 
 def prompts_of_sd14(num_images, device):
     ids = torch.empty(2, 77, dtype=torch.long, device=device)
-    return {"prompt_ids": ids, "counts": [num_images // 2] * 2}
+    return {"input_ids": ids, "counts": [num_images // 2] * 2}
 
 
 def prompts_of_sdxl(num_images, device):
     added = {"text_embeds": (num_images, 1280), "time_ids": (num_images, 6)}
     added = {name: torch.empty(shape, device=device) for name, shape in added.items()}
-    return {"states": torch.empty(num_images, 77, 2048, device=device), "added": added}
+    prompt_embeds = torch.empty(num_images, 77, 2048, device=device)
+    return {"prompt_embeds": prompt_embeds, "added_cond_kwargs": added}
 
 
 def prompts_of_klein(num_images, device):
-    return {"states": torch.empty(num_images, 512, 7680, dtype=torch.bfloat16, device=device)}
+    shape = num_images, 512, 7680
+    return {"prompt_embeds": torch.empty(shape, dtype=torch.bfloat16, device=device)}
 
 
 COUNTED = {  # family, models, prompts, and resolution
@@ -192,7 +194,7 @@ class Ours:
         posterior_noise, noise = latents.sample_noise(
             0, self.positions, posteriors.shape[2:], posteriors.device
         )
-        timesteps = self.scheduler.timesteps_at(latents.sample_fractions(0, self.positions))
+        timesteps = self.scheduler.timesteps_at(latents.sample_fractions(0, self.positions), 1.0)
         timesteps = timesteps.to(posteriors.device, non_blocking=True)
         loss, _ = training_loss(
             self.model, self.scheduler, posteriors, self.conditions, posterior_noise, noise,
