@@ -1,4 +1,4 @@
-"""Download a pinned revision of a diffusers model from the Hugging Face Hub into its cache layout.
+"""Download one revision of a diffusers model from the Hugging Face Hub into its cache layout.
 
     python cache_model.py --model_dir $ORIG_MODEL_DIR --model_name CompVis/stable-diffusion-v1-4 \\
         --revision b95be7d6f134c3a9e62ee616f310733567f069ce
@@ -169,7 +169,7 @@ def main(args):
     UserError: it cannot be fetched, or it is a model that these scripts do not take."""
     if Path(args.model_name).is_absolute():
         raise UserError(
-            f"--model_name {args.model_name} is a path: give that directory to train.py and"
+            f"--model_name {args.model_name} is a path: pass that directory to train.py and"
             " generate.py as their --model_dir"
         )
     snapshot = pipeline_dir.snapshot_dir(args.model_dir, args.model_name, args.revision)

@@ -13,6 +13,7 @@ only what is missing.
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from dreambooth.cli import (
     absolute_path,
     check_at_least,
     configure_logs,
+    plural,
     read_lines,
     run_main,
     valid_prompt,
@@ -57,7 +59,7 @@ def parse_args(argv=None):
     add("--prompts_file", **path, help="a text file with one prompt per line")
     add("--num_samples_per_prompt", type=int, default=1, help="images per prompt")
     add("--seed", type=int, default=0, help="of all noise: the initial one and the sampler's")
-    overwrite_help = "delete old images there that this command would not generate"
+    overwrite_help = "replace images made with other settings, and delete those of other prompts"
     add("--overwrite", action="store_true", help=overwrite_help)
 
     add = parser.add_argument_group("sampler").add_argument
@@ -98,7 +100,9 @@ def check_args(args):
     check_at_least(
         args, 1, "num_samples_per_prompt", "num_inference_steps", "num_workers", "batch_size"
     )
-    check_at_least(args, 0, "seed", "guidance_scale", "lora_scale")
+    check_at_least(args, 0, "seed", "guidance_scale")
+    if not math.isfinite(args.lora_scale):
+        raise UserError(f"--lora_scale is {args.lora_scale}: must be finite")
     if args.num_workers and not args.use_ray_data:
         warn("--num_workers is for --use_ray_data: this process generates all images itself")
     if args.lora_scale != 1 and not args.lora_weights_dir:
@@ -119,7 +123,7 @@ def check_args(args):
     if args.prompts_file:
         args.prompts = args.prompts + read_lines(args.prompts_file, "--prompts_file")
     if not args.prompts:
-        raise UserError("no prompt: give --prompts or --prompts_file")
+        raise UserError("no prompt: pass --prompts or --prompts_file")
     if len(set(args.prompts)) < len(args.prompts):
         raise UserError("a prompt is given twice: use --num_samples_per_prompt for more images")
     for model_dir in filter(None, (args.model_dir, args.compare_to)):
@@ -160,8 +164,8 @@ def find_existing(args, planned):
     if existing.stale:
         raise UserError(
             f"--output_dir {args.output_dir} holds {len(existing.stale)} images made with another"
-            f" prompt, model or setting, or changed since ({existing.stale[0].name}): name another"
-            " folder, or give --overwrite"
+            f" prompt, model or setting, or changed since ({existing.stale[0].name}): use another"
+            " folder, or pass --overwrite"
         )
     return existing
 
@@ -176,7 +180,7 @@ def generate_missing(args, planned, existing):
     generated_images.remove_leftovers(folder)
     finished = {record["file"] for record in existing.finished}
     missing = [record for record in planned if record["file"] not in finished]
-    count = f"{len(planned)} images of {len(args.prompts)} prompt(s) in {folder}"
+    count = f"{plural(len(planned), 'image')} of {plural(len(args.prompts), 'prompt')} in {folder}"
     print(f"{count}: {len(missing)} to generate")
     new_records = iter(())
     if missing:

@@ -8,7 +8,8 @@
 #
 # Variables set what it does: CLASS_NAME=cat INSTANCE_DIR=~/photos/tom ./run.sh
 # MODEL LORA CLASS_NAME INSTANCE_DIR UNIQUE_TOKEN CLASS_PROMPT INSTANCE_PROMPT OTHER_PROMPT SCENES STEPS PAIRS
-# NUM_CLASS_IMAGES TRAIN_FLAGS LORA_FLAGS MORE_FLAGS CLASS_FLAGS SAMPLE_FLAGS PREVIEW_EVERY DATA_PREFIX PYTHON
+# NUM_CLASS_IMAGES TRAIN_FLAGS LORA_FLAGS MORE_FLAGS CLASS_FLAGS SAMPLE_FLAGS PREVIEW_EVERY DATA_PREFIX SUBJECT_DIR
+# ORIG_MODEL_NAME ORIG_MODEL_HASH ORIG_MODEL_PATH PYTHON
 # TRAIN_FLAGS replaces the recipe, MORE_FLAGS is added to it: MORE_FLAGS=--restart ./run.sh
 # SCENES is a list: SCENES="in the snow|at night" ./run.sh
 set -euo pipefail
@@ -63,128 +64,7 @@ use_klein() {
   use_stable_diffusion
 }
 
-# MODEL is a short name for ORIG_MODEL_NAME.
-choose_model() {
-  local name
-  case "${MODEL:-}" in
-    "") return ;;
-    pocket) name=pocket ;;
-    sd) name=CompVis/stable-diffusion-v1-4 ;;
-    sdxl) name=stabilityai/stable-diffusion-xl-base-1.0 ;;
-    klein) name=black-forest-labs/FLUX.2-klein-base-4B ;;
-    *) refuse "MODEL=$MODEL: must be pocket, sd, sdxl or klein" ;;
-  esac
-  [[ "${ORIG_MODEL_NAME:-$name}" == "$name" ]] ||
-    refuse "MODEL=$MODEL and ORIG_MODEL_NAME=$ORIG_MODEL_NAME disagree: set one of them"
-  ORIG_MODEL_NAME=$name
-}
-
-# Where everything goes. On several nodes, DATA_PREFIX is on shared storage. Each subject has a folder,
-# named like that of its photos; they share original models and class images.
-set_paths() {
-  local class
-  DATA_PREFIX=${DATA_PREFIX:-/tmp}
-  SUBJECT_DIR=${SUBJECT_DIR:-$DATA_PREFIX/subjects/$(basename "$INSTANCE_DIR")}
-  ORIG_MODEL_DIR=${ORIG_MODEL_DIR:-$DATA_PREFIX/model-orig}
-  ORIG_MODEL_PATH=${ORIG_MODEL_PATH:-$ORIG_MODEL_DIR/models--${ORIG_MODEL_NAME//\//--}/snapshots/$ORIG_MODEL_HASH}
-  class=${CLASS_PROMPT:-$CLASS_NAME}
-  IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg/${ORIG_MODEL_NAME##*/}-${class//[\/ ]/-}}
-  TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$SUBJECT_DIR/model-tuned}
-  LORA_DIR=${LORA_DIR:-$SUBJECT_DIR/lora}
-  IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$SUBJECT_DIR/images-own}
-  IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$SUBJECT_DIR/images-new}
-}
-
-# Complete TRAIN_FLAGS (not called if it is set from outside): the recipe, LoRA's if LORA is set; batch size
-# and steps; and flags that make it fit the GPUs' memory. Several GPUs share the pairs of a step, at
-# least one each. The number of steps stays the same: in far fewer, the subject is learned worse at any
-# learning rate.
-choose_train_flags() {
-  local added= full= pairs=$((PAIRS > NUM_WORKERS ? PAIRS / NUM_WORKERS : 1))
-  if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
-  if [[ "${LORA:-}" == 0 ]]; then full=--full; fi
-  if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
-    added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" \
-      --pairs "$pairs" $added $full ${MORE_FLAGS:-})
-  fi
-  if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
-  TRAIN_FLAGS="--train_batch_size $pairs --max_train_steps $STEPS $TRAIN_FLAGS $added"
-}
-
-# All variables that are not set from outside, and the caller's prompts, scenes and all_scenes; refuses what
-# cannot work.
-choose_settings() {
-  # Look for GPUs, on this machine or in the cluster at RAY_ADDRESS, and choose the model.
-  NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.machines.gpus)}
-  check_number 0 NUM_GPUS
-  NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
-  OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
-  local flags last_weight='.* --prior_loss_weight[ =]([^ ]*)'
-  flags=" $(tr -s '[:space:]' ' ' <<<"$OWN_TRAIN_FLAGS ${MORE_FLAGS:-}") "
-  if [[ "$flags" == *" --use_lora "* ]]; then LORA=1; fi
-  if [[ "$flags" =~ $last_weight && "${BASH_REMATCH[1]}" =~ ^[0.]+$ ]]; then NUM_CLASS_IMAGES=0; fi
-  [[ "${LORA:-0}" == [01] ]] || refuse "LORA=$LORA: must be 0 or 1"
-  # Refuse flags of which this script has a variable.
-  local own
-  for own in model_dir=ORIG_MODEL_PATH output_dir=TUNED_MODEL_DIR instance_images_dir=INSTANCE_DIR \
-    instance_prompt=INSTANCE_PROMPT class_images_dir=IMAGES_REG_DIR class_prompt=CLASS_PROMPT \
-    preview_every=PREVIEW_EVERY; do
-    [[ "$flags" != *" --${own%=*}"[\ =]* ]] ||
-      refuse "--${own%=*} in TRAIN_FLAGS or MORE_FLAGS: set ${own#*=} instead"
-  done
-  if [[ -n "$OWN_TRAIN_FLAGS" ]]; then
-    for own in PAIRS STEPS LORA_FLAGS; do
-      [[ -z "${!own:-}" ]] || refuse "$own is part of the recipe, which TRAIN_FLAGS replaces: set one of them"
-    done
-  fi
-  [[ "$flags" != *" --dry_run "* ]] || refuse "--dry_run: step 5 needs the result of step 4; give it to train.py"
-  choose_model
-  OWN_MODEL=
-  local cache=${ORIG_MODEL_DIR:-${DATA_PREFIX:-/tmp}/model-orig}
-  if [[ -n "${ORIG_MODEL_PATH:-}" && "$ORIG_MODEL_PATH" != "$cache"/* ]]; then
-    # A directory of the user's own: nothing is downloaded. (In the cache a download may be half done.)
-    OWN_MODEL=1 ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-local}
-    ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-$(basename "$ORIG_MODEL_PATH")}
-  fi
-  if ((NUM_GPUS == 0)) && [[ -z "${ORIG_MODEL_NAME:-}" ]]; then
-    echo "no CUDA GPU here: using the embedded pocket model (MODEL names another)"
-    ORIG_MODEL_NAME=pocket
-  fi
-  ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
-  # The recipe goes by the name, and for a directory of the user's own by the class of its pipeline.
-  local kind=$ORIG_MODEL_NAME
-  if [[ -n "$OWN_MODEL" && "$kind" != pocket ]]; then
-    kind=$(grep -o '[A-Za-z0-9]*Pipeline' "$ORIG_MODEL_PATH/model_index.json" 2>/dev/null) || kind=$ORIG_MODEL_NAME
-  fi
-  case "$kind" in
-    pocket) use_pocket ;;
-    *[kK]lein*) use_klein ;;
-    *xl* | *XL*) use_stable_diffusion_xl ;;
-    *) use_stable_diffusion ;;
-  esac
-  [[ -n "${ORIG_MODEL_HASH:-}" ]] || refuse "set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use"
-  [[ -n "$OWN_MODEL" || "$kind" == pocket || "$ORIG_MODEL_HASH" =~ ^[0-9a-f]{40}$ ]] ||
-    refuse "ORIG_MODEL_HASH=$ORIG_MODEL_HASH: must be a commit, 40 digits and letters from a to f"
-  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
-  PREVIEW_EVERY=${PREVIEW_EVERY:-100}
-  check_number 1 PAIRS STEPS NUM_WORKERS
-  check_number 0 NUM_CLASS_IMAGES PREVIEW_EVERY
-  set_paths
-  [[ "$(absolute "$SUBJECT_DIR")" != "$(absolute "$INSTANCE_DIR")" ]] ||
-    refuse "results would go among the photos in $INSTANCE_DIR: set SUBJECT_DIR"
-  UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
-  CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
-  INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
-  OTHER_PROMPT=${OTHER_PROMPT:-photo of a house}  # what must not change, beside the class
-  if [[ "$OTHER_PROMPT" == "$CLASS_PROMPT" ]]; then OTHER_PROMPT="photo of a car"; fi
-  local scene
-  all_scenes=${SCENES//$'\n'/|}
-  IFS='|' read -ra scenes <<<"$all_scenes"
-  for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
-  prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
-  if [[ "$ORIG_MODEL_NAME" != pocket && -z "$OWN_MODEL" ]]; then check_cheaply; fi
-}
-
+# The steps.
 main() {
   local scenes prompts=() all_scenes
   choose_settings
@@ -245,6 +125,127 @@ main() {
     "$INSTANCE_PROMPT ${all_scenes//|/, }; $CLASS_PROMPT; $OTHER_PROMPT, ${scenes[${#scenes[@]}-1]}=$IMAGES_NEW_DIR"
   echo "done: $SUBJECT_DIR/dreambooth.png, and the page ($SECONDS s in all)"
   "$PYTHON" -m dreambooth.report.page "$RESULT_DIR.report" --images_dir "$IMAGES_NEW_DIR"
+}
+
+# MODEL is a short name for ORIG_MODEL_NAME.
+choose_model() {
+  local name
+  case "${MODEL:-}" in
+    "") return ;;
+    pocket) name=pocket ;;
+    sd) name=CompVis/stable-diffusion-v1-4 ;;
+    sdxl) name=stabilityai/stable-diffusion-xl-base-1.0 ;;
+    klein) name=black-forest-labs/FLUX.2-klein-base-4B ;;
+    *) refuse "MODEL=$MODEL: must be pocket, sd, sdxl or klein" ;;
+  esac
+  [[ "${ORIG_MODEL_NAME:-$name}" == "$name" ]] ||
+    refuse "MODEL=$MODEL and ORIG_MODEL_NAME=$ORIG_MODEL_NAME disagree: set one of them"
+  ORIG_MODEL_NAME=$name
+}
+
+# Where everything goes. On several nodes, DATA_PREFIX is on shared storage. Each subject has a folder,
+# named like that of its photos; they share original models and class images.
+set_paths() {
+  local class
+  DATA_PREFIX=${DATA_PREFIX:-/tmp}
+  SUBJECT_DIR=${SUBJECT_DIR:-$DATA_PREFIX/subjects/$(basename "$INSTANCE_DIR")}
+  ORIG_MODEL_DIR=${ORIG_MODEL_DIR:-$DATA_PREFIX/model-orig}
+  ORIG_MODEL_PATH=${ORIG_MODEL_PATH:-$ORIG_MODEL_DIR/models--${ORIG_MODEL_NAME//\//--}/snapshots/$ORIG_MODEL_HASH}
+  class=${CLASS_PROMPT:-$CLASS_NAME}
+  IMAGES_REG_DIR=${IMAGES_REG_DIR:-$DATA_PREFIX/images-reg/${ORIG_MODEL_NAME##*/}-${class//[\/ ]/-}}
+  TUNED_MODEL_DIR=${TUNED_MODEL_DIR:-$SUBJECT_DIR/model-tuned}
+  LORA_DIR=${LORA_DIR:-$SUBJECT_DIR/lora}
+  IMAGES_OWN_DIR=${IMAGES_OWN_DIR:-$SUBJECT_DIR/images-own}
+  IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$SUBJECT_DIR/images-new}
+}
+
+# Complete TRAIN_FLAGS (not called if it is set from outside): the recipe, LoRA's if LORA is set; batch size and
+# steps; and flags that make it fit the GPUs' memory. Several GPUs share the pairs of a step, rounded up to as many
+# on each. The number of steps stays the same: in far fewer, the subject is learned worse at any learning rate.
+choose_train_flags() {
+  local added= full= pairs=$(((PAIRS + NUM_WORKERS - 1) / NUM_WORKERS))
+  if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
+  if [[ "${LORA:-}" == 0 ]]; then full=--full; fi
+  if [[ "$ORIG_MODEL_NAME" != pocket ]]; then
+    added=$("$PYTHON" -m dreambooth.machines.memory --model_dir "$ORIG_MODEL_PATH" --num_workers "$NUM_WORKERS" \
+      --pairs "$pairs" $added $full ${MORE_FLAGS:-})
+  fi
+  if [[ "$added" == *--use_lora* ]]; then TRAIN_FLAGS=$LORA_FLAGS; fi
+  TRAIN_FLAGS="--train_batch_size $pairs --max_train_steps $STEPS $TRAIN_FLAGS $added"
+}
+
+# All variables that are not set from outside, and the caller's prompts, scenes and all_scenes; refuses what
+# cannot work.
+choose_settings() {
+  # Look for GPUs, on this machine or in the cluster at RAY_ADDRESS, and choose the model.
+  NUM_GPUS=${NUM_GPUS:-$("$PYTHON" -m dreambooth.machines.gpus)}
+  check_number 0 NUM_GPUS
+  NUM_WORKERS=${NUM_WORKERS:-$((NUM_GPUS > 0 ? NUM_GPUS : 1))}
+  OWN_TRAIN_FLAGS=${TRAIN_FLAGS:-}
+  local flags last_weight='.* --prior_loss_weight[ =]([^ ]*)'
+  flags=" $(tr -s '[:space:]' ' ' <<<"$OWN_TRAIN_FLAGS ${MORE_FLAGS:-}") "
+  if [[ "$flags" == *" --use_lora "* ]]; then LORA=1; fi
+  if [[ "$flags" =~ $last_weight && "${BASH_REMATCH[1]}" =~ ^[0.]+$ ]]; then NUM_CLASS_IMAGES=0; fi
+  [[ "${LORA:-0}" == [01] ]] || refuse "LORA=$LORA: must be 0 or 1"
+  # Refuse flags of which this script has a variable.
+  local own
+  for own in model_dir=ORIG_MODEL_PATH output_dir=TUNED_MODEL_DIR instance_images_dir=INSTANCE_DIR \
+    instance_prompt=INSTANCE_PROMPT class_images_dir=IMAGES_REG_DIR class_prompt=CLASS_PROMPT \
+    preview_every=PREVIEW_EVERY; do
+    [[ "$flags" != *" --${own%=*}"[\ =]* ]] ||
+      refuse "--${own%=*} in TRAIN_FLAGS or MORE_FLAGS: set ${own#*=} instead"
+  done
+  if [[ -n "$OWN_TRAIN_FLAGS" ]]; then
+    for own in PAIRS STEPS LORA_FLAGS; do
+      [[ -z "${!own:-}" ]] || refuse "$own is part of the recipe, which TRAIN_FLAGS replaces: set one of them"
+    done
+  fi
+  [[ "$flags" != *" --dry_run "* ]] || refuse "--dry_run is for train.py itself: step 5 needs the result of step 4"
+  choose_model
+  OWN_MODEL=
+  local cache=${ORIG_MODEL_DIR:-${DATA_PREFIX:-/tmp}/model-orig}
+  if [[ -n "${ORIG_MODEL_PATH:-}" && "$ORIG_MODEL_PATH" != "$cache"/* ]]; then
+    # A directory of the user's own: nothing is downloaded. (In the cache a download may be half done.)
+    OWN_MODEL=1 ORIG_MODEL_HASH=${ORIG_MODEL_HASH:-local}
+    ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-$(basename "$ORIG_MODEL_PATH")}
+  fi
+  if ((NUM_GPUS == 0)) && [[ -z "${ORIG_MODEL_NAME:-}" ]]; then
+    echo "no CUDA GPU here: using the embedded pocket model (MODEL names another)"
+    ORIG_MODEL_NAME=pocket
+  fi
+  ORIG_MODEL_NAME=${ORIG_MODEL_NAME:-CompVis/stable-diffusion-v1-4}
+  # The recipe goes by the name, and for a directory of the user's own by the class of its pipeline.
+  local kind=$ORIG_MODEL_NAME
+  if [[ -n "$OWN_MODEL" && "$kind" != pocket ]]; then
+    kind=$(grep -o '[A-Za-z0-9]*Pipeline' "$ORIG_MODEL_PATH/model_index.json" 2>/dev/null) || kind=$ORIG_MODEL_NAME
+  fi
+  case "$kind" in
+    pocket) use_pocket ;;
+    *[kK]lein*) use_klein ;;
+    *xl* | *XL*) use_stable_diffusion_xl ;;
+    *) use_stable_diffusion ;;
+  esac
+  [[ -n "${ORIG_MODEL_HASH:-}" ]] || refuse "set ORIG_MODEL_HASH to the commit of $ORIG_MODEL_NAME to use"
+  [[ -n "$OWN_MODEL" || "$kind" == pocket || "$ORIG_MODEL_HASH" =~ ^[0-9a-f]{40}$ ]] ||
+    refuse "ORIG_MODEL_HASH=$ORIG_MODEL_HASH: must be a commit, 40 digits and letters from a to f"
+  NUM_CLASS_IMAGES=${NUM_CLASS_IMAGES:-200}
+  PREVIEW_EVERY=${PREVIEW_EVERY:-100}
+  check_number 1 PAIRS STEPS NUM_WORKERS
+  check_number 0 NUM_CLASS_IMAGES PREVIEW_EVERY
+  set_paths
+  [[ "$(absolute "$SUBJECT_DIR")" != "$(absolute "$INSTANCE_DIR")" ]] ||
+    refuse "results would go among the photos in $INSTANCE_DIR: set SUBJECT_DIR"
+  UNIQUE_TOKEN=${UNIQUE_TOKEN:-unqtkn}
+  CLASS_PROMPT=${CLASS_PROMPT:-photo of a $CLASS_NAME}
+  INSTANCE_PROMPT=${INSTANCE_PROMPT:-photo of $UNIQUE_TOKEN $CLASS_NAME}
+  OTHER_PROMPT=${OTHER_PROMPT:-photo of a house}  # what must not change, beside the class
+  if [[ "$OTHER_PROMPT" == "$CLASS_PROMPT" ]]; then OTHER_PROMPT="photo of a car"; fi
+  local scene
+  all_scenes=${SCENES//$'\n'/|}
+  IFS='|' read -ra scenes <<<"$all_scenes"
+  for scene in "${scenes[@]}"; do prompts+=("$INSTANCE_PROMPT $scene"); done
+  prompts+=("$CLASS_PROMPT" "$OTHER_PROMPT" "$OTHER_PROMPT ${scenes[${#scenes[@]}-1]}")
+  if [[ "$ORIG_MODEL_NAME" != pocket && -z "$OWN_MODEL" ]]; then check_cheaply; fi
 }
 
 # Before gigabytes are downloaded: the flags and the photos.
@@ -313,5 +314,5 @@ cd "$(dirname "$(realpath "$0")")"
 case "${1:-}" in
   "") find_python; main ;;
   test) find_python; exec "$PYTHON" -m pytest -q ;;
-  *) sed -n '2,13s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
+  *) sed -n '2,14s/^# \{0,1\}//p' run.sh; [[ "$1" == --help || "$1" == -h ]] || exit 2 ;;
 esac

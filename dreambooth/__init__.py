@@ -1,4 +1,4 @@
-"""What must be set before torch and Ray are imported."""
+"""Settings of the process, made before torch and Ray are imported."""
 
 import gc
 import os
@@ -19,10 +19,13 @@ os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # Ray's default; train.py knows no oth
 gc.set_threshold(10_000)
 
 
-def _print_error(kind, error, trace):
+_print_error = sys.excepthook
+
+
+def _print_unless_interrupted(kind, error, trace):
     """Ctrl-C while modules are imported, which takes seconds, ends a script without their trace."""
     if kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, error, trace)
+        _print_error(kind, error, trace)
 
 
-sys.excepthook = _print_error
+sys.excepthook = _print_unless_interrupted

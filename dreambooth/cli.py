@@ -150,7 +150,7 @@ def run_main(main, args):
         if error.errno not in OF_THE_DISK or not (error.filename or is_full(error)):
             raise  # (a full disk names no file)
         file = f"{_one_line(error.filename)}: " if error.filename else ""
-        remedy = "" if file else ": make room, or name another disk, and run the same command again"
+        remedy = "" if file else ": make room, or use another disk, and run the same command again"
         print(f"error: {file}{error.strerror}{remedy}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -238,6 +238,11 @@ def check_at_least(args, minimum, *names, above=False):
         if not large_enough:
             bound = "above" if above else "at least"
             raise UserError(f"--{name} is {value}: must be {bound} {minimum}")
+
+
+def plural(count, noun):
+    """A number and its noun: "1 step", "2 steps"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def read_lines(file, flag):

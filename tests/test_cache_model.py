@@ -359,7 +359,7 @@ def test_a_malformed_model_name_is_refused(run):
     for name in ("two words", "a/b/c", "-x"):
         with pytest.raises(UserError, match=f"^'{name}': "):
             run(name)
-    with pytest.raises(UserError, match="^--model_name /models/mine is a path: give that dir"):
+    with pytest.raises(UserError, match="^--model_name /models/mine is a path: pass that dir"):
         run("/models/mine")
 
 

@@ -145,7 +145,7 @@ def begun(prepare, tmp_path):
 def test_the_same_run_goes_on_and_another_is_refused_by_what_differs(begun, prepare, capsys):
     assert prepare() == 10
     assert "resuming after step 10" in capsys.readouterr().out
-    assert names(begun) == ["lock", "run.json", "step_000010"]  # an old request to stop is gone
+    assert names(begun) == ["fingerprint.json", "lock", "step_000010"]  # no old request to stop
     with pytest.raises(UserError, match=r"lr was 0.0001, is 0.1\): .*--restart") as error:
         prepare(lr=0.1)
     assert "\n" not in str(error.value)
@@ -159,8 +159,8 @@ def test_a_run_from_before_a_flag_existed_goes_on_and_one_whose_record_is_damage
     assert prepare(lora_layers="attention") == 10
     with pytest.raises(UserError, match="lora_layers was attention, is all"):
         prepare(lora_layers="all")
-    (begun / "run.json").write_text('{"lr": 0.0')
-    with pytest.raises(UserError, match=r"run.json is damaged: give --restart"):
+    (begun / "fingerprint.json").write_text('{"lr": 0.0')
+    with pytest.raises(UserError, match=r"fingerprint.json is damaged: pass --restart"):
         prepare()
     assert prepare(restart=True) == 0
 
@@ -171,13 +171,13 @@ def test_restart_begins_anew_and_a_run_without_checkpoints_leaves_nothing(
     checkpoints.remove_unless_needed(begun)
     assert steps_in(begun) == [10]
     assert prepare(restart=True, lr=0.1) == 0
-    assert names(begun) == ["lock", "run.json"]
-    assert json.loads((begun / "run.json").read_text())["lr"] == 0.1
+    assert names(begun) == ["fingerprint.json", "lock"]
+    assert json.loads((begun / "fingerprint.json").read_text())["lr"] == 0.1
     assert capsys.readouterr().out == ""
     being_written = begun / ".step_000010.tmp"  # as the run ends with an error
     being_written.mkdir()
     checkpoints.remove_unless_needed(begun)
-    assert names(begun) == [being_written.name, "lock", "run.json"]
+    assert names(begun) == [being_written.name, "fingerprint.json", "lock"]
     being_written.rmdir()
     checkpoints.remove_unless_needed(begun)
     assert names(tmp_path) == ["tuned.report"]
@@ -242,7 +242,7 @@ def test_what_is_left_of_a_finished_run_is_not_resumed(begun, prepare, capsys, m
         checkpoints.remove(begun)
     assert "step_000010" in names(begun)
     assert prepare(lr=0.1) == 0
-    assert names(begun) == ["lock", "run.json"]
+    assert names(begun) == ["fingerprint.json", "lock"]
     assert capsys.readouterr().out == ""
 
 

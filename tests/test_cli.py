@@ -29,7 +29,7 @@ from dreambooth.cli import UserError
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # which names no file
-REMEDY = "make room, or name another disk, and run the same command again"
+REMEDY = "make room, or use another disk, and run the same command again"
 OF_THE_DISK = ["ENOSPC", "EFBIG", "EACCES", "EROFS", "ENAMETOOLONG", "ELOOP"]
 OF_A_FILE = [OSError(getattr(errno, name), f"it says {name}", "/out/a") for name in OF_THE_DISK]
 

@@ -193,7 +193,7 @@ def test_there_is_a_gpu_or_else_a_core_for_each_worker(train_here, tmp_path):
     cluster.check_num_workers(4, 4, 16)
     cluster.check_num_workers(2, 0, 2)
     for resources, has in [
-        ((5, 4, 16), "4 GPUs, .*give --num_workers 4 or less"),
+        ((5, 4, 16), "4 GPUs, .*pass --num_workers 4 or less"),
         ((5, 1, 16), "1 GPU, "),
         ((5, 0, 0), "0 CPU cores, .*; start nodes with some"),
     ]:
@@ -237,7 +237,7 @@ def test_a_run_waits_for_its_gpus_if_asked_to_and_not_for_ever(growing, monkeypa
     assert cluster.wait_for_workers(2, seconds=60) == (2, 8)
     assert growing.now == 105
     assert capsys.readouterr().out == "waiting 60 s for 2 GPUs: there are 1\n"
-    with pytest.raises(UserError, match="still 2 GPUs after 60 s: give --num_workers 2"):
+    with pytest.raises(UserError, match="still 2 GPUs after 60 s: pass --num_workers 2"):
         cluster.wait_for_workers(3, seconds=60)
     assert growing.now == 165
     assert growing.requests == [2 * [{"GPU": 1}], [], 3 * [{"GPU": 1}], []]

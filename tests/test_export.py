@@ -174,7 +174,7 @@ def test_what_kohyas_layout_cannot_be_made_of(lora_dir, tmp_path):
         (other, "subject.safetensors", "alphas of its own: only train.py's LoRAs are converted"),
         (lora_dir, "subject.bin", r"must end with \.safetensors"),
         (tmp_path / "empty", "subject.safetensors", "no pytorch_lora_weights.safetensors there"),
-        (other, "other.safetensors", "is the LoRA itself: name another file"),
+        (other, "other.safetensors", "is the LoRA itself: choose another file"),
     ):
         with pytest.raises(UserError, match=message):
             run_export("kohya", folder, "--output", tmp_path / name)
@@ -365,7 +365,7 @@ def test_the_cards_code_is_python_whatever_the_prompt(result):
 def test_a_repository_without_its_owner_is_refused(result, hub):
     """The Hub would take it as one's own; the card's code would not find it."""
     folder, _ = result()
-    with pytest.raises(UserError, match="--push model: give the repository as NAME/MODEL"):
+    with pytest.raises(UserError, match="--push model: write the repository as NAME/MODEL"):
         run_export("card", folder, "--push", "model")
     assert hub.mock_calls == []
 
@@ -393,7 +393,7 @@ def test_an_upload_that_fails_says_why(result, hub):
     silent.response = None
     for error, message in (
         (LocalTokenNotFoundError("no token"), "not logged in to the Hub: run `hf auth login`"),
-        (HFValidationError("a name"), "--push me/model: give the repository as NAME/MODEL"),
+        (HFValidationError("a name"), "--push me/model: write the repository as NAME/MODEL"),
         (HfHubHTTPError("no", response=refused), "the Hub answered 403; is it yours"),
         (silent, "--push me/model: the Hub did not answer$"),
         (ConnectionError("offline"), "the Hub cannot be reached"),

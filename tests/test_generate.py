@@ -1,6 +1,7 @@
 """generate.py: every image once, found again, and nothing replaced unless asked for."""
 
 import json
+import math
 import os
 import shutil
 
@@ -158,7 +159,7 @@ REFUSED = {
     "--batch_size is 0": {"batch_size": 0},
     "--seed is -1": {"seed": -1},
     "--guidance_scale is -1": {"guidance_scale": -1},
-    "--lora_scale is -1": {"lora_scale": -1},
+    "--lora_scale is nan: must be finite": {"lora_scale": math.nan},
     "--resolution 68: this model takes multiples of 8": {"resolution": 68},  # whole latents: of 4
 }
 
@@ -178,7 +179,7 @@ def test_a_second_run_generates_nothing(generated, copied, run, monkeypatch, cap
     before = times(copied)
     run(copied, **generated.flags)
     assert times(copied) == before
-    assert f"10 images of 2 prompt(s) in {copied}: 0 to generate" in capsys.readouterr().out
+    assert f"10 images of 2 prompts in {copied}: 0 to generate" in capsys.readouterr().out
     assert metadata(copied) == metadata(generated.folder)
 
 

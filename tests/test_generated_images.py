@@ -303,7 +303,7 @@ def test_a_sheet_of_folders(flat_image, tmp_path, capsys):
         generated_images.main(SimpleNamespace(rows=rows, output=output, columns=8))
 
     for row in ("first", "first="):
-        with pytest.raises(UserError, match=f"'{row}': give rows as caption=folder"):
+        with pytest.raises(UserError, match=f"'{row}': write rows as caption=folder"):
             run([row], sheet)
     run([f"size=big, at=night={tmp_path / 'a'}"], sheet)  # prompts may hold a "="
     sheet.unlink()
@@ -343,7 +343,7 @@ def test_a_sheet_replaces_none_of_its_images(flat_image, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     for output in (photo, tmp_path / "link" / "a.png"):
         args.output = str(output)
-        with pytest.raises(UserError, match="is one of the images: name another file"):
+        with pytest.raises(UserError, match="is one of the images: choose another file"):
             generated_images.main(args)
     with pytest.raises(UserError, match="--columns is 0: must be at least 1"):
         generated_images.main(SimpleNamespace(**{**vars(args), "columns": 0}))

@@ -242,7 +242,7 @@ def test_a_run_goes_on_with_another_number_of_workers(run_and_resume, klein_dir)
     both steps. Each of them has the original model as its teacher."""
     changes = {"model_dir": klein_dir, "use_lora": True, "prior_target": "original"}
     expected, resumed, _ = run_and_resume("1:2", **changes)
-    assert "2 worker(s)" in resumed.stdout
+    assert "2 workers" in resumed.stdout
     expected, resumed = (trained_matrices(run.output_dir) for run in (expected, resumed))
     assert (resumed - expected).norm() < 1e-3 * expected.norm()
 

@@ -230,6 +230,8 @@ def test_a_lora_without_matrices_or_scale_is_one_line(tmp_path):
     save_file({}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="x.safetensors is empty"):
         apply_lora(MagicMock(), tmp_path, 1.0)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1, "lora_alpha": 1}))
+    assert from_peft({}, tmp_path / "adapter_config.json", "--lora_weights_dir x") == {}
     for config in (
         {"r": 4},
         {"lora_alpha": 4},

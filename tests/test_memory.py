@@ -32,6 +32,8 @@ def readme(root):
 def test_what_fits_which_cards_and_that_the_readme_says_it(readme):
     said = dict(re.findall(r"with (\d+) GB ([^;.]*)", readme))
     assert list(said) == ["24", "16", "12", "8"]
+    *most, last = (FREE[int(gigabytes)] for gigabytes in said)
+    assert f"with, in GiB, {', '.join(map(str, most))} and {last} free" in readme
     assert all(choose(FREE[large], Job(keeps_gradients=True)) == () for large in (80, 48))
     for gigabytes, text in said.items():
         columns = text.split(" and ")  # one card, several; or the same for both
@@ -297,6 +299,7 @@ def test_what_triton_compiles_is_refused_before_anything_starts(
         with pytest.raises(UserError, match=f"^--(param_dtype bf16|compile) needs {missing}"):
             check(80, **flags)
     assert check(80) == ""
+    assert flags_for(sd14_dir, "--gib", "22")[0] == "\n"  # where they are not needed
     with pytest.raises(UserError, match=f"^{BF16} needs {missing}.*apt install gcc python3-dev"):
         flags_for(sd14_dir, "--gib", "14")  # for which run.sh would choose it
 

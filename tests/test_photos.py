@@ -95,7 +95,7 @@ def test_what_is_skipped_is_counted_in_one_line(flat_image, tmp_path, capsys):
     photos.find_images(tmp_path, report=True)
     assert "4 files that are no images (Thumbs.db, a-masklabel.png, fil" in capsys.readouterr().out
     (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match="no images there .*there are some in more/: give that"):
+    with pytest.raises(UserError, match="no images there .*there are some in more/: pass that"):
         photos.find_images(tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_a_phones_photos_are_trained_on(tmp_path, train_here, capsys):
     assert np.abs(pixels - np.array([255, 0, 0])[:, None, None]).max() <= 6
     without = {"prior_loss_weight": 0, "class_images_dir": False, "class_prompt": False}
     run = train_here(instance_images_dir=folder, max_train_steps=1, **without)
-    assert "3 instance and 0 class images at 64 px, 1 steps of 1 pairs, 1 worker(s)" in run.stdout
+    assert "3 instance and 0 class images at 64 px, 1 step of 1 image, 1 worker" in run.stdout
     assert "warning" not in capsys.readouterr().err
     assert missing_file(run.output_dir) is None
 

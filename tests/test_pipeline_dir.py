@@ -46,7 +46,7 @@ def test_what_is_missing_is_named(copied, tmp_path):
 
 
 def test_a_model_and_a_lora_in_each_others_place_are_told_apart(model_dir, lora_dir):
-    with pytest.raises(UserError, match="is a LoRA: give it as --lora_weights_dir, and its base"):
+    with pytest.raises(UserError, match="is a LoRA: pass it as --lora_weights_dir, and its base"):
         pipeline_dir.check_model_dir(lora_dir)
     with pytest.raises(UserError, match=r"is a whole model .--model_dir., no LoRA"):
         pipeline_dir.lora_file(model_dir)

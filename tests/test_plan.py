@@ -60,7 +60,7 @@ def test_images_prompts_and_directories(
     assert found.prompts == ["photo of unqtkn car", "photo of a car"]
     assert found.captions == {}
     images = "5 instance and 4 class images at 64 px"
-    assert str(found) == f"{images}, 3 steps of 1 pairs, 1 worker(s)"
+    assert str(found) == f"{images}, 3 steps of 1 pair, 1 worker"
     assert found.report_dir == tmp_path / "out.report"
     assert found.run_dir == tmp_path / "out.checkpoints"
     shared = tmp_path / "shared"  # by several results, of which two may have one name
@@ -91,7 +91,7 @@ def test_every_class_image_is_used_num_epochs_times_within_the_maximum(check_and
     assert check_and_plan(num_epochs=10**400, max_train_steps=50).num_steps == 50
     assert check_and_plan(max_train_steps=50).num_steps == 50
     message = refusal(**flags, lr_warmup_steps=8)
-    assert "--lr_warmup_steps 8: give fewer, the run has 8 steps" in message
+    assert "--lr_warmup_steps 8: use fewer, the run has 8 steps" in message
 
 
 def test_a_number_of_workers_is_a_range(train_args, capsys):
@@ -109,7 +109,7 @@ def test_any_number_of_workers_divides_a_step_equally(check_and_plan, refusal):
     share four pairs."""
     found = check_and_plan(train_batch_size=3, num_workers="1:4", max_train_steps=1)
     assert found.pairs_per_step == 12
-    assert str(found).endswith(", 1 steps of 12 pairs, 1 to 4 worker(s)")
+    assert str(found).endswith(", 1 step of 12 pairs, 1 to 4 workers")
     expected = {1: (3, 4), 2: (3, 2), 3: (2, 2), 4: (3, 1), 6: (2, 1)}
     for num_workers, (pairs_per_pass, num_passes) in expected.items():
         assert found.divide(num_workers) == (pairs_per_pass, num_passes)
@@ -205,10 +205,10 @@ REFUSED = [
     *(({name: "inf"}, f"--{name} is inf") for name in ("lr", "adam_epsilon")),
     *(({"resolution": r}, f"--resolution {r}: this model takes") for r in (66, 0, -4, 2)),
     *(({"max_instance_noise": n}, f"--max_instance_noise is {n}") for n in (0.0, 1.5)),
-    ({"lr_warmup_steps": 1}, "give --lr_scheduler constant_with_warmup"),
+    ({"lr_warmup_steps": 1}, "pass --lr_scheduler constant_with_warmup"),
     ({"adam_beta1": 1.0}, "below 1"),
     ({"adam_beta2": 1.0}, "below 1"),
-    ({"adam_beta2": 0.999, "param_dtype": "bf16"}, "give 0.99"),
+    ({"adam_beta2": 0.999, "param_dtype": "bf16"}, "use 0.99"),
     ({"use_lora": True, "param_dtype": "bf16"}, "full fine-tuning"),
     ({"preview_prompts": "a car"}, "--preview_prompts and --preview_every go together"),
     ({"preview_every": 5}, "--preview_prompts and --preview_every go together"),
@@ -492,7 +492,7 @@ def test_polynomial_needs_a_learning_rate_above_its_last_one(check_and_plan, ref
     """1e-7, which diffusers would refuse after the models have been loaded."""
     flags = {"lr_scheduler": "polynomial"}
     for lr in (1e-7, 1e-8):
-        assert "polynomial ends at 1e-07; give linear" in refusal(**flags, lr=lr)
+        assert "polynomial ends at 1e-07; use linear" in refusal(**flags, lr=lr)
     check_and_plan(**flags, lr=2e-7)
 
 

@@ -163,6 +163,16 @@ def test_each_path_named_exists(text, root):
         assert list(root.glob(path)) or path in here, path
 
 
+def test_each_name_in_the_table_of_changes_is_in_the_code(readme, root):
+    """That under "Make it yours": functions, variables and columns, in backticks."""
+    table = readme.partition("## Make it yours")[2].partition("\n\nA checkpoint")[0]
+    names = re.findall(r"`([a-z][a-z_]+)`", table)
+    assert len(names) > 15
+    files = [*root.glob("*.py"), *root.glob("dreambooth/**/*.py")]
+    source = "\n".join(file.read_text() for file in files)
+    assert [name for name in names if not re.search(rf"\b{name}\b", source)] == []
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_each_module_that_is_run_explains_itself(root, readme, run_sh, monkeypatch, capsys):
     """In README.md, run.sh and the modules' own docstrings."""

@@ -214,7 +214,7 @@ def test_gpus_exchange_gradients_in_bfloat16(
 def test_a_run_says_what_it_does_and_leaves_its_result_and_its_report(one_worker):
     run = one_worker
     lines = run.stdout.splitlines()
-    plan = "5 instance and 4 class images at 64 px, 3 steps of 1 pairs, 1 worker(s)"
+    plan = "5 instance and 4 class images at 64 px, 3 steps of 1 pair, 1 worker"
     assert re.fullmatch(rf"{re.escape(plan)}; 0 GPUs, \d+ cores", lines[0])
     assert "start " in lines[-2] and ", steps " in lines[-2] and ", save " in lines[-2]
     assert lines[-1].startswith(f"wrote {run.output_dir} (")
@@ -261,13 +261,13 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(train_args, tmp_path, monk
     """And finds what a run would find."""
     monkeypatch.setattr(train.cluster, "start_ray_in_background", lambda *args: pytest.fail("Ray"))
     train.main(train_args(tmp_path / "out", dry_run=True))
-    assert "5 instance and 4 class images at 64 px, 3 steps of 1 pairs" in capsys.readouterr().out
+    assert "5 instance and 4 class images at 64 px, 3 steps of 1 pair," in capsys.readouterr().out
     with pytest.raises(UserError, match="prompt too long"):
         train.main(train_args(tmp_path / "out", dry_run=True, class_prompt="a car " * 50))
     assert not [*tmp_path.glob("out*")]
     (tmp_path / "out.checkpoints").mkdir()
     checkpoints.write({"weights": {}}, 1, tmp_path / "out.checkpoints", limit=1)
-    (tmp_path / "out.checkpoints" / "run.json").write_text('{"lr": 0.1}')
+    (tmp_path / "out.checkpoints" / "fingerprint.json").write_text('{"lr": 0.1}')
     (tmp_path / "out.checkpoints" / "lock").touch()
     with pytest.raises(UserError, match="holds checkpoints of another run .lr was 0.1, is"):
         train.main(train_args(tmp_path / "out", dry_run=True))

@@ -234,7 +234,7 @@ def test_a_resumed_run_continues_its_curves_without_a_fold(make, clock, tmp_path
 
 def test_what_a_crash_has_cut_off_or_spoilt_is_left_out(tmp_path):
     lines = b'{"step": 2, "loss": 1.0}\n{"step": 3, "lo\xff\n{"step": 4, "lo'
-    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"loss": 1.0}\n[2]\n' + lines)
     assert training_log.read_metrics(tmp_path) == [{"step": 2, "loss": 1.0}]
     assert training_log.read_metrics(tmp_path / "missing") == []
 
@@ -275,7 +275,7 @@ def test_a_run_that_finishes_is_on_record(record, tmp_path, instance_dir):
     [
         (Stopped("stopped after step 3"), "stopped"),
         (Diverged("the loss is nan at step 7: lower --lr"), "diverged"),
-        (OutOfMemory("out of GPU memory: give --use_lora"), "out of memory"),
+        (OutOfMemory("out of GPU memory: pass --use_lora"), "out of memory"),
         (UserError("i.png: unreadable"), "failed"),
         (RuntimeError("a worker died\nTraceback: many lines"), "failed"),
         (KeyboardInterrupt(), "stopped"),

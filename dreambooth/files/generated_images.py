@@ -147,7 +147,7 @@ def _lines_of_others(folder):
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n") if file.is_file() else []
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not a UTF-8 text file: name another folder") from None
+        raise UserError(f"{file} is not a UTF-8 text file: choose another folder") from None
     found = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -227,13 +227,13 @@ def main(args):
         # Either may hold a "=": it is the one before a folder that exists, else the first.
         splits = [(row[:i], row[i + 1 :]) for i, char in enumerate(row) if char == "="]
         if not splits or not splits[-1][1]:
-            raise UserError(f"{row!r}: give rows as caption=folder")
+            raise UserError(f"{row!r}: write rows as caption=folder")
         caption, folder = next((s for s in splits if Path(s[1]).is_dir()), splits[0])
         rows[caption] = find_images(folder)
     check_at_least(args, 1, "columns")
     atomic.check_writable(Path(args.output).parent, "--output")
     if Path(args.output).resolve() in [image.resolve() for row in rows.values() for image in row]:
-        raise UserError(f"--output {args.output} is one of the images: name another file")
+        raise UserError(f"--output {args.output} is one of the images: choose another file")
     contact_sheet(rows, args.output, args.columns)
     print(f"wrote {args.output}")
 

@@ -69,7 +69,7 @@ def find_images(folder, report=False):
         elif not (suffix == ".txt" and stems[_normal(file.stem)] > 1):  # an image's caption
             skipped.append(file.name)
     if not found:
-        inside = f"; there are some in {_names(subfolders)}: give that folder" if subfolders else ""
+        inside = f"; there are some in {_names(subfolders)}: pass that folder" if subfolders else ""
         raise UserError(f"{folder}: no images there (such as .jpg, .png, .webp or .heic){inside}")
     of_image = {f"{file.name}.txt" for file in found}
     others = [name for name in skipped if name.endswith(OTHER_CAPTIONS) or name in of_image]

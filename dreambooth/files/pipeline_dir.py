@@ -183,7 +183,7 @@ def check_model_dir(model_dir, flag="--model_dir"):
         facts = facts_of(index, where)
     elif (folder / LORA_FILE).exists() or (folder / PEFT_CONFIG).exists():
         raise UserError(
-            f"{where} is a LoRA: give it as --lora_weights_dir, and its base model as {flag}"
+            f"{where} is a LoRA: pass it as --lora_weights_dir, and its base model as {flag}"
         )
     missing = missing_file(folder)
     if missing:
@@ -544,7 +544,7 @@ def lora_file(path, flag="--lora_weights_dir"):
         own = [file for file in files if file.name == LORA_FILE]
         if len(own or files) > 1:
             names = ", ".join(file.name for file in files)
-            raise UserError(f"{flag} {path} holds several LoRAs ({names}): give one file's path")
+            raise UserError(f"{flag} {path} holds several LoRAs ({names}): pass one file's path")
         file = (own or files or [None])[0]
     if file is None and (path / INDEX).exists():
         raise UserError(f"{flag} {path} is a whole model (--model_dir), no LoRA")

@@ -268,7 +268,7 @@ def wait_for_workers(num_workers, seconds):
     if waits:
         request_resources(bundles=[])  # withdraws the request
     if seconds and num_gpus < num_workers:
-        remedy = f"give --num_workers {num_gpus}" if num_gpus else "`ray status` may say why"
+        remedy = f"pass --num_workers {num_gpus}" if num_gpus else "`ray status` may say why"
         if not waits:
             remedy = "more can only join a cluster (RAY_ADDRESS)"
         raise UserError(f"still {num_gpus} GPUs after {waits} s: {remedy}")
@@ -281,7 +281,7 @@ def check_num_workers(num_workers, num_gpus, num_cpus):
     available, resource = (num_gpus, "GPU") if num_gpus else (num_cpus, "CPU core")
     if num_workers > available:
         plural = "s" if available != 1 else ""
-        remedy = f"give --num_workers {available} or less" if available else "start nodes with some"
+        remedy = f"pass --num_workers {available} or less" if available else "start nodes with some"
         raise UserError(
             f"--num_workers {num_workers}: the cluster has {available} {resource}{plural}, and each"
             f" worker needs one; {remedy}"
@@ -388,12 +388,12 @@ def training_error(error):
     for cause in [error, controller_failure, *worker_failures.values()]:
         if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
             return OutOfMemory(
-                "out of GPU memory: leave out --cuda_graph, give --gradient_checkpointing, then"
+                "out of GPU memory: leave out --cuda_graph, pass --gradient_checkpointing, then"
                 " --param_dtype bf16 or --use_lora, or a smaller --train_batch_size or --resolution"
             )
         if "DefaultCPUAllocator: can't allocate memory" in str(cause):
             return OutOfMemory(
-                "out of memory: end other programs, give --use_lora, or a smaller"
+                "out of memory: end other programs, pass --use_lora, or a smaller"
                 " --train_batch_size or --resolution"
             )
         user_error = user_error_in(cause)

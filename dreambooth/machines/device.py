@@ -68,7 +68,7 @@ def check_kernels(gpu):
         raise UserError(
             f"GPU {gpu}, {name} (compute capability {capability[0]}.{capability[1]}), is not among"
             f" those that this PyTorch has kernels for ({' '.join(torch.cuda.get_arch_list())}):"
-            f" name other GPUs in CUDA_VISIBLE_DEVICES, or {USE_THE_CPU}"
+            f" list other GPUs in CUDA_VISIBLE_DEVICES, or {USE_THE_CPU}"
         )
 
 

@@ -136,7 +136,7 @@ def check_device(args, plan, num_workers, torch_device):
         if args.compile:
             device.check_compiler("--compile", "cpu")
         if args.cuda_graph:
-            warn("--cuda_graph is for GPUs: no step is captured")
+            warn("--cuda_graph is for GPUs: it is ignored")
         device.warn_if_slow(sizes, "a step")
         return
     device.check_bfloat16(torch_device)
@@ -256,7 +256,7 @@ def parse_args(argv=None):
     add("--model_dir", type=absolute_path, required=True, help="the original model")
     add("--num_workers", type=int, default=1, help="one GPU per worker")
     add("--pairs", "--train_batch_size", type=int, default=PAIRS, help="per forward pass")
-    add("--gib", type=float, help="GiB free on each GPU (default: asks them)")
+    add("--gib", type=float, help="GiB free on each GPU (default: measured)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--use_lora", action="store_true", help="LoRA, even if more would fit")
     either.add_argument("--full", action="store_true", help="no LoRA, even if nothing else fits")
@@ -266,7 +266,7 @@ def parse_args(argv=None):
     add("--train_text_encoder", action=BooleanOptionalAction, help="default: as in train.py")
     add("--prior_loss_weight", type=float, default=1.0, help="0: without class images")
     add("--prior_target", default="noise", help="original: a frozen copy takes memory, too")
-    add("--cuda_graph", action="store_true", help="keeps what a step takes")
+    add("--cuda_graph", action="store_true", help="adds what the captured graphs hold")
     add("--resolution", type=int, help="in pixels (default: the model's)")
     return parser.parse_known_args(argv)[0]
 

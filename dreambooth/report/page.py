@@ -4,7 +4,8 @@
 
 It shows what the run has logged (metrics, previews, run.json), the images that generate.py has made
 with --compare_to, before and after, and advice where a figure is off. Images whose prompts do not
-name the subject are shown as what must not change. Run it again at any time, also while the run
+name the subject are shown as what must not change. It also puts a picture of both into the model
+card beside the result, unless you have edited that. Run it again at any time, also while the run
 trains.
 """
 

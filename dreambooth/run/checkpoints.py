@@ -1,7 +1,7 @@
 """Checkpoints of a training run: the same command, given again, resumes where the last one stopped.
 
     TUNED_MODEL_DIR.checkpoints/lock              locked by the process of the run
-    TUNED_MODEL_DIR.checkpoints/run.json          the fingerprint of the run
+    TUNED_MODEL_DIR.checkpoints/fingerprint.json  all that decides the run's result
     TUNED_MODEL_DIR.checkpoints/step_000100/      a complete checkpoint: state.pt and complete.json
 
 A checkpoint holds all that changes from step to step: trained weights, optimizer, learning-rate
@@ -60,7 +60,7 @@ def steps_done(plan, args):
     """The number of steps that the run of these flags resumes after; 0: it begins. UserError: the
     checkpoints there belong to a run with another fingerprint."""
     step = find_newest(plan.run_dir)
-    if args.restart or not (plan.run_dir / "run.json").exists():
+    if args.restart or not (plan.run_dir / "fingerprint.json").exists():
         return 0
     if step:
         check_fingerprint(plan.run_dir, plan.fingerprint(args))
@@ -78,37 +78,38 @@ def prepare(plan, args):
     if step:
         print(f"resuming after step {step}: {checkpoint_dir(folder, step)}")
     for other in folder.iterdir():  # of the previous process: Ray Train's files, a stop request
-        if other.name in ("lock", "run.json") or step and other.name.startswith("step_"):
+        if other.name in ("lock", "fingerprint.json") or step and other.name.startswith("step_"):
             continue
         shutil.rmtree(other) if other.is_dir() else other.unlink()
     text = json.dumps(plan.fingerprint(args), indent=1)
-    atomic.replace_text(folder / "run.json", text)
+    atomic.replace_text(folder / "fingerprint.json", text)
     return step
 
 
 def check_fingerprint(folder, fingerprint):
     """The run in `folder` must be this one; a UserError names what differs. A flag that is newer
     than that run counts as the same."""
+    file = folder / "fingerprint.json"
     try:
-        earlier = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        earlier = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{folder}/run.json is damaged: give --restart to start over") from None
+        raise UserError(f"{file} is damaged: pass --restart to start over") from None
     now = json.loads(json.dumps(fingerprint))
     differing = [name for name in now if name in earlier and earlier[name] != now[name]]
     if differing:
         changes = ", ".join(f"{name} was {earlier[name]}, is {now[name]}" for name in differing)
         raise UserError(
             f"{folder} holds checkpoints of another run ({changes}):"
-            " give that run's flags to resume it, or --restart to start over"
+            " pass that run's flags to resume it, or --restart to start over"
         )
 
 
 def remove(folder):
     """Delete a run's checkpoints and Ray Train's files: the result is in place."""
     with suppress(OSError):
-        # run.json first: without it no run resumes from the rest. The lock last: it marks the
-        # folder as a run's.
-        (folder / "run.json").unlink(missing_ok=True)
+        # fingerprint.json first: without it no run resumes from the rest. The lock last: it marks
+        # the folder as a run's.
+        (folder / "fingerprint.json").unlink(missing_ok=True)
         for path in set(folder.iterdir()) - {folder / "lock"}:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         if set(folder.iterdir()) <= {folder / "lock"}:
@@ -145,7 +146,7 @@ def write(state, step, folder, limit):
         needed = sum(tensor.nbytes for tensor in tensors_of(state)) / 1e9
         raise UserError(
             f"no space for the checkpoint of step {step} in {folder}, a file of {needed:.2f} GB:"
-            " make room, or name another disk with --storage_path, and give the same command again,"
+            " make room, or use another disk with --storage_path, and run the same command again,"
             " without --restart"
         ) from error
     for other in Path(folder).glob("step_*"):
@@ -413,7 +414,7 @@ class StopOnSignal:
         with suppress(OSError):  # the run may have ended, and its folder be gone
             (self.folder / "stop").touch()
         with suppress(OSError):  # print would fail inside another print
-            os.write(1, b"stopping after this step (again: at once)\n")
+            os.write(1, b"stopping after this step; interrupt again to stop now\n")
 
     def exit_if_asked(self, error):
         """If a signal stopped the run, which ended with `error`, say so and exit with its code;

@@ -5,7 +5,7 @@ other programs.
     python -m dreambooth.run.export card $TUNED_MODEL_DIR --push YOUR-NAME/YOUR-MODEL
     python -m dreambooth.run.export kohya $LORA_DIR --output subject.safetensors
 
-The result is uploaded to a private repository, unless you give --public. Log in first: hf auth
+The result is uploaded to a private repository, unless you pass --public. Log in first: hf auth
 login. ComfyUI and AUTOMATIC1111 read a LoRA in kohya's layout, and so does diffusers.
 """
 
@@ -240,7 +240,7 @@ def push(output_dir, repo, private):
         is_private = api.repo_info(url.repo_id).private  # one that was there stays what it was
         if private and not is_private:
             raise UserError(
-                f"--push {repo}: that repository is public; add --public, or name another"
+                f"--push {repo}: that repository is public; add --public, or choose another"
             )
         if is_private and not private:
             warn(f"--push {repo}: that repository stays private: its settings can change that")
@@ -248,7 +248,7 @@ def push(output_dir, repo, private):
     except LocalTokenNotFoundError:
         raise UserError("not logged in to the Hub: run `hf auth login` first") from None
     except HFValidationError:
-        raise UserError(f"--push {repo}: give the repository as NAME/MODEL") from None
+        raise UserError(f"--push {repo}: write the repository as NAME/MODEL") from None
     except HfHubHTTPError as error:
         if error.response is None:
             raise UserError(f"--push {repo}: the Hub did not answer") from None
@@ -286,14 +286,14 @@ def export_card(args):
     no result of train.py."""
     folder = Path(args.output_dir)
     if args.push and "/" not in args.push:
-        raise UserError(f"--push {args.push}: give the repository as NAME/MODEL")
+        raise UserError(f"--push {args.push}: write the repository as NAME/MODEL")
     if not ((folder / pipeline_dir.INDEX).exists() or (folder / LORA_FILE).exists()):
         raise UserError(f"{folder} holds no result of train.py")
     record = training_log.read_run_record(report_dir(folder))
     if not record:
         raise UserError(f"{report_dir(folder)} is missing: it says how the model was made")
     if record["status"] != "finished":
-        remedy = "give that run's command again"
+        remedy = "run that run's command again"
         if (earlier := training_log.previous(report_dir(folder))).exists():
             remedy = f"put {earlier} in its place"
         raise UserError(
@@ -318,7 +318,7 @@ def export_kohya(args):
     atomic.check_writable(output.parent, "the directory of --output")
     file = pipeline_dir.lora_file(args.lora_dir, "LORA_DIR")
     if output.resolve() == file.resolve():
-        raise UserError(f"--output {output} is the LoRA itself: name another file")
+        raise UserError(f"--output {output} is the LoRA itself: choose another file")
     with pipeline_dir.loading(f"LORA_DIR {file}"):
         with safe_open(file, "pt") as opened:
             if "lora_adapter_metadata" in (opened.metadata() or {}):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth import images
-from dreambooth.cli import UserError, check_at_least, warn, words
+from dreambooth.cli import UserError, check_at_least, plural, warn, words
 from dreambooth.files import atomic, pipeline_dir
 from dreambooth.files.photos import find_images, read_captions, warn_if_few
 from dreambooth.run.training_log import read_run_record, report_dir
@@ -39,7 +39,7 @@ def worker_range(text):
     found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text.strip())
     fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
     if fewest > most:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from 1 on, or a range such as 2:4")
+        raise argparse.ArgumentTypeError(f"{text}: must be a number, or a range such as 2:4")
     return fewest, most
 
 
@@ -100,10 +100,12 @@ class TrainingPlan:
         }
 
     def __str__(self):
+        fewest, most = self.num_workers
         return (
             f"{len(self.instance_paths)} instance and {len(self.class_paths)} class images"
-            f" at {self.resolution} px, {self.num_steps} steps of {self.pairs_per_step} pairs,"
-            f" {' to '.join(map(str, sorted(set(self.num_workers))))} worker(s)"
+            f" at {self.resolution} px, {plural(self.num_steps, 'step')} of"
+            f" {plural(self.pairs_per_step, 'pair' if self.class_paths else 'image')},"
+            f" {f'{fewest} to ' if fewest < most else ''}{plural(most, 'worker')}"
         )
 
 
@@ -130,7 +132,7 @@ def make_plan(args):
         num_steps = min(num_steps, -(-num_pairs // pairs_per_step))  # rounded up
     if args.lr_warmup_steps >= num_steps:
         raise UserError(
-            f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer, the run has {num_steps} steps"
+            f"--lr_warmup_steps {args.lr_warmup_steps}: use fewer, the run has {num_steps} steps"
         )
     checkpointing_steps = steps_between_checkpoints(args, num_steps)
     if not args.use_lora:
@@ -224,7 +226,7 @@ def check_class(args):
     if not (args.class_images_dir and args.class_prompt):
         raise UserError(
             "--class_images_dir and --class_prompt are missing:"
-            " give both, or --prior_loss_weight 0 to train without class images"
+            " pass both, or --prior_loss_weight 0 to train without class images"
         )
     if args.instance_prompt == args.class_prompt:
         raise UserError(
@@ -252,22 +254,22 @@ def check_numbers(args):
     if args.max_instance_noise > 1:
         raise UserError(f"--max_instance_noise is {args.max_instance_noise}: must be at most 1")
     if bool(args.preview_every) != bool(args.preview_prompts):
-        raise UserError("--preview_prompts and --preview_every go together: give both or neither")
+        raise UserError("--preview_prompts and --preview_every go together: pass both or neither")
     if args.lr_scheduler == "polynomial" and args.lr <= POLYNOMIAL_END:
-        raise UserError(f"--lr {args.lr:g}: polynomial ends at {POLYNOMIAL_END:g}; give linear")
+        raise UserError(f"--lr {args.lr:g}: polynomial ends at {POLYNOMIAL_END:g}; use linear")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
-        raise UserError("--lr_warmup_steps: give --lr_scheduler constant_with_warmup")
+        raise UserError("--lr_warmup_steps: pass --lr_scheduler constant_with_warmup")
     if max(args.adam_beta1, args.adam_beta2 or 0) >= 1:
         raise UserError("--adam_beta1 and --adam_beta2 must be below 1")
     if args.param_dtype == "bf16" and (args.adam_beta2 or 0) > 0.995:
-        raise UserError(f"--adam_beta2 {args.adam_beta2}: too slow for bfloat16, give 0.99")
+        raise UserError(f"--adam_beta2 {args.adam_beta2}: too slow for bfloat16, use 0.99")
     fewest, most = args.num_workers
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
     for num_workers in range(fewest, most + 1):
         if pairs_per_step % num_workers:
             raise UserError(
                 f"--num_workers {fewest}:{most}: {num_workers} workers cannot share"
-                f" {pairs_per_step} pairs per step equally; give another --train_batch_size"
+                f" {pairs_per_step} pairs per step equally; choose another --train_batch_size"
             )
     if args.param_dtype == "bf16" and args.use_lora:
         raise UserError("--param_dtype bf16 is for full fine-tuning: leave it out with --use_lora")
@@ -284,7 +286,7 @@ def can_capture(args):
     if args.cuda_graph and (several or args.gradient_checkpointing):
         warn(
             "--cuda_graph is for one worker and one pass per step, without"
-            " --gradient_checkpointing: no step is captured"
+            " --gradient_checkpointing: it is ignored"
         )
         return False
     return args.cuda_graph
@@ -293,7 +295,7 @@ def can_capture(args):
 def check_output_dir(args):
     """The result must fit where it is to go, and replace nothing but an earlier one of its kind."""
     if Path(args.output_dir).resolve() == Path(args.model_dir).resolve():
-        raise UserError("--output_dir is --model_dir: name another directory")
+        raise UserError("--output_dir is --model_dir: choose another directory")
     names = [pipeline_dir.LORA_FILE] if args.use_lora else pipeline_dir.PIPELINE_NAMES
     is_there = any((Path(args.output_dir) / name).exists() for name in names)
     card_files = pipeline_dir.CARD_FILES if is_there else ()  # without a result they are the user's
@@ -301,7 +303,7 @@ def check_output_dir(args):
     if is_there and not report_dir(args.output_dir).is_dir():
         raise UserError(
             f"--output_dir {args.output_dir} holds a model that train.py has not made, as"
-            f" {report_dir(args.output_dir)} is missing: name another directory, or delete it"
+            f" {report_dir(args.output_dir)} is missing: choose another directory, or delete it"
         )
     atomic.check_writable(report_dir(args.output_dir), "the report's directory")
     check_run_dir(args)
@@ -320,7 +322,7 @@ def check_run_dir(args):
     folder, output_dir = run_dir(args.output_dir, args.storage_path), Path(args.output_dir)
     atomic.check_writable(folder, "the checkpoints' directory")
     if output_dir.resolve() in folder.resolve().parents:
-        raise UserError("--storage_path is inside --output_dir, which is replaced: name another")
+        raise UserError("--storage_path is inside --output_dir, which is replaced: choose another")
     for place in (folder, report_dir(output_dir)):
         if (place / "lock").exists():  # of another run, perhaps one that has ended
             atomic.lock(place / "lock", output_dir)
@@ -337,7 +339,7 @@ def check_run_dir(args):
     if not (folder / "lock").exists() and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"{folder}, where checkpoints would go, holds other files, which would be lost: rename"
-            " it, or give --storage_path"
+            " it, or pass --storage_path"
         )
 
 

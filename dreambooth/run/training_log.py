@@ -94,7 +94,7 @@ class TrainingLog:
         if self.enabled:
             from torch.utils.tensorboard import SummaryWriter  # here: seconds, for rank 0 alone
 
-            prepare(self.folder, first_step)
+            prepare(self.folder, first_step)  # again: Ray Train may have restarted the workers
             self.events = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
 
     def on_step_end(self, step, losses, grad_norm, lr):
@@ -270,7 +270,7 @@ def read_metrics(folder):
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 class RunRecord:
