@@ -43,6 +43,22 @@ def ray_init(monkeypatch, tmp_path):
     os.environ.update(environment)
 
 
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_no_file_of_the_current_directory_becomes_a_module_of_the_workers(
+    ray_init, root, tmp_path, monkeypatch, address
+):
+    """Ray tells them to import from the directory that is current when it starts: a numpy.py there
+    ended each worker, and Ray started others for ever."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cluster, "check_address", lambda address: None)
+    if address:
+        os.environ["RAY_ADDRESS"] = address
+    found = []
+    ray_init.side_effect = lambda **settings: found.append(os.getcwd())
+    cluster.start_ray()
+    assert (found, os.getcwd()) == (["/" if address else str(root)], str(tmp_path))
+
+
 def test_without_an_address_a_quiet_ray_of_its_own_is_started(ray_init):
     """Never one that happens to run on this machine, as ray.init() alone would join."""
     context = ray.data.DataContext.get_current()

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import ray
@@ -34,7 +34,7 @@ SETTINGS = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",  # beside other programs, workers get their share of the cores
 }
-PACKAGE = str(Path(dreambooth.__file__).parent)  # its folder, which the nodes get
+PACKAGE = Path(dreambooth.__file__).parent  # its folder, which the nodes get
 # Characters of the folder for temporary files: a socket's path may have 107, and Ray's adds up to
 # /ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store.
 MAX_TEMP_DIR = 107 - len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
@@ -162,7 +162,10 @@ def _connect(address, verbose, log_to_driver):
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM})
         try:
             cores = device.num_cores()  # Ray would count all of the machine's, bound to them or not
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, **log_settings)
+            # Ray's workers import from the current directory, where a numpy.py of the user's would
+            # take the place of NumPy.
+            with chdir(PACKAGE.parent):
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, **log_settings)
         except Exception as error:  # a time-out of Ray's is of no class of its own
             raise UserError(
                 f"Ray did not start ({first_line(error)}): the machine may be busy, or out of"
@@ -172,10 +175,11 @@ def _connect(address, verbose, log_to_driver):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         atexit.register(_kill_at_shutdown)
         return
-    package = {"py_modules": [PACKAGE]}  # the nodes need not have this checkout
+    package = {"py_modules": [str(PACKAGE)]}  # the nodes need not have this checkout
     try:
         check_address(address)
-        ray.init(address=address, runtime_env=package, **log_settings)
+        with chdir("/"):  # where no module is, and no checkout that the nodes would prefer
+            ray.init(address=address, runtime_env=package, **log_settings)
     except (OSError, ValueError) as error:  # ValueError: not an address
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there; start one with"
