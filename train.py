@@ -125,8 +125,8 @@ def batch_loss(denoiser, scheduler, batch, args):
 
 
 def forward_backward(denoiser, scheduler, batches, accumulation_steps, args):
-    """Add the gradients of one step, on the next of `batches`, to the denoiser's parameters. Returns
-    this worker's losses (3,): total, instance half, class half; or (2,) without a class half."""
+    """Add one step's gradients, on the next of `batches`, to those of the denoiser's parameters.
+    Returns this worker's losses (3,): total, instance half, class half; (2,) without the latter."""
     step_losses = 0.0
     for i in range(accumulation_steps):
         batch = next(batches)

@@ -35,7 +35,7 @@ SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "resolution")
 # A curve's title, and the metrics in it with their labels.
 CURVES = [
     ("Loss", {"instance_loss": "instance images", "class_loss": "class images"}),
-    ("Gradient norm", {"grad_norm": ""}),
+    ("Gradient norm, before clipping", {"grad_norm": ""}),
     ("Learning rate", {"lr": ""}),
     ("Images per second", {"images_per_s": ""}),
     ("Peak GPU memory, GiB", {"peak_gib": "tensors", "reserved_gib": "reserved"}),

@@ -98,7 +98,7 @@ class TrainingLog:
             self.events = SummaryWriter(self.folder / "tensorboard", purge_step=first_step + 1)
 
     def on_step_end(self, step, losses, grad_norm, lr):
-        """`losses` as in `LOSSES`, a tensor; `grad_norm` before clipping, a scalar tensor. Diverged,
+        """`losses` as in `LOSSES`, a tensor; `grad_norm`, before clipping, a scalar one. Diverged,
         with the step: one is not finite."""
         if self.waits_for_first:
             # The first step alone waits: for compilation, and for the device, so that neither
