@@ -306,7 +306,7 @@ def test_integers_of_32_bits_are_8_or_16_bits_wide_or_an_error(tmp_path):
     for brightest, expected in ((200, 200), (255, 255), (51400, 200), (65535, 255)):
         Image.fromarray(np.full((4, 4), brightest, np.int32)).save(tmp_path / "a.tif")
         assert decode.open_image(tmp_path / "a.tif").getpixel((0, 0)) == (expected,) * 3
-    for odd in (70_000, -1):
+    for odd in (65_536, 70_000, -1):
         Image.fromarray(np.full((4, 4), odd, np.int32)).save(tmp_path / "a.tif")
         with pytest.raises(UserError, match="a.tif: its values, .* are neither 8 nor 16 bits"):
             decode.open_image(tmp_path / "a.tif")

@@ -80,8 +80,9 @@ def test_a_card_without_kernels_is_refused_before_the_first_one(pretend):
         ((9, 0), "sm_80 compute_100"),
     ):
         pretend(1, capability=capability, builds=builds)
-        with pytest.raises(UserError, match=r"^GPU 0, Tesla T4 .* CUDA_VISIBLE_DEVICES"):
+        with pytest.raises(UserError, match=r"^GPU 0, Tesla T4 .* CUDA_VISIBLE_DEVICES") as error:
             device.pick_device()
+        assert "(compute capability {}.{})".format(*capability) in str(error.value)
     for capability, builds in (
         ((7, 0), ""),
         ((9, 0), "sm_80 compute_80"),
