@@ -78,16 +78,7 @@ main() {
   # A mistake of step 5 is found now, and not after the training.
   "$PYTHON" generate.py --model_dir "$ORIG_MODEL_PATH" --output_dir "$IMAGES_NEW_DIR" --prompts "${prompts[@]}" \
     --overwrite --dry_run $SAMPLE_FLAGS
-  [[ -n "$OWN_TRAIN_FLAGS" ]] || choose_train_flags
-  if [[ "${LORA:-0}" == 1 && "$TRAIN_FLAGS" != *--use_lora* ]]; then TRAIN_FLAGS+=" --use_lora"; fi
-  if ((NUM_CLASS_IMAGES == 0)); then TRAIN_FLAGS+=" --prior_loss_weight 0"; fi
-  TRAIN_FLAGS+=" ${MORE_FLAGS:-}"
-  RESULT_DIR=$TUNED_MODEL_DIR
-  RESULT=(--model_dir "$TUNED_MODEL_DIR")
-  if [[ "$TRAIN_FLAGS" == *--use_lora* ]]; then
-    RESULT_DIR=$LORA_DIR
-    RESULT=(--model_dir "$ORIG_MODEL_PATH" --lora_weights_dir "$LORA_DIR")
-  fi
+  choose_train_flags
 
   step 2 "get the photos of the subject (seconds)"
   if is_example; then "$PYTHON" download_example_dataset.py images/dog; fi
@@ -159,10 +150,24 @@ set_paths() {
   IMAGES_NEW_DIR=${IMAGES_NEW_DIR:-$SUBJECT_DIR/images-new}
 }
 
+# TRAIN_FLAGS, and where the result goes. Needs the model on disk.
+choose_train_flags() {
+  [[ -n "$OWN_TRAIN_FLAGS" ]] || complete_recipe
+  if [[ "${LORA:-0}" == 1 && "$TRAIN_FLAGS" != *--use_lora* ]]; then TRAIN_FLAGS+=" --use_lora"; fi
+  if ((NUM_CLASS_IMAGES == 0)); then TRAIN_FLAGS+=" --prior_loss_weight 0"; fi
+  TRAIN_FLAGS+=" ${MORE_FLAGS:-}"
+  RESULT_DIR=$TUNED_MODEL_DIR
+  RESULT=(--model_dir "$TUNED_MODEL_DIR")
+  if [[ "$TRAIN_FLAGS" == *--use_lora* ]]; then
+    RESULT_DIR=$LORA_DIR
+    RESULT=(--model_dir "$ORIG_MODEL_PATH" --lora_weights_dir "$LORA_DIR")
+  fi
+}
+
 # Complete TRAIN_FLAGS (not called if it is set from outside): the recipe, LoRA's if LORA is set; batch size and
 # steps; and flags that make it fit the GPUs' memory. Several GPUs share the pairs of a step, rounded up to as many
 # on each. The number of steps stays the same: in far fewer, the subject is learned worse at any learning rate.
-choose_train_flags() {
+complete_recipe() {
   local added= full= pairs=$(((PAIRS + NUM_WORKERS - 1) / NUM_WORKERS))
   if [[ "${LORA:-0}" == 1 ]]; then added=--use_lora; fi
   if [[ "${LORA:-}" == 0 ]]; then full=--full; fi
