@@ -64,10 +64,10 @@ def test_a_candidate_trains_another_model_and_leaves_nothing_behind(
     loss = benchmark.train.training_loss
     prompts = []
 
-    def training_loss(denoiser, scheduler, posteriors, conditions, *rest):
+    def training_loss(denoiser, scheduler, posteriors, conditions, *rest, **settings):
         counts = torch.tensor(conditions["counts"])
         prompts.append(conditions["input_ids"].repeat_interleave(counts, 0))
-        return loss(denoiser, scheduler, posteriors, conditions, *rest)
+        return loss(denoiser, scheduler, posteriors, conditions, *rest, **settings)
 
     def train():
         trained = benchmark.train_here(args).unet.parameters()
