@@ -221,7 +221,7 @@ def test_a_run_says_what_it_does_and_leaves_its_result_and_its_report(one_worker
     assert "photo of unqtkn car" in (run.output_dir / "README.md").read_text()
     record = read_run_record(report_dir(run.output_dir))
     assert (record["status"], record["num_steps"]) == ("finished", 3)
-    assert 0 < record["metrics"]["first_step_s"] < record["metrics"]["start_s"] + 60
+    assert all(record["metrics"][name] > 0 for name in ("start_s", "first_step_s", "steps_s"))
 
 
 def test_a_lora_is_a_file_that_diffusers_loads(
