@@ -89,13 +89,13 @@ def sample_noise(seed, positions, latent_shape, device):
     depend on how pairs are dealt to workers, batches and accumulation, nor on the device, as it is
     drawn on the CPU. `latent_shape`: (C, h, w).
     """
-    generator = torch.Generator()
-    noise = []
-    for position in positions:
+    generator, on_gpu = torch.Generator(), torch.device(device).type == "cuda"
+    # (kinds, images, B, C, h, w); pinned, as a copy from other memory may wait for earlier kernels.
+    noise = torch.empty((2, 2, len(positions), *latent_shape), pin_memory=on_gpu)
+    for i, position in enumerate(positions):
         generator.manual_seed(seed_for("noise", seed, position))
-        noise.append(torch.randn((2, 2, *latent_shape), generator=generator))  # kinds, images
-    noise = torch.stack(noise, dim=2).flatten(1, 2).to(device, non_blocking=True)
-    return tuple(noise)  # posterior noise, latent noise
+        noise[:, :, i] = torch.randn((2, 2, *latent_shape), generator=generator)
+    return tuple(noise.flatten(1, 2).to(device, non_blocking=True))  # posterior noise, latent noise
 
 
 def sample_timesteps(scheduler, seed, positions, max_instance_noise=1.0):
