@@ -38,6 +38,8 @@ from dreambooth.image_generator import (
     with_defaults,
 )
 
+MAX_SAMPLES = 999_999  # of a prompt: their records are listed in memory
+
 
 def parse_args(argv=None):
     """The flags, grouped as in train.py."""
@@ -100,6 +102,8 @@ def check_args(args):
     check_at_least(
         args, 1, "num_samples_per_prompt", "num_inference_steps", "num_workers", "batch_size"
     )
+    if args.num_samples_per_prompt > MAX_SAMPLES:
+        raise UserError(f"--num_samples_per_prompt must be at most {MAX_SAMPLES}")
     check_at_least(args, 0, "seed", "guidance_scale")
     if not math.isfinite(args.lora_scale):
         raise UserError(f"--lora_scale is {args.lora_scale}: must be finite")

@@ -56,8 +56,8 @@ def build_parser():
     add = parser.add_argument_group("recipe").add_argument
     add("--train_batch_size", type=int, default=1, help="pairs per worker per forward pass")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per step")
-    add("--max_train_steps", type=int, default=800, help="steps of the run")
-    add("--num_epochs", type=int, help="end after so many passes over the class images")
+    add("--max_train_steps", type=int, help="steps of the run (default: 800, or --num_epochs)")
+    add("--num_epochs", type=int, help="passes over the class images, after which the run ends")
     add("--lr", type=float, help="learning rate of AdamW (default: 5e-6; of LoRA: 1e-4)")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="learning-rate schedule")
     add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up from 0")

@@ -24,8 +24,10 @@ _print_error = sys.excepthook
 
 def _print_unless_interrupted(kind, error, trace):
     """Ctrl-C while modules are imported, which takes seconds, ends a script without their trace."""
-    if kind is not KeyboardInterrupt:
-        _print_error(kind, error, trace)
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130)
+    _print_error(kind, error, trace)
 
 
 sys.excepthook = _print_unless_interrupted

@@ -154,6 +154,7 @@ REFUSED = {
     "--compare_to /nowhere": {"compare_to": "/nowhere"},
     "--lora_weights_dir /nowhere": {"lora_weights_dir": "/nowhere"},
     "--num_samples_per_prompt is 0": {"num_samples_per_prompt": 0},
+    "--num_samples_per_prompt must be at most 999999": {"num_samples_per_prompt": 10**12},
     "--num_inference_steps is 0": {"num_inference_steps": 0},
     "--num_workers is 0": {"num_workers": 0},
     "--batch_size is 0": {"batch_size": 0},

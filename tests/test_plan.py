@@ -90,8 +90,15 @@ def test_every_class_image_is_used_num_epochs_times_within_the_maximum(check_and
     assert check_and_plan(num_epochs=2, max_train_steps=5).num_steps == 5
     assert check_and_plan(num_epochs=10**400, max_train_steps=50).num_steps == 50
     assert check_and_plan(max_train_steps=50).num_steps == 50
+    assert check_and_plan(max_train_steps=False, num_epochs=250).num_steps == 1000
+    assert check_and_plan(max_train_steps=False).num_steps == 800
     message = refusal(**flags, lr_warmup_steps=8)
     assert "--lr_warmup_steps 8: use fewer, the run has 8 steps" in message
+
+
+def test_a_run_is_refused_whose_pairs_would_fill_the_memory(refusal, tmp_path):
+    for flags in ({"max_train_steps": 10**20}, {"train_batch_size": 10**20, "num_epochs": 1}):
+        assert "at most 999999 pairs are possible; use a smaller --max_train" in refusal(**flags)
 
 
 def test_a_number_of_workers_is_a_range(train_args, capsys):

@@ -18,6 +18,8 @@ from dreambooth.run.training_log import read_run_record, report_dir
 LR_SCHEDULERS = [
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
 ]  # fmt: skip
+DEFAULT_STEPS = 800
+MAX_PAIRS = 999_999  # of a run: they are listed in memory, 0.85 KB each
 POLYNOMIAL_END = 1e-7  # diffusers' last learning rate of that schedule
 LORA_DEFAULTS = (4, "attention")  # of --lora_rank and --lora_layers in train.py
 # The flags that may change when a run is resumed. All others are part of its fingerprint.
@@ -126,10 +128,16 @@ def make_plan(args):
     # Each step takes the next pairs: one stream, which goes on from epoch to epoch.
     _, most = args.num_workers
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * most
-    num_steps = args.max_train_steps
+    num_steps = args.max_train_steps or DEFAULT_STEPS
     if args.num_epochs:
         num_pairs = args.num_epochs * len(class_paths or instance_paths)
-        num_steps = min(num_steps, -(-num_pairs // pairs_per_step))  # rounded up
+        of_epochs = -(-num_pairs // pairs_per_step)  # rounded up
+        num_steps = min(args.max_train_steps or of_epochs, of_epochs)
+    if num_steps * pairs_per_step > MAX_PAIRS:
+        raise UserError(
+            f"{num_steps} steps of {pairs_per_step} pairs: at most {MAX_PAIRS} pairs are possible;"
+            " use a smaller --max_train_steps"
+        )
     if args.lr_warmup_steps >= num_steps:
         raise UserError(
             f"--lr_warmup_steps {args.lr_warmup_steps}: use fewer, the run has {num_steps} steps"
