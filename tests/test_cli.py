@@ -331,10 +331,13 @@ def test_a_script_outlives_the_reader_of_what_it_prints(root, shell, every):
 
 def test_ctrl_c_while_modules_are_imported_prints_no_trace(root):
     """They take seconds; a fault there keeps its trace."""
-    for error, printed in (("KeyboardInterrupt", b"interrupted\n"), ("ImportError", b"Traceback")):
-        code = f"import dreambooth; raise {error}"
-        done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True)
-        assert done.returncode != 0
+    for error, code, printed in (
+        ("KeyboardInterrupt", 130, b"interrupted\n"),
+        ("ImportError", 1, b"Traceback"),
+    ):
+        program = f"import dreambooth; raise {error}"
+        done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True)
+        assert done.returncode == code
         assert done.stderr.split(b" ")[0] == printed
 
 

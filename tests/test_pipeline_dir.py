@@ -416,3 +416,6 @@ def test_each_shard_must_be_whole(copied):
     second.write_bytes(second.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"{second.name} is damaged"):
         pipeline_dir.check_model_dir(copied)
+    second.unlink()
+    with pytest.raises(UserError, match=rf"{second.name} is missing \(cache_model"):
+        pipeline_dir.check_model_dir(copied)

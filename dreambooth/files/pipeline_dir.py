@@ -190,7 +190,7 @@ def check_model_dir(model_dir, flag="--model_dir"):
         for file in folder.iterdir() if missing == INDEX else ():
             refuse_single_file(file, flag)
         others = [file.name for file in (folder / missing).parent.glob("*.safetensors")]
-        others = [name for name in others if "-of-" not in name]  # other shards are read
+        others = [name for name in others if "-of-" not in name]  # shards are read
         variant = f" (only full precision and fp16 are read, not {others[0]})" if others else ""
         raise UserError(
             f"{where} is not a diffusers pipeline directory: {missing} is missing{variant}"

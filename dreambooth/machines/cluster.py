@@ -163,7 +163,7 @@ def _connect(address, verbose, log_to_driver):
         try:
             cores = device.num_cores()  # Ray would count all of the machine's, bound to them or not
             # Ray's workers import from the current directory, where a numpy.py of the user's would
-            # take the place of NumPy.
+            # take the place of NumPy. (Flags that are paths are absolute by now.)
             with chdir(PACKAGE.parent):
                 ray.init(address="local", num_cpus=cores, include_dashboard=False, **log_settings)
         except Exception as error:  # a time-out of Ray's is of no class of its own

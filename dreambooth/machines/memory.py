@@ -136,7 +136,7 @@ def check_device(args, plan, num_workers, torch_device):
         if args.compile:
             device.check_compiler("--compile", "cpu")
         if args.cuda_graph:
-            warn("--cuda_graph is for GPUs: it is ignored")
+            warn("--cuda_graph is ignored: it is for GPUs")
         device.warn_if_slow(sizes, "a step")
         return
     device.check_bfloat16(torch_device)

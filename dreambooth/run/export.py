@@ -293,7 +293,7 @@ def export_card(args):
     if not record:
         raise UserError(f"{report_dir(folder)} is missing: it says how the model was made")
     if record["status"] != "finished":
-        remedy = "run that run's command again"
+        remedy = "run the training command again"
         if (earlier := training_log.previous(report_dir(folder))).exists():
             remedy = f"put {earlier} in its place"
         raise UserError(

@@ -41,7 +41,7 @@ def worker_range(text):
     found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text.strip())
     fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
     if fewest > most:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number, or a range such as 2:4")
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more, or a range such as 2:4")
     return fewest, most
 
 
@@ -135,8 +135,8 @@ def make_plan(args):
         num_steps = min(args.max_train_steps or of_epochs, of_epochs)
     if num_steps * pairs_per_step > MAX_PAIRS:
         raise UserError(
-            f"{num_steps} steps of {pairs_per_step} pairs: at most {MAX_PAIRS} pairs are possible;"
-            " use a smaller --max_train_steps"
+            f"{plural(num_steps, 'step')} of {plural(pairs_per_step, 'pair')}: at most {MAX_PAIRS}"
+            " pairs are possible; use fewer steps, or a smaller --train_batch_size"
         )
     if args.lr_warmup_steps >= num_steps:
         raise UserError(
@@ -293,8 +293,8 @@ def can_capture(args):
     several = max(args.num_workers[1], args.gradient_accumulation_steps) > 1
     if args.cuda_graph and (several or args.gradient_checkpointing):
         warn(
-            "--cuda_graph is for one worker and one pass per step, without"
-            " --gradient_checkpointing: it is ignored"
+            "--cuda_graph is ignored: it is for one worker and one pass per step, without"
+            " --gradient_checkpointing"
         )
         return False
     return args.cuda_graph
