@@ -32,6 +32,7 @@ SETTINGS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # and then nobody answers
     "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",  # no dashboard: do not look for it
     "RAY_DEDUP_LOGS": "0",
+    "RAY_local_fs_capacity_threshold": "0.99",  # not 0.95, with a line every 10 seconds above it
     "RAY_worker_niceness": "0",  # beside other programs, workers get their share of the cores
 }
 PACKAGE = Path(dreambooth.__file__).parent  # its folder, which the nodes get
