@@ -45,6 +45,11 @@ def test_what_is_missing_is_named(copied, tmp_path):
     assert pipeline_dir.missing_file(copied) == "unet/diffusion_pytorch_model.safetensors"
 
 
+def test_a_part_of_a_pipeline_is_told_from_the_whole(copied):
+    with pytest.raises(UserError, match=f"unet is a part of a pipeline: pass {copied}$"):
+        pipeline_dir.check_model_dir(copied / "unet")
+
+
 def test_a_model_and_a_lora_in_each_others_place_are_told_apart(model_dir, lora_dir):
     with pytest.raises(UserError, match="is a LoRA: pass it as --lora_weights_dir, and its base"):
         pipeline_dir.check_model_dir(lora_dir)

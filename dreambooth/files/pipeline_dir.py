@@ -187,6 +187,8 @@ def check_model_dir(model_dir, flag="--model_dir"):
         )
     missing = missing_file(folder)
     if missing:
+        if missing == INDEX and (folder.parent / INDEX).exists():
+            raise UserError(f"{where} is a part of a pipeline: pass {folder.parent}")
         for file in folder.iterdir() if missing == INDEX else ():
             refuse_single_file(file, flag)
         others = [file.name for file in (folder / missing).parent.glob("*.safetensors")]
