@@ -4,6 +4,7 @@ A record is a dict that says all an image depends on: prompt, seed, index, file 
 """
 
 import argparse
+import gc
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -45,15 +46,17 @@ class ImageGenerator:
         self.folder = Path(args.output_dir)
         self.family = family_of(args.model_dir)
         self.inputs = {}  # of the pipeline, by prompt
-        dtype = self.family.dtype_on_gpu if self.device == "cuda" else torch.float32
+        self.dtype = self.family.dtype_on_gpu if self.device == "cuda" else torch.float32
         self.pipeline = load_sampling_pipeline(
-            args.model_dir, dtype, args.scheduler, args.num_inference_steps
+            args.model_dir, self.dtype, args.scheduler, args.num_inference_steps
         )
         if args.lora_weights_dir:
             apply_lora(self.pipeline, args.lora_weights_dir, args.lora_scale)
         backbone = getattr(self.pipeline, self.family.facts.backbone)
         if self.device == "cpu":  # a GPU's group norms undo it
             backbone.to(memory_format=torch.channels_last)
+        if self.device == "cuda":
+            gc.collect()  # the model before --compare_to's: FLUX.2-klein's refers to itself
         try:
             self.pipeline.to(self.device)
         except torch.OutOfMemoryError:
@@ -111,6 +114,7 @@ class ImageGenerator:
             start += len(batch)
 
     def _halve_batch_size(self, failed):
+        self.pipeline.vae.to(self.dtype)  # SDXL's is in float32 while it decodes
         torch.cuda.empty_cache()
         if failed == 1:
             raise UserError("out of GPU memory with one image at a time: use a larger GPU")

@@ -22,7 +22,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that machines with GPUs give the s
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("PYTHONPATH", None)
-os.environ["RAY_local_fs_capacity_threshold"] = "1"  # no warnings of Ray's on a disk that is full
+os.environ["RAY_local_fs_capacity_threshold"] = "1"  # noqa: SIM112 (no line of it on a full disk)
 COMMAND_ENVIRONMENT = dict(os.environ)  # as a user has it: nothing that the code sets at run time
 os.environ["PYTHONPATH"] = str(ROOT)  # for Ray's workers, which unpickle this project's classes
 

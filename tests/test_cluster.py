@@ -87,6 +87,15 @@ def test_rays_processes_outlive_what_asks_the_run_to_stop(ray_init):
     assert [*seen, blocked()] == [set(), {signal.SIGHUP, signal.SIGTERM}, set()]
 
 
+def test_ray_is_told_of_no_gpu_where_torch_is(ray_init, monkeypatch):
+    """torch takes -1 for none, and Ray for one GPU of that name."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    visible = []
+    ray_init.side_effect = lambda **settings: visible.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    cluster.start_ray()
+    assert visible == [""]
+
+
 def test_ray_starts_in_the_background_and_whatever_ends_the_start_comes_back(monkeypatch):
     """Also what is no Exception: else the wait would never end."""
 
@@ -394,9 +403,15 @@ def test_a_user_error_ends_the_run_and_a_bug_or_a_lost_worker_does_not():
 
 
 def test_gpus_and_memory_that_do_not_suffice_are_user_errors_with_the_remedies():
-    """Their memory; and on another node NCCL's error, which is an old driver's."""
+    """Their memory, whoever asks for it; and what the libraries say of an old driver."""
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    for failure in (memory, RuntimeError("torch.OutOfMemoryError: CUDA out of memory")):
+    for failure in (
+        memory,
+        RuntimeError("torch.OutOfMemoryError: CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Last error:\nCuda failure 2 'out of memory'"),
+    ):
         found = cluster.training_error(failed_workers(failure))
         assert type(found) is OutOfMemory
         assert "--gradient_checkpointing" in str(found)
@@ -404,10 +419,15 @@ def test_gpus_and_memory_that_do_not_suffice_are_user_errors_with_the_remedies()
     found = cluster.training_error(failed_workers(allocator))
     assert type(found) is OutOfMemory
     assert "GPU" not in str(found)
-    nccl = RuntimeError("nccl2 requires at least one CUDA device")
-    found = cluster.training_error(ray.train.ControllerError(nccl))
-    assert type(found) is UserError
-    assert "NVIDIA's driver" in str(found)
+    for text in (
+        "nccl2 requires at least one CUDA device",
+        "The NVIDIA driver on your system is too old (found version 12020).",
+        "CUDA error: CUDA driver version is insufficient for CUDA runtime version",
+    ):
+        for failure in (ray.train.ControllerError, failed_workers):
+            found = cluster.training_error(failure(RuntimeError(text)))
+            assert type(found) is UserError
+            assert "NVIDIA's driver" in str(found)
 
 
 # A run, and waiting for it.

@@ -1,6 +1,7 @@
 """GPUs that cannot be used are errors, and a slow CPU is said before one waits for it."""
 
 import os
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ def pretend(monkeypatch):
     """Let torch find so many GPUs: pretend(2, usable=False) as with an old driver, which counts
     them and cannot start CUDA."""
 
-    def gpus(count, usable=True, capability=(8, 0), free_gib=(22,), builds=BUILDS):
+    def gpus(
+        count, usable=True, capability=(8, 0), free_gib=(22,), builds=BUILDS, reason="too old"
+    ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: usable and count > 0)
+        monkeypatch.setattr(torch.cuda, "init", MagicMock(side_effect=RuntimeError(reason)))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)  # by emulation
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
         monkeypatch.setattr(torch.cuda, "get_arch_list", builds.split)
@@ -39,6 +43,15 @@ def test_an_old_driver_is_an_error_that_names_the_one_needed(pretend, monkeypatc
         monkeypatch.setattr(torch.version, "cuda", cuda)
         with pytest.raises(UserError, match=f'CUDA {cuda} needs .* {driver} or .*DEVICES=""'):
             device.check_driver()
+
+
+def test_what_else_keeps_cuda_from_starting_is_said(pretend):
+    """And not that the driver is old."""
+    pretend(8, usable=False, reason="Error 802: system not yet initialized\nmore")
+    with pytest.raises(UserError, match="Error 802: system not yet initialized") as raised:
+        device.check_driver()
+    assert "driver" not in str(raised.value)
+    assert "more" not in str(raised.value)
 
 
 def test_nothing_starts_with_gpus_that_cannot_be_used(pretend, monkeypatch):

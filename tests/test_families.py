@@ -22,6 +22,7 @@ from dreambooth import dataset, latents, models
 from dreambooth.cli import UserError
 from dreambooth.families import StableDiffusion, StableDiffusionXL, repeat
 from dreambooth.files import generated_images, pipeline_dir
+from dreambooth.image_generator import ImageGenerator, with_defaults
 from dreambooth.images import load_crops
 from dreambooth.run import export
 from dreambooth.run.plan import check_flags
@@ -288,6 +289,32 @@ def test_a_vae_that_overflows_in_float16_is_not_tried_in_it(step):
     for force_upcast in (True, False):
         vae.register_to_config(force_upcast=force_upcast)
         assert denoiser.family.vae_in_float16(vae) == (not force_upcast)
+
+
+def test_images_are_decoded_after_the_memory_did_not_suffice_for_it(
+    xl_dir, generate_args, tmp_path, monkeypatch
+):
+    """The pipeline has a float16 VAE decode in float32, and after an error leaves it there."""
+    args = generate_args(tmp_path / "new", model_dir=xl_dir, prompts=["a car", "a cat"])
+    args = with_defaults(args)
+    args.num_inference_steps = 2
+    generator = ImageGenerator(args)
+    generator.padded_size, generator.batch_size = None, 2  # as on a GPU
+    generator.dtype, vae = torch.float16, generator.pipeline.vae
+    generator.pipeline.to(torch.float16)
+    decode, sizes = vae.decode, []
+
+    def fail_with_two(latents, **settings):
+        sizes.append((len(latents), vae.dtype))
+        if len(latents) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents, **settings)
+
+    monkeypatch.setattr(vae, "decode", fail_with_two)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    records = generate.list_records(args)
+    assert [record for record, _ in generator.sample_all(records, 0)] == records
+    assert sizes == [(2, torch.float32), (1, torch.float32), (1, torch.float32)]
 
 
 def test_each_tokenizer_has_the_limit_of_its_own_text_encoder(xl_dir, tmp_path):

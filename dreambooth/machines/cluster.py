@@ -44,6 +44,16 @@ FAILURES = (  # what fit() raises
     ray.train.TrainingFailedError, ray.exceptions.RayError, RuntimeError, ValueError,
 )  # fmt: skip
 
+# In the texts of torch, CUDA, cuBLAS and NCCL: memory is also taken beside torch's allocator.
+NO_GPU_MEMORY = (
+    r"torch\.OutOfMemoryError|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|Cuda failure .*out of memory"
+)
+UNUSABLE_GPU = (
+    "requires at least one CUDA device|driver on your system is too old"
+    "|driver version is insufficient"
+)
+
 
 def start_ray(verbose=False, log_to_driver=True):
     """Connect to the cluster at RAY_ADDRESS, or start Ray on this machine without its dashboard.
@@ -59,6 +69,8 @@ def start_ray(verbose=False, log_to_driver=True):
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         device.check_driver()
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":  # which Ray would count as a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not ray.is_initialized():
         if not log_to_driver:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -385,18 +397,19 @@ def user_error_in(error):
 def training_error(error):
     """The `UserError` behind a failed training, or behind one worker's exception; None if it is not
     the user's."""
-    if "requires at least one CUDA device" in str(error):  # NCCL's, on another node
-        return UserError(f"a GPU of the cluster: {device.unusable_gpu()}")
     # Both are absent if train_fn ran in this process.
     controller_failure = getattr(error, "controller_failure", None)
     worker_failures = getattr(error, "worker_failures", {})
     for cause in [error, controller_failure, *worker_failures.values()]:
-        if "torch.OutOfMemoryError" in f"{type(cause)} {cause}":
+        text = f"{type(cause)} {cause}"
+        if re.search(UNUSABLE_GPU, text):
+            return UserError(f"a GPU of the cluster: {device.unusable_gpu()}")
+        if re.search(NO_GPU_MEMORY, text):
             return OutOfMemory(
                 "out of GPU memory: leave out --cuda_graph, pass --gradient_checkpointing, then"
                 " --param_dtype bf16 or --use_lora, or a smaller --train_batch_size or --resolution"
             )
-        if "DefaultCPUAllocator: can't allocate memory" in str(cause):
+        if "DefaultCPUAllocator: can't allocate memory" in text:
             return OutOfMemory(
                 "out of memory: end other programs, pass --use_lora, or a smaller"
                 " --train_batch_size or --resolution"

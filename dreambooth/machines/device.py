@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dreambooth.cli import UserError, warn
+from dreambooth.cli import UserError, first_line, warn
 
 DRIVER_FOR_CUDA = {11: 450, 12: 525, 13: 580}  # NVIDIA's oldest for each major version of CUDA
 USE_THE_CPU = 'set CUDA_VISIBLE_DEVICES="" to use the CPU'
@@ -24,9 +24,11 @@ BYTES_PER_PIXEL = 4096  # of GPU memory per image being generated, as an H100 re
 LARGE = 100e6  # parameters of a model: pocket has 6 M
 
 
-def unusable_gpu():
-    """The message for a GPU that this PyTorch cannot use."""
+def unusable_gpu(reason=""):
+    """The message for a GPU that this PyTorch cannot use, for a `reason` that CUDA has given."""
     cuda = torch.version.cuda
+    if reason and "too old" not in reason:
+        return f"PyTorch cannot use it ({reason}): mend that, or {USE_THE_CPU}"
     driver = DRIVER_FOR_CUDA[int(cuda.split(".")[0])]
     return (
         f"PyTorch cannot use it: CUDA {cuda} needs NVIDIA's driver {driver} or newer (nvidia-smi"
@@ -43,7 +45,12 @@ def check_driver():
             check_kernels(gpu)
         return
     if torch.cuda.device_count():
-        raise UserError(f"there is a GPU, but {unusable_gpu()}")
+        try:
+            torch.cuda.init()
+            reason = ""
+        except RuntimeError as error:
+            reason = first_line(error)
+        raise UserError(f"there is a GPU, but {unusable_gpu(reason)}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if visible not in HIDDEN:
         raise UserError(
