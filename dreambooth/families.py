@@ -99,10 +99,19 @@ class StableDiffusion(Family):
         return {"input_ids": repeat(conditions["input_ids"], conditions["counts"])}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions):
-        hidden_states = denoiser.text_encoder(conditions["input_ids"])[0]  # (G, L, D)
+        hidden_states = self.encode_ids(denoiser, conditions["input_ids"])  # (G, L, D)
         if "counts" in conditions:
             hidden_states = repeat(hidden_states, conditions["counts"])  # (2B, L, D)
         return denoiser.unet(noisy_latents, timesteps, hidden_states).sample
+
+    def encode_ids(self, denoiser, input_ids):
+        """Hidden states (G, L, D) of token ids (G, L). In float32 if the text encoder's weights
+        are: that is 1 % of a step's arithmetic, and bfloat16 can blur the gradients of its first
+        layers beyond use (RESULTS.md)."""
+        text_encoder, device = denoiser.text_encoder, input_ids.device.type
+        in_bf16 = any(p.dtype == torch.bfloat16 for p in text_encoder.parameters())
+        with torch.autocast(device, torch.bfloat16, enabled=denoiser.autocast and in_bf16):
+            return text_encoder(input_ids)[0]
 
     def sampler_inputs(self, pipeline, prompt, device):
         embeds, negative = pipeline.encode_prompt(

@@ -9,11 +9,11 @@ What is frozen, what is trained, and in which precision:
 
 The text encoders of Stable Diffusion XL and FLUX.2-klein are frozen, and encode each prompt once.
 
-Trained weights are float32, and so is the optimizer's state; on a GPU the forward pass runs under
-bfloat16 autocast, the VAE's under float16 (where `Family.vae_in_float16`). bfloat16 weights would
-hardly learn: at a learning rate of 5e-6 most updates are smaller than half their last digit and
-round to nothing. With `--param_dtype bf16`, for GPUs with little memory, Kahan summation keeps what
-is rounded off and adds it later.
+Trained weights are float32, and so is the optimizer's state; on a GPU the U-Net runs under bfloat16
+autocast, the VAE under float16 (where `Family.vae_in_float16`). bfloat16 weights would hardly
+learn: at a learning rate of 5e-6 most updates are smaller than half their last digit and round to
+nothing. With `--param_dtype bf16`, for GPUs with little memory, Kahan summation keeps what is
+rounded off and adds it later.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ from dreambooth.seeds import seed_for
 class Denoiser(torch.nn.Module):
     """Text encoder and U-Net as one module, so that DDP sees one forward pass and one set of
     gradients; without the text encoder where a family encodes its prompts once. With `autocast`,
-    matrix products and convolutions run in bfloat16."""
+    matrix products and convolutions run in bfloat16; a float32 text encoder's do not."""
 
     def __init__(self, family, text_encoder, backbone, autocast):
         super().__init__()
@@ -156,7 +156,7 @@ def load_original(args, denoiser, device):
     `args.prior_target` is "original" and there is a class half.
 
     With LoRA that is the denoiser with its matrices switched off; else a frozen model of its own,
-    whose linear and convolution layers are in bfloat16 where the denoiser runs under autocast.
+    the backbone's linear and convolution layers in bfloat16 where autocast computes in it.
     """
     if args.prior_target == "noise" or not args.prior_loss_weight:
         return None
@@ -165,7 +165,7 @@ def load_original(args, denoiser, device):
         return partial(predict_original, denoiser, layers)
     original = load_denoiser(args, device, denoiser.autocast).requires_grad_(False)
     if denoiser.autocast:
-        cast_frozen_to_bf16(original)
+        cast_frozen_to_bf16(original.backbone)
     return partial(predict_original, original, [])
 
 

@@ -111,7 +111,7 @@ def test_the_smallest_card_decides_and_what_is_too_small_for_everything_is_a_war
     """The numbers are counted, not measured: it may fit all the same."""
     flags, why = memory.choose_for_gpus([78.0, 22.0, 78.0], Job(keeps_gradients=True), ())
     assert flags == CHECKPOINTING
-    assert why.startswith("3 x 22.0 GiB of GPU memory free, training needs 24.2: with --gradient")
+    assert why.startswith("3 x 22.0 GiB of GPU memory free, training needs 24.1: with --gradient")
     flags, why = memory.choose_for_gpus([22, 3], Job(), ())
     assert flags == f"{CHECKPOINTING} {LORA}"
     assert re.match(r"warning: 2 x 3.0 GiB .*, even with .*--use_lora 4.6: it may fail$", why)
@@ -167,7 +167,7 @@ def test_a_preview_between_two_steps_needs_no_less_than_an_image():
 
 
 def test_flags_that_change_the_need_change_what_is_printed(sd14_dir, capsys):
-    """20.2 GiB of 19 are needed without them, and a captured step takes more."""
+    """20.1 GiB of 19 are needed without them, and a captured step takes more."""
 
     def line(gib, flags=""):
         main_flags = ["--model_dir", str(sd14_dir), "--gib", str(gib), *flags.split()]
@@ -229,7 +229,7 @@ def check(monkeypatch, train_args, sd14_dir, capsys):
 
 def test_what_may_not_fit_is_a_line_with_the_remedies(check):
     assert check(18.5) == (
-        "warning: training may need 20.2 GiB of GPU memory, and 18.5 are free;"
+        "warning: training may need 20.1 GiB of GPU memory, and 18.5 are free;"
         " --gradient_checkpointing, --param_dtype bf16 and --use_lora need less (README, Memory)\n"
     )
     for gib, flags in [
@@ -347,8 +347,8 @@ def test_flags_for_run_sh_follow_the_model(flags_for, sd14_dir, model_dir, tmp_p
 
 
 def test_a_frozen_copy_counts_only_where_there_is_a_class_half_to_ask_it_for(check):
-    """1.83 GiB more than fit 18.5; a LoRA is its own original."""
-    assert check(21, prior_target="original").startswith("warning: training may need 22.2 GiB")
+    """2.06 GiB more than fit 18.5; a LoRA is its own original."""
+    assert check(21, prior_target="original").startswith("warning: training may need 22.3 GiB")
     assert check(18.5, prior_target="original", prior_loss_weight=0) == ""
     flags = {"use_lora": True, "gradient_checkpointing": True, "prior_target": "original"}
     assert check(7.4, **flags) == ""
@@ -358,8 +358,8 @@ def test_flags_for_run_sh_follow_its_more_flags(flags_for, sd14_dir):
     """Those of train.py that change what it needs; the others are none of its business."""
     for more, flags in (
         ("--seed 3 --lr 1e-5 --compile", ""),
-        ("--gradient_accumulation_steps 2", CHECKPOINTING),  # 24.2 GiB
-        ("--prior_target original", CHECKPOINTING),  # 22.2
+        ("--gradient_accumulation_steps 2", CHECKPOINTING),  # 24.1 GiB
+        ("--prior_target original", CHECKPOINTING),  # 22.3
         ("--prior_target original --use_lora", LORA),  # a LoRA is its own original
         ("--train_batch_size 3", CHECKPOINTING),
         ("--resolution 768", CHECKPOINTING),

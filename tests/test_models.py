@@ -71,23 +71,26 @@ def test_the_text_encoder_can_be_left_as_it_is(load_models, changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "dtype"),
+    ("changes", "unet", "text_encoder"),
     [
-        ({}, torch.float32),
-        ({"autocast": True}, torch.bfloat16),
-        ({"param_dtype": "bf16"}, torch.bfloat16),
+        ({}, torch.float32, torch.float32),
+        ({"autocast": True}, torch.bfloat16, torch.float32),
+        ({"autocast": True, "use_lora": True}, torch.bfloat16, torch.bfloat16),
+        ({"param_dtype": "bf16"}, torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_forward_pass_is_bfloat16_where_asked_for_or_needed(load_models, changes, dtype):
-    """On a GPU it is asked for; on a CPU it gains nothing, and only bfloat16 weights need it."""
+def test_forward_pass_is_bfloat16_where_asked_for_or_needed(
+    load_models, changes, unet, text_encoder
+):
+    """On a GPU it is asked for; on a CPU it gains nothing, and only bfloat16 weights need it. The
+    text encoder needs it for bfloat16 weights alone, trained or under a LoRA."""
     _, denoiser, _ = load_models(**changes)
     dtypes = []
-    denoiser.unet.mid_block.register_forward_hook(
-        lambda module, inputs, output: dtypes.append(output.dtype)
-    )
+    for layer in (denoiser.text_encoder.encoder.layers[0].mlp, denoiser.unet.mid_block):
+        layer.register_forward_hook(lambda *args: dtypes.append(args[-1].dtype))
     with torch.no_grad():
         denoiser(*random_inputs())
-    assert dtypes == [dtype]
+    assert dtypes == [text_encoder, unet]
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
@@ -276,7 +279,7 @@ def test_frozen_layers_in_bfloat16_change_no_bit_of_the_loss(load_models):
                 in_bfloat16 = rounded and not p.requires_grad
                 assert p.dtype == (torch.bfloat16 if in_bfloat16 else torch.float32)
         if in_float32:  # the same numbers: those that bfloat16 can hold
-            denoiser.float()
+            denoiser.unet.float()  # (a text encoder in float32 would be computed in it)
         set_second_matrices(denoiser)
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         loss, _ = training_loss(

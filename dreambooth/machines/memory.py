@@ -35,8 +35,8 @@ LORA = "--use_lora"
 # 1024 px. An H100 needed 1 to 2 % more for the first row, and for LoRA. The order is that in which
 # to try them: the first ones train the same in more time.
 COUNTED = {
-    (): Counted(17.8, 21.5, 2.35),
-    (CHECKPOINTING,): Counted(15.0, 17.6, 0.43),
+    (): Counted(17.7, 21.4, 2.35),
+    (CHECKPOINTING,): Counted(15.0, 17.4, 0.43),
     (BF16,): Counted(12.4, 14.2, 2.35),
     (CHECKPOINTING, BF16): Counted(9.8, 10.5, 0.53),
     (LORA,): Counted(6.6, 6.6, 2.17),
@@ -95,7 +95,7 @@ class Job(NamedTuple):
     backbone_ratio: float = 1.0  # the model's backbone parameters / the reference's
     trained_ratio: float = 1.0  # its trained parameters / the reference's
     reference: Reference = SD14
-    original: float = 0.0  # parameters of a frozen copy, for --prior_target original
+    original: float = 0.0  # bytes of a frozen copy, for --prior_target original
 
 
 def needed(flags, job):
@@ -111,7 +111,7 @@ def needed(flags, job):
         activations += preview + CUDA_GRAPHS
     else:
         activations = max(activations, preview)
-    original = 0.0 if LORA in flags else 2 * job.original / device.GIB  # in bfloat16
+    original = 0.0 if LORA in flags else job.original / device.GIB
     return (
         RESERVE * (fixed * job.trained_ratio + activations * job.backbone_ratio + original)
         + LIBRARIES
@@ -165,7 +165,8 @@ def make_job(args, sizes, pairs, keeps_gradients, resolution):
     trains_text = pipeline_dir.trains_text_encoder(args)
     has_class_images = args.prior_loss_weight != 0
     has_original = args.prior_target == "original" and has_class_images
-    original = pipeline_dir.num_trained(args.model_dir, sizes, facts.can_train_text_encoder)
+    both = pipeline_dir.num_trained(args.model_dir, sizes, facts.can_train_text_encoder)
+    original = 4 * both - 2 * sizes[facts.backbone]  # whose layers are in bfloat16
     return Job(
         pairs=pairs if has_class_images else pairs / 2,  # one image in each
         keeps_gradients=keeps_gradients,
