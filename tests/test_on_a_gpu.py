@@ -46,7 +46,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("changes", [{}, {"use_lora": True, "gradient_checkpointing": True}])
 def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, changes):
-    """From pixels to loss."""
+    """From pixels to loss; but those of a text encoder whose weights are float32."""
     vae, denoiser, scheduler = load_models(autocast=True, **changes)
     scheduler.register_to_config(prediction_type="v_prediction")
     images = {
@@ -75,8 +75,11 @@ def test_all_is_on_the_gpu_and_products_are_bfloat16(load_models, bfloat16_gpu, 
     assert loss.device.type == "cuda"
     assert loss.dtype == torch.float32
     assert loss.requires_grad
-    for product in ("convolution", "mm", "addmm"):
+    for product in ("convolution", "mm"):
         assert operations.results[product] == {("cuda", torch.bfloat16)}
+    of_text_encoder = torch.bfloat16 if changes else torch.float32
+    both = {("cuda", torch.bfloat16), ("cuda", of_text_encoder)}
+    assert operations.results["addmm"] == both  # linear layers with a bias
     # 1 - alpha, of the noise schedule:
     assert operations.results["rsub"] == {("cuda", torch.float32)}
 
