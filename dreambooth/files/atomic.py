@@ -224,5 +224,9 @@ def check_space(folder, num_bytes, what, leftovers=()):
             free += file.stat().st_size
     if free < num_bytes:
         raise UserError(
-            f"{folder}: {free / 1e9:.1f} GB are free, and {what} will take {num_bytes / 1e9:.1f} GB"
+            f"{folder}: {_size(free)} are free, and {what} will take {_size(num_bytes)}"
         )
+
+
+def _size(num_bytes):
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes > 1e8 else f"{num_bytes / 1e6:.1f} MB"
