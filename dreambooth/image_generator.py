@@ -59,7 +59,9 @@ class ImageGenerator:
             gc.collect()  # the model before --compare_to's: FLUX.2-klein's refers to itself
         try:
             self.pipeline.to(self.device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not device.is_out_of_memory(error):
+                raise
             raise UserError("out of GPU memory: the model alone does not fit this GPU") from None
         if self.device == "cuda":
             torch.cuda.empty_cache()  # what another model has left, as with --compare_to
@@ -142,7 +144,9 @@ class ImageGenerator:
                 guidance_scale=self.args.guidance_scale,
                 output_type="pt",
             ).images
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not device.is_out_of_memory(error):
+                raise
             return None
         return images[: len(records)].float().cpu()
 

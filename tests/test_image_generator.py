@@ -250,14 +250,16 @@ def test_batches_that_do_not_fit_the_memory_are_halved(
 
 
 def test_out_of_memory_is_found_and_other_errors_are_raised(generator, records, monkeypatch):
-    def fail(**kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    """cuBLAS asks for memory of its own."""
     generator.sample(records, attempt=0)  # encodes the prompts
-    monkeypatch.setattr(generator, "pipeline", fail)
-    assert generator.sample(records, attempt=0) is None
-    monkeypatch.setattr(generator, "pipeline", lambda: None)
-    with pytest.raises(TypeError):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ):
+        monkeypatch.setattr(generator, "pipeline", MagicMock(side_effect=error))
+        assert generator.sample(records, attempt=0) is None
+    monkeypatch.setattr(generator, "pipeline", MagicMock(side_effect=RuntimeError("sizes differ")))
+    with pytest.raises(RuntimeError, match="sizes differ"):
         generator.sample(records, attempt=0)
 
 
@@ -426,6 +428,9 @@ def test_on_a_gpu_a_generator_is_in_float16_with_batches_as_asked_for(generate_a
 def test_a_gpu_that_does_not_hold_the_model_is_one_line(generate_args, on_a_gpu):
     on_a_gpu.to.side_effect = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(UserError, match="the model alone does not fit this GPU"):
+        ImageGenerator(generate_args("out"))
+    on_a_gpu.to.side_effect = RuntimeError("no such device")
+    with pytest.raises(RuntimeError, match="no such device"):
         ImageGenerator(generate_args("out"))
 
 

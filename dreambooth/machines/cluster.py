@@ -43,13 +43,7 @@ GRACE = 20  # seconds for which a node may be absent without a line
 FAILURES = (  # what fit() raises
     ray.train.TrainingFailedError, ray.exceptions.RayError, RuntimeError, ValueError,
 )  # fmt: skip
-
-# In the texts of torch, CUDA, cuBLAS and NCCL: memory is also taken beside torch's allocator.
-NO_GPU_MEMORY = (
-    r"torch\.OutOfMemoryError|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|Cuda failure .*out of memory"
-)
-UNUSABLE_GPU = (
+UNUSABLE_GPU = (  # in the texts of NCCL, torch and CUDA
     "requires at least one CUDA device|driver on your system is too old"
     "|driver version is insufficient"
 )
@@ -404,7 +398,7 @@ def training_error(error):
         text = f"{type(cause)} {cause}"
         if re.search(UNUSABLE_GPU, text):
             return UserError(f"a GPU of the cluster: {device.unusable_gpu()}")
-        if re.search(NO_GPU_MEMORY, text):
+        if device.is_out_of_memory(cause):
             return OutOfMemory(
                 "out of GPU memory: leave out --cuda_graph, pass --gradient_checkpointing, then"
                 " --param_dtype bf16 or --use_lora, or a smaller --train_batch_size or --resolution"

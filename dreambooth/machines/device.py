@@ -22,6 +22,17 @@ GIB = 2**30
 BYTES_PER_PIXEL = 4096  # of GPU memory per image being generated, as an H100 reserves
 
 LARGE = 100e6  # parameters of a model: pocket has 6 M
+# What says that a GPU's memory did not suffice: torch; and CUDA, cuBLAS and NCCL, as some of it is
+# taken beside torch's allocator.
+OUT_OF_MEMORY = (
+    r"torch\.OutOfMemoryError|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|Cuda failure .*out of memory"
+)
+
+
+def is_out_of_memory(error):
+    """Whether `error` says that a GPU's memory did not suffice, or its text, of another process."""
+    return bool(re.search(OUT_OF_MEMORY, f"{type(error)} {error}"))
 
 
 def unusable_gpu(reason=""):
